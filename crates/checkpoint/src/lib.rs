@@ -1,0 +1,1 @@
+//! Checkpoint files without MLX: GGUF and safetensors readers over untrusted bytes.

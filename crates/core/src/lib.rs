@@ -1,0 +1,1 @@
+//! Vocabulary of MLXEngine: configurations, parameters, events, errors, the engine trait.

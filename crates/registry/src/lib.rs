@@ -1,0 +1,1 @@
+//! Curated MLX models as data, with lookup.
