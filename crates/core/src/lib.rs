@@ -1,1 +1,47 @@
-//! Vocabulary of MLXEngine: configurations, parameters, events, errors, the engine trait.
+//! The vocabulary of MLXEngine: what a model is, what a request asks for, what comes back, what can go wrong, and
+//! the [`LlmEngine`] trait that everything above and below agrees on.
+//!
+//! There is no inference here, and no tokio, MLX, file or network access. A type lives in this crate when two layers
+//! have to name it.
+//!
+//! ```
+//! use mlx_engine_core::{ChatMessage, GenerateParams, Prompt};
+//!
+//! let prompt = Prompt::chat([
+//!     ChatMessage::system("Answer in one sentence."),
+//!     ChatMessage::user("Why is the sky blue?"),
+//! ]);
+//! let params = GenerateParams::default().with_max_tokens(64).with_temperature(0.0);
+//!
+//! assert!(!prompt.is_empty());
+//! params.validate()?;
+//! # Ok::<(), mlx_engine_core::ParamError>(())
+//! ```
+
+mod model;
+
+mod message;
+mod params;
+
+mod backend;
+mod platform;
+mod progress;
+
+mod event;
+
+mod error;
+
+mod engine;
+
+pub use backend::{Backend, FallbackPolicy};
+pub use engine::{EventStream, LlmEngine, collect_events};
+pub use error::{EngineError, ErrorSource};
+pub use event::{
+    FinishReason, GenerateOutput, GenerateSummary, GenerationEvent, Timings, TokenInfo, TokenLogprob,
+    TopLogprob, Usage,
+};
+pub use message::{ChatMessage, Prompt, Role, ToolCall};
+pub use model::{ModelConfiguration, ModelType, Quantization};
+pub use params::{GenerateParams, ParamError};
+pub use platform::{Device, Platform};
+pub use progress::LoadProgress;

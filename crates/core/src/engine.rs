@@ -1,0 +1,288 @@
+//! The trait that an engine implements, and that wrappers, servers and tests hold.
+
+use std::pin::pin;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use futures::stream::{BoxStream, Stream, StreamExt};
+
+use crate::{
+    Backend, EngineError, GenerateOutput, GenerateParams, GenerationEvent, ModelConfiguration, Prompt,
+};
+
+/// The events of one request. Dropping it cancels the request.
+pub type EventStream = BoxStream<'static, Result<GenerationEvent, EngineError>>;
+
+/// An engine with one model loaded.
+///
+/// The trait is object safe, so that metrics, retries and the like are wrappers over an `Arc<dyn LlmEngine>`.
+/// [`generate`](Self::generate) is [`stream`](Self::stream) collected: an implementation writes the one way and has
+/// both.
+///
+/// ```
+/// use mlx_engine_core::{EngineError, GenerateParams, LlmEngine, Prompt};
+///
+/// async fn ask(engine: &dyn LlmEngine, question: &str) -> Result<String, EngineError> {
+///     let output = engine.generate(Prompt::user(question), GenerateParams::default()).await?;
+///     Ok(output.text)
+/// }
+/// ```
+pub trait LlmEngine: Send + Sync {
+    /// Submits a request. The future resolves when it is admitted; the stream then gives
+    /// [`Started`](GenerationEvent::Started), the text as it comes, and [`Finished`](GenerationEvent::Finished), or
+    /// an error as its last item. Dropping either cancels the request.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the request itself, or why it cannot be taken now.
+    fn stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>>;
+
+    /// Runs a request to its end.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`stream`](Self::stream), and the error that ended the stream.
+    fn generate(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<GenerateOutput, EngineError>> {
+        let events = self.stream(prompt, params);
+        Box::pin(async move { collect_events(events.await?).await })
+    }
+
+    /// What computes the tokens.
+    fn backend(&self) -> Backend;
+
+    /// The model that is loaded.
+    fn model(&self) -> &ModelConfiguration;
+
+    /// Ends what is running and gives the memory back. Requests after it are [`EngineError::NotLoaded`]; unloading
+    /// twice is no error.
+    ///
+    /// # Errors
+    ///
+    /// Why the memory could not be given back.
+    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>>;
+}
+
+impl<E: LlmEngine + ?Sized> LlmEngine for Arc<E> {
+    fn stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        (**self).stream(prompt, params)
+    }
+
+    fn generate(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<GenerateOutput, EngineError>> {
+        (**self).generate(prompt, params)
+    }
+
+    fn backend(&self) -> Backend {
+        (**self).backend()
+    }
+
+    fn model(&self) -> &ModelConfiguration {
+        (**self).model()
+    }
+
+    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        (**self).unload()
+    }
+}
+
+/// Reads a stream to its [`Finished`](GenerationEvent::Finished) event and adds it up.
+///
+/// # Errors
+///
+/// The first error in the stream, or [`EngineError::Internal`] where it ends without one and without `Finished`.
+pub async fn collect_events<S>(events: S) -> Result<GenerateOutput, EngineError>
+where
+    S: Stream<Item = Result<GenerationEvent, EngineError>>,
+{
+    let mut events = pin!(events);
+    let mut text = String::new();
+    let mut tokens = Vec::new();
+    while let Some(event) = events.next().await {
+        match event? {
+            GenerationEvent::Started { .. } => {}
+            GenerationEvent::Text {
+                text: piece,
+                tokens: resolved,
+            } => {
+                text.push_str(&piece);
+                tokens.extend(resolved);
+            }
+            GenerationEvent::Finished(summary) => return Ok(GenerateOutput::new(text, tokens, summary)),
+        }
+    }
+    Err(EngineError::internal(
+        "event stream ended without a finished event",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use futures::executor::block_on;
+    use futures::stream;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Device, FinishReason, GenerateSummary, ModelType, Timings, Usage};
+
+    fn started() -> GenerationEvent {
+        GenerationEvent::Started {
+            prompt_tokens: 1,
+            cached_tokens: 0,
+        }
+    }
+
+    fn text(text: &str, tokens: &[u32]) -> GenerationEvent {
+        GenerationEvent::Text {
+            text: text.to_owned(),
+            tokens: tokens.iter().map(|&id| id.into()).collect(),
+        }
+    }
+
+    fn finished(completion_tokens: u32) -> GenerationEvent {
+        GenerationEvent::Finished(GenerateSummary {
+            model: "tiny".to_owned(),
+            backend: Backend::Mock,
+            device: Device::Cpu,
+            finish_reason: FinishReason::Length,
+            usage: Usage {
+                prompt_tokens: 1,
+                completion_tokens,
+                cached_tokens: 0,
+            },
+            timings: Timings::default(),
+            peak_memory_bytes: 0,
+        })
+    }
+
+    /// Says the prompt back, once, until it is unloaded.
+    struct Echo {
+        model: ModelConfiguration,
+        loaded: AtomicBool,
+    }
+
+    impl Echo {
+        fn new() -> Self {
+            Self {
+                model: ModelConfiguration::new("tiny", ModelType::Base),
+                loaded: AtomicBool::new(true),
+            }
+        }
+    }
+
+    impl LlmEngine for Echo {
+        fn stream(
+            &self,
+            prompt: Prompt,
+            params: GenerateParams,
+        ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+            Box::pin(async move {
+                if !self.loaded.load(Ordering::Relaxed) {
+                    return Err(EngineError::NotLoaded {
+                        model: self.model.id.clone(),
+                    });
+                }
+                params.validate()?;
+                let Prompt::Text(said) = prompt else {
+                    return Err(EngineError::EmptyPrompt);
+                };
+                Ok(stream::iter([started(), text(&said, &[1]), finished(1)].map(Ok)).boxed())
+            })
+        }
+
+        fn backend(&self) -> Backend {
+            Backend::Mock
+        }
+
+        fn model(&self) -> &ModelConfiguration {
+            &self.model
+        }
+
+        fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+            self.loaded.store(false, Ordering::Relaxed);
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    #[test]
+    fn generate_is_stream_collected_through_a_trait_object() {
+        let engine: Arc<dyn LlmEngine> = Arc::new(Echo::new());
+        let output = block_on(engine.generate(Prompt::text("hello"), GenerateParams::default())).unwrap();
+        assert_eq!(
+            (output.text.as_str(), output.tokens.as_slice()),
+            ("hello", &[1][..])
+        );
+        assert_eq!((output.backend, engine.backend()), (Backend::Mock, Backend::Mock));
+        assert_eq!(engine.model().id, "tiny");
+    }
+
+    #[test]
+    fn a_refusal_reaches_the_caller_of_generate() {
+        let engine = Echo::new();
+        let ask = |params| block_on(engine.generate(Prompt::text("hello"), params)).map(|output| output.text);
+        let error = ask(GenerateParams::default().with_top_p(2.0)).unwrap_err();
+        assert!(matches!(error, EngineError::InvalidParameter(_)), "{error:?}");
+        block_on(engine.unload()).unwrap();
+        let error = ask(GenerateParams::default()).unwrap_err();
+        assert!(matches!(error, EngineError::NotLoaded { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn an_error_in_the_stream_ends_it() {
+        let events = stream::iter([Ok(started()), Err(EngineError::OutOfMemory), Ok(finished(0))]);
+        assert!(matches!(
+            block_on(collect_events(events)),
+            Err(EngineError::OutOfMemory)
+        ));
+    }
+
+    #[test]
+    fn a_stream_cut_short_is_no_success() {
+        let error = block_on(collect_events(stream::iter([
+            Ok(started()),
+            Ok(text("half", &[1])),
+        ])))
+        .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "internal error: event stream ended without a finished event"
+        );
+    }
+
+    #[test]
+    fn nothing_is_read_past_the_end() {
+        let events = stream::iter([Ok(finished(0))]).chain(stream::pending());
+        assert_eq!(block_on(collect_events(events)).unwrap().text, "");
+    }
+
+    proptest! {
+        #[test]
+        fn the_output_is_the_pieces_joined(
+            pieces in prop::collection::vec((any::<String>(), prop::collection::vec(any::<u32>(), 0..4)), 0..8),
+        ) {
+            let ids: Vec<u32> = pieces.iter().flat_map(|(_, ids)| ids.clone()).collect();
+            let whole: String = pieces.iter().map(|(piece, _)| piece.as_str()).collect();
+            let middle = pieces.iter().map(|(piece, ids)| text(piece, ids));
+            let events = std::iter::once(started()).chain(middle).chain([finished(ids.len() as u32)]).map(Ok);
+            let output = block_on(collect_events(stream::iter(events))).unwrap();
+            prop_assert_eq!(output.text, whole);
+            prop_assert_eq!(output.tokens, ids);
+        }
+    }
+}

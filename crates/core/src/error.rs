@@ -1,0 +1,521 @@
+//! What can go wrong, in terms that a program can act on.
+
+use std::error::Error;
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::ParamError;
+
+/// Why a request or a load failed.
+///
+/// Messages are lowercase fragments that leave the source to [`Error::source`]; what the user can do about it is
+/// [`hint`](Self::hint). Errors are cheap to clone, so that one load can answer everyone who waits for it.
+///
+/// ```
+/// use std::time::Duration;
+/// use mlx_engine_core::EngineError;
+///
+/// let error = EngineError::QueueFull { retry_after: Duration::from_secs(2) };
+/// assert!(error.is_retryable());
+/// assert_eq!(error.retry_after(), Some(Duration::from_secs(2)));
+/// ```
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// A parameter is out of its range.
+    #[error("invalid parameter: {0}")]
+    InvalidParameter(ParamError),
+
+    /// The prompt has nothing to continue.
+    #[error("prompt is empty")]
+    EmptyPrompt,
+
+    /// The prompt leaves no room in the context.
+    #[error("prompt of {prompt_tokens} tokens does not fit the context of {context_length}")]
+    PromptTooLong {
+        /// Tokens of the prompt, after the template.
+        prompt_tokens: u64,
+        /// Tokens that the context holds.
+        context_length: u64,
+    },
+
+    /// No model answers to the name.
+    #[error("model `{reference}` not found")]
+    ModelNotFound {
+        /// The name, alias, repository or path that was asked for.
+        reference: String,
+        /// What was perhaps meant, or where to look.
+        hint: Option<String>,
+    },
+
+    /// A model was found and could not be loaded.
+    #[error("model `{model}` could not be loaded")]
+    ModelLoad {
+        /// The id of the model.
+        model: String,
+        /// What went wrong.
+        source: ErrorSource,
+    },
+
+    /// No architecture here runs the model.
+    #[error("model type `{model_type}` is not supported")]
+    UnsupportedModel {
+        /// The `model_type` of the checkpoint.
+        model_type: String,
+        /// The types that are supported.
+        supported: Vec<String>,
+    },
+
+    /// The tokenizer could not be built or could not encode.
+    #[error("tokenizer failed: {message}")]
+    Tokenizer {
+        /// What went wrong.
+        message: String,
+        /// Why.
+        source: Option<ErrorSource>,
+    },
+
+    /// The chat template does not compile or refuses the conversation.
+    #[error("chat template failed: {message}")]
+    Template {
+        /// What went wrong.
+        message: String,
+        /// Why.
+        source: Option<ErrorSource>,
+    },
+
+    /// MLX cannot run here.
+    #[error("mlx is unavailable: {reason}")]
+    MlxUnavailable {
+        /// Why.
+        reason: String,
+    },
+
+    /// The estimate says that it will not fit; nothing was allocated.
+    #[error("{required} bytes of memory required, {available} available")]
+    InsufficientMemory {
+        /// Bytes that it takes.
+        required: u64,
+        /// Bytes that are there.
+        available: u64,
+    },
+
+    /// The device refused an allocation in the middle of the work.
+    #[error("device is out of memory")]
+    OutOfMemory,
+
+    /// As many requests wait as may.
+    #[error("request queue is full, retry after {retry_after:?}")]
+    QueueFull {
+        /// When a place is likely to be free.
+        retry_after: Duration,
+    },
+
+    /// The model was unloaded.
+    #[error("model `{model}` is not loaded")]
+    NotLoaded {
+        /// The id of the model.
+        model: String,
+    },
+
+    /// The model is being loaded.
+    #[error("model `{model}` is still loading")]
+    LoadInProgress {
+        /// The id of the model.
+        model: String,
+    },
+
+    /// The caller cancelled the request before it began to answer.
+    #[error("request was cancelled")]
+    Cancelled,
+
+    /// The time that the caller allowed is over.
+    #[error("deadline of {limit:?} exceeded")]
+    DeadlineExceeded {
+        /// The time that was allowed.
+        limit: Duration,
+    },
+
+    /// The worker thread panicked while it held the request.
+    #[error("engine worker panicked: {message}")]
+    WorkerPanicked {
+        /// What the panic said.
+        message: String,
+    },
+
+    /// The device or its driver failed.
+    #[error("device failed: {message}")]
+    Device {
+        /// What failed.
+        message: String,
+        /// Why.
+        source: Option<ErrorSource>,
+    },
+
+    /// A promise inside the engine was broken.
+    #[error("internal error: {message}")]
+    Internal {
+        /// Which one.
+        message: String,
+    },
+}
+
+impl EngineError {
+    /// A [`ModelLoad`](Self::ModelLoad) error. The source may be an error or a message.
+    pub fn model_load(model: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::ModelLoad {
+            model: model.into(),
+            source: ErrorSource::new(source),
+        }
+    }
+
+    /// A [`Tokenizer`](Self::Tokenizer) error with its source.
+    pub fn tokenizer(message: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Tokenizer {
+            message: message.into(),
+            source: Some(ErrorSource::new(source)),
+        }
+    }
+
+    /// A [`Template`](Self::Template) error with its source.
+    pub fn template(message: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Template {
+            message: message.into(),
+            source: Some(ErrorSource::new(source)),
+        }
+    }
+
+    /// A [`Device`](Self::Device) error with its source.
+    pub fn device(message: impl Into<String>, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Device {
+            message: message.into(),
+            source: Some(ErrorSource::new(source)),
+        }
+    }
+
+    /// An [`Internal`](Self::Internal) error.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::Internal {
+            message: message.into(),
+        }
+    }
+
+    /// Whether the same request may succeed later, with nothing changed by the caller.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::OutOfMemory
+            | Self::QueueFull { .. }
+            | Self::LoadInProgress { .. }
+            | Self::WorkerPanicked { .. }
+            | Self::Device { .. } => true,
+            Self::InvalidParameter(_)
+            | Self::EmptyPrompt
+            | Self::PromptTooLong { .. }
+            | Self::ModelNotFound { .. }
+            | Self::ModelLoad { .. }
+            | Self::UnsupportedModel { .. }
+            | Self::Tokenizer { .. }
+            | Self::Template { .. }
+            | Self::MlxUnavailable { .. }
+            | Self::InsufficientMemory { .. }
+            | Self::NotLoaded { .. }
+            | Self::Cancelled
+            | Self::DeadlineExceeded { .. }
+            | Self::Internal { .. } => false,
+        }
+    }
+
+    /// How long to wait before trying again, where the engine can tell.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::QueueFull { retry_after } => Some(*retry_after),
+            _ => None,
+        }
+    }
+
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::ModelNotFound { hint, .. } => return hint.clone(),
+            Self::UnsupportedModel { supported, .. } if !supported.is_empty() => {
+                return Some(format!("supported model types: {}", supported.join(", ")));
+            }
+            Self::EmptyPrompt => "give at least one message, some text or one token",
+            Self::PromptTooLong { .. } => {
+                "shorten the prompt, drop the oldest messages, or choose a longer context"
+            }
+            Self::MlxUnavailable { .. } => {
+                "run on Apple silicon or Linux with the feature `mlx`, or choose the mock"
+            }
+            Self::InsufficientMemory { .. } => {
+                "choose a smaller model, fewer bits or a shorter context, or free memory"
+            }
+            Self::OutOfMemory => "lower the batch size, the context or the memory limit of the prefix cache",
+            Self::NotLoaded { .. } => "load the model again",
+            _ => return None,
+        };
+        Some(hint.to_owned())
+    }
+}
+
+// The message of a `ParamError` is part of ours, so it is no source: a printed chain would say it twice.
+impl From<ParamError> for EngineError {
+    fn from(error: ParamError) -> Self {
+        Self::InvalidParameter(error)
+    }
+}
+
+/// The source of an [`EngineError`], shared so that the error can be cloned.
+///
+/// It is not an error itself but dereferences to one: `error.source()` gives the original, which can be downcast.
+#[derive(Clone)]
+pub struct ErrorSource(Arc<dyn Error + Send + Sync>);
+
+impl ErrorSource {
+    /// Shares an error, or makes one of a message.
+    pub fn new(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self(source.into().into())
+    }
+}
+
+impl Deref for ErrorSource {
+    type Target = dyn Error + Send + Sync;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
+
+impl fmt::Debug for ErrorSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for ErrorSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::GenerateParams;
+
+    /// One of each variant, with its message, whether it is retryable, and its hint.
+    fn every_error() -> Vec<(EngineError, &'static str, bool, Option<&'static str>)> {
+        let model = || "tiny".to_owned();
+        let message = || "bad merge".to_owned();
+        vec![
+            (
+                ParamError::new("top_p", 7, "0 to 1").into(),
+                "invalid parameter: `top_p` is 7, allowed: 0 to 1",
+                false,
+                None,
+            ),
+            (
+                EngineError::EmptyPrompt,
+                "prompt is empty",
+                false,
+                Some("at least one message"),
+            ),
+            (
+                EngineError::PromptTooLong {
+                    prompt_tokens: 9000,
+                    context_length: 8192,
+                },
+                "prompt of 9000 tokens does not fit the context of 8192",
+                false,
+                Some("shorten the prompt"),
+            ),
+            (
+                EngineError::ModelNotFound {
+                    reference: "qwen9".to_owned(),
+                    hint: Some("did you mean qwen3?".into()),
+                },
+                "model `qwen9` not found",
+                false,
+                Some("did you mean qwen3?"),
+            ),
+            (
+                EngineError::model_load("tiny", "no weights"),
+                "model `tiny` could not be loaded",
+                false,
+                None,
+            ),
+            (
+                EngineError::UnsupportedModel {
+                    model_type: "mamba9".to_owned(),
+                    supported: vec!["llama".to_owned(), "qwen2".to_owned()],
+                },
+                "model type `mamba9` is not supported",
+                false,
+                Some("supported model types: llama, qwen2"),
+            ),
+            (
+                EngineError::Tokenizer {
+                    message: message(),
+                    source: None,
+                },
+                "tokenizer failed: bad merge",
+                false,
+                None,
+            ),
+            (
+                EngineError::template("line 3", "syntax"),
+                "chat template failed: line 3",
+                false,
+                None,
+            ),
+            (
+                EngineError::MlxUnavailable {
+                    reason: "simulator".to_owned(),
+                },
+                "mlx is unavailable: simulator",
+                false,
+                Some("choose the mock"),
+            ),
+            (
+                EngineError::InsufficientMemory {
+                    required: 9,
+                    available: 4,
+                },
+                "9 bytes of memory required, 4 available",
+                false,
+                Some("smaller model"),
+            ),
+            (
+                EngineError::OutOfMemory,
+                "device is out of memory",
+                true,
+                Some("batch size"),
+            ),
+            (
+                EngineError::QueueFull {
+                    retry_after: Duration::from_millis(1500),
+                },
+                "request queue is full, retry after 1.5s",
+                true,
+                None,
+            ),
+            (
+                EngineError::NotLoaded { model: model() },
+                "model `tiny` is not loaded",
+                false,
+                Some("load the model again"),
+            ),
+            (
+                EngineError::LoadInProgress { model: model() },
+                "model `tiny` is still loading",
+                true,
+                None,
+            ),
+            (EngineError::Cancelled, "request was cancelled", false, None),
+            (
+                EngineError::DeadlineExceeded {
+                    limit: Duration::from_secs(30),
+                },
+                "deadline of 30s exceeded",
+                false,
+                None,
+            ),
+            (
+                EngineError::WorkerPanicked {
+                    message: "index 3".to_owned(),
+                },
+                "engine worker panicked: index 3",
+                true,
+                None,
+            ),
+            (
+                EngineError::device("metal", "hang"),
+                "device failed: metal",
+                true,
+                None,
+            ),
+            (
+                EngineError::internal("no event"),
+                "internal error: no event",
+                false,
+                None,
+            ),
+        ]
+    }
+
+    #[test]
+    fn messages_retries_and_hints_read_as_written() {
+        for (error, message, retryable, hint) in every_error() {
+            assert_eq!(error.to_string(), message);
+            assert_eq!(error.is_retryable(), retryable, "{error:?}");
+            let given = error.hint();
+            assert_eq!(given.is_some(), hint.is_some(), "{error:?}");
+            assert!(
+                given.unwrap_or_default().contains(hint.unwrap_or_default()),
+                "{error:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn messages_are_lowercase_fragments() {
+        for (error, ..) in every_error() {
+            let message = error.to_string();
+            assert!(
+                !message.starts_with(char::is_uppercase) && !message.ends_with('.'),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn only_a_full_queue_says_when() {
+        for (error, ..) in every_error() {
+            let full = matches!(error, EngineError::QueueFull { .. });
+            assert_eq!(error.retry_after().is_some(), full, "{error:?}");
+        }
+    }
+
+    #[test]
+    fn the_source_survives_a_clone_and_can_be_downcast() {
+        let io = std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "truncated");
+        let error = EngineError::model_load("tiny", io).clone();
+        let source = error.source().unwrap();
+        assert_eq!(source.to_string(), "truncated");
+        let io = source.downcast_ref::<std::io::Error>().unwrap();
+        assert_eq!(io.kind(), std::io::ErrorKind::UnexpectedEof);
+
+        let error = EngineError::device("command buffer", "hang");
+        assert_eq!(error.source().unwrap().to_string(), "hang");
+        assert!(
+            EngineError::Device {
+                message: String::new(),
+                source: None
+            }
+            .source()
+            .is_none()
+        );
+    }
+
+    #[test]
+    fn a_refused_parameter_becomes_an_engine_error() {
+        fn submit(params: &GenerateParams) -> Result<(), EngineError> {
+            params.validate()?;
+            Ok(())
+        }
+        let error = submit(&GenerateParams::default().with_temperature(9.0)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "invalid parameter: `temperature` is 9, allowed: 0 to 2"
+        );
+        assert!(error.source().is_none(), "the message already says it");
+    }
+
+    #[test]
+    fn errors_cross_threads() {
+        fn check<T: Clone + Send + Sync + 'static>() {}
+        check::<EngineError>();
+    }
+}

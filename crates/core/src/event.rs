@@ -1,0 +1,316 @@
+//! What comes back: the events of a stream, and the output that they add up to.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Backend, Device};
+
+/// One event of a stream: [`Started`](Self::Started), any number of [`Text`](Self::Text), and
+/// [`Finished`](Self::Finished), which is the last.
+///
+/// A stream that fails ends with an error in place of `Finished`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum GenerationEvent {
+    /// The prompt is tokenized and admitted.
+    Started {
+        /// Tokens of the prompt, after the template.
+        prompt_tokens: u32,
+        /// Those of them that the prefix cache already held.
+        cached_tokens: u32,
+    },
+    /// More of the answer.
+    Text {
+        /// Whole characters, never half of a stop string. Empty where the tokens add no text.
+        text: String,
+        /// The tokens that this text resolves, in order: more than one where a character spans tokens or text was
+        /// held back, none where one token's text is delivered in pieces. Each token comes exactly once.
+        tokens: Vec<TokenInfo>,
+    },
+    /// The end, with everything that was measured.
+    Finished(GenerateSummary),
+}
+
+/// A generated token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenInfo {
+    /// The token id.
+    pub id: u32,
+    /// How likely it was, where [`GenerateParams::logprobs`](crate::GenerateParams::logprobs) asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprob: Option<TokenLogprob>,
+}
+
+impl From<u32> for TokenInfo {
+    fn from(id: u32) -> Self {
+        Self { id, logprob: None }
+    }
+}
+
+/// How likely a generated token was, and what else could have been.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// The token id.
+    pub token: u32,
+    /// Its text, where it is text by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// The natural logarithm of its probability, finite and at most 0.
+    pub logprob: f32,
+    /// The likeliest tokens of this step, likeliest first.
+    #[serde(default)]
+    pub top: Vec<TopLogprob>,
+}
+
+/// One of the likeliest tokens of a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TopLogprob {
+    /// The token id.
+    pub token: u32,
+    /// Its text, where it is text by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// The natural logarithm of its probability, finite and at most 0.
+    pub logprob: f32,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum FinishReason {
+    /// An end-of-sequence token, a stop token or a stop string.
+    Stop,
+    /// `max_tokens`, or the end of the context.
+    Length,
+    /// The caller's wish.
+    Cancelled,
+}
+
+impl fmt::Display for FinishReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+        })
+    }
+}
+
+/// Tokens, counted as tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Tokens of the prompt, cached ones included.
+    pub prompt_tokens: u32,
+    /// Tokens generated, the one that ended the generation included.
+    pub completion_tokens: u32,
+    /// Tokens of the prompt that the prefix cache already held.
+    pub cached_tokens: u32,
+}
+
+impl Usage {
+    /// Tokens of prompt and answer together.
+    pub fn total_tokens(self) -> u64 {
+        u64::from(self.prompt_tokens) + u64::from(self.completion_tokens)
+    }
+}
+
+/// Times measured on a monotonic clock. What did not happen is 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Timings {
+    /// Seconds that loading the model took, once for the engine.
+    pub load_s: f64,
+    /// Seconds from the submission of the request to its first token, waiting included.
+    pub ttft_s: f64,
+    /// Tokens of the prompt a second in prefill, cached ones not counted.
+    pub prompt_tps: f64,
+    /// Tokens generated a second, after the first.
+    pub generation_tps: f64,
+}
+
+/// The end of a stream: everything about a generation but what the events before it carried.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerateSummary {
+    /// The id of the model.
+    pub model: String,
+    /// What computed the tokens.
+    pub backend: Backend,
+    /// Where it ran.
+    pub device: Device,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens in and out.
+    pub usage: Usage,
+    /// What was measured.
+    pub timings: Timings,
+    /// The most device memory in use during the request; 0 for a backend that uses none.
+    pub peak_memory_bytes: u64,
+}
+
+/// A whole generation: what a stream adds up to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerateOutput {
+    /// The id of the model.
+    pub model: String,
+    /// What computed the tokens.
+    pub backend: Backend,
+    /// Where it ran.
+    pub device: Device,
+    /// The answer, without the stop string.
+    pub text: String,
+    /// The generated token ids.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens in and out.
+    pub usage: Usage,
+    /// What was measured.
+    pub timings: Timings,
+    /// The most device memory in use during the request; 0 for a backend that uses none.
+    pub peak_memory_bytes: u64,
+    /// How likely each token was, where the request asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<Vec<TokenLogprob>>,
+}
+
+impl GenerateOutput {
+    /// Joins what the text events carried with the summary that ended them. `logprobs` is `None` where no token has
+    /// one.
+    pub fn new(text: String, tokens: Vec<TokenInfo>, summary: GenerateSummary) -> Self {
+        let ids = tokens.iter().map(|token| token.id).collect();
+        let logprobs: Vec<_> = tokens.into_iter().filter_map(|token| token.logprob).collect();
+        let GenerateSummary {
+            model,
+            backend,
+            device,
+            finish_reason,
+            usage,
+            timings,
+            peak_memory_bytes,
+        } = summary;
+        Self {
+            model,
+            backend,
+            device,
+            text,
+            tokens: ids,
+            finish_reason,
+            usage,
+            timings,
+            peak_memory_bytes,
+            logprobs: (!logprobs.is_empty()).then_some(logprobs),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn summary() -> GenerateSummary {
+        GenerateSummary {
+            model: "tiny".to_owned(),
+            backend: Backend::Mock,
+            device: Device::Cpu,
+            finish_reason: FinishReason::Stop,
+            usage: Usage {
+                prompt_tokens: 3,
+                completion_tokens: 2,
+                cached_tokens: 1,
+            },
+            timings: Timings {
+                load_s: 0.5,
+                ttft_s: 0.25,
+                prompt_tps: 8.0,
+                generation_tps: 4.0,
+            },
+            peak_memory_bytes: 0,
+        }
+    }
+
+    #[test]
+    fn an_output_is_written_with_these_names_and_in_this_order() {
+        let output = GenerateOutput::new("hi".to_owned(), vec![7.into(), 9.into()], summary());
+        let json = serde_json::to_string(&output).unwrap();
+        assert_eq!(
+            json,
+            r#"{"model":"tiny","backend":"mock","device":"cpu","text":"hi","tokens":[7,9],"finish_reason":"stop","#
+                .to_owned()
+                + r#""usage":{"prompt_tokens":3,"completion_tokens":2,"cached_tokens":1},"#
+                + r#""timings":{"load_s":0.5,"ttft_s":0.25,"prompt_tps":8.0,"generation_tps":4.0},"#
+                + r#""peak_memory_bytes":0}"#
+        );
+        assert_eq!(serde_json::from_str::<GenerateOutput>(&json).unwrap(), output);
+    }
+
+    #[test]
+    fn logprobs_are_written_where_they_were_asked_for() {
+        let top = vec![TopLogprob {
+            token: 7,
+            text: None,
+            logprob: -0.5,
+        }];
+        let logprob = TokenLogprob {
+            token: 7,
+            text: Some("hi".to_owned()),
+            logprob: -0.5,
+            top,
+        };
+        let tokens = vec![TokenInfo {
+            id: 7,
+            logprob: Some(logprob),
+        }];
+        let output = GenerateOutput::new("hi".to_owned(), tokens, summary());
+        let json = serde_json::to_value(&output).unwrap();
+        assert_eq!(
+            json["logprobs"],
+            json!([{"token": 7, "text": "hi", "logprob": -0.5, "top": [{"token": 7, "logprob": -0.5}]}])
+        );
+        assert_eq!(serde_json::from_value::<GenerateOutput>(json).unwrap(), output);
+    }
+
+    #[test]
+    fn events_are_tagged_by_their_type() {
+        let check = |event: GenerationEvent, tag: &str| {
+            let json = serde_json::to_value(&event).unwrap();
+            assert_eq!(json["type"], tag);
+            assert_eq!(serde_json::from_value::<GenerationEvent>(json).unwrap(), event);
+        };
+        check(
+            GenerationEvent::Started {
+                prompt_tokens: 3,
+                cached_tokens: 1,
+            },
+            "started",
+        );
+        check(
+            GenerationEvent::Text {
+                text: "hi".to_owned(),
+                tokens: vec![7.into()],
+            },
+            "text",
+        );
+        check(GenerationEvent::Finished(summary()), "finished");
+    }
+
+    #[test]
+    fn finish_reasons_are_written_as_they_are_displayed() {
+        for reason in [FinishReason::Stop, FinishReason::Length, FinishReason::Cancelled] {
+            assert_eq!(serde_json::to_value(reason).unwrap(), reason.to_string());
+        }
+    }
+
+    #[test]
+    fn the_total_does_not_overflow() {
+        let usage = Usage {
+            prompt_tokens: u32::MAX,
+            completion_tokens: 1,
+            cached_tokens: 0,
+        };
+        assert_eq!(usage.total_tokens(), 1 << 32);
+    }
+}

@@ -1,0 +1,284 @@
+//! What a request says: messages of a conversation, raw text or tokens.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// Who speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions for the whole conversation.
+    System,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+    /// The result of a tool that the model called.
+    Tool,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::System => "system",
+            Self::User => "user",
+            Self::Assistant => "assistant",
+            Self::Tool => "tool",
+        })
+    }
+}
+
+/// A call that the model made to a tool.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ToolCall {
+    /// Ties the result to the call: see [`ChatMessage::tool_call_id`].
+    pub id: String,
+    /// The name of the tool.
+    pub name: String,
+    /// The arguments, parsed. Chat templates take them as an object.
+    pub arguments: Value,
+}
+
+/// One turn of a conversation.
+///
+/// ```
+/// use mlx_engine_core::{ChatMessage, Role};
+///
+/// let message = ChatMessage::user("Hello");
+/// assert_eq!(message.role, Role::User);
+/// assert_eq!(serde_json::to_string(&message)?, r#"{"role":"user","content":"Hello"}"#);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ChatMessage {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said. Empty where an assistant only calls tools.
+    #[serde(default)]
+    pub content: String,
+    /// The name of the speaker or of the tool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The tools that the assistant called in this turn.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+    /// The call that a message of [`Role::Tool`] answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
+    /// What the assistant thought before it answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+}
+
+impl ChatMessage {
+    /// A message with only a role and content.
+    pub fn new(role: Role, content: impl Into<String>) -> Self {
+        Self {
+            role,
+            content: content.into(),
+            name: None,
+            tool_calls: Vec::new(),
+            tool_call_id: None,
+            reasoning_content: None,
+        }
+    }
+
+    /// Instructions for the conversation.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self::new(Role::System, content)
+    }
+
+    /// What the person says.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self::new(Role::User, content)
+    }
+
+    /// What the model answered.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self::new(Role::Assistant, content)
+    }
+
+    /// The tools that the model called.
+    pub fn assistant_tool_calls(tool_calls: impl IntoIterator<Item = ToolCall>) -> Self {
+        Self {
+            tool_calls: tool_calls.into_iter().collect(),
+            ..Self::assistant("")
+        }
+    }
+
+    /// The result of the tool call with this id.
+    pub fn tool(tool_call_id: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            tool_call_id: Some(tool_call_id.into()),
+            ..Self::new(Role::Tool, content)
+        }
+    }
+
+    /// Sets [`name`](Self::name).
+    pub fn with_name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Sets [`reasoning_content`](Self::reasoning_content).
+    pub fn with_reasoning(mut self, reasoning: impl Into<String>) -> Self {
+        self.reasoning_content = Some(reasoning.into());
+        self
+    }
+}
+
+/// What the model is given to continue.
+///
+/// There is no conversion from a plain string: whether it is to pass through the chat template is the caller's
+/// choice, [`Prompt::user`] or [`Prompt::text`].
+///
+/// ```
+/// use mlx_engine_core::{ChatMessage, Prompt};
+///
+/// let question = Prompt::user("What is a monad?");
+/// assert_eq!(question, Prompt::chat([ChatMessage::user("What is a monad?")]));
+/// assert_ne!(question, Prompt::text("What is a monad?"));
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Prompt {
+    /// Raw text to continue, without a template.
+    Text(String),
+    /// A conversation, put through the model's chat template.
+    Chat {
+        /// The turns so far, oldest first.
+        messages: Vec<ChatMessage>,
+        /// JSON schemas of the tools on offer, in the form that the template takes.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        tools: Vec<Value>,
+        /// Further variables for the template, such as `enable_thinking`.
+        #[serde(default, skip_serializing_if = "Map::is_empty")]
+        template_args: Map<String, Value>,
+    },
+    /// Token ids, taken as they are.
+    Tokens(Vec<u32>),
+}
+
+impl Prompt {
+    /// Raw text, without a template.
+    pub fn text(text: impl Into<String>) -> Self {
+        Self::Text(text.into())
+    }
+
+    /// A conversation without tools.
+    pub fn chat(messages: impl IntoIterator<Item = ChatMessage>) -> Self {
+        Self::Chat {
+            messages: messages.into_iter().collect(),
+            tools: Vec::new(),
+            template_args: Map::new(),
+        }
+    }
+
+    /// A conversation of one turn of the user.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self::chat([ChatMessage::user(content)])
+    }
+
+    /// Token ids, taken as they are.
+    pub fn tokens(tokens: impl IntoIterator<Item = u32>) -> Self {
+        Self::Tokens(tokens.into_iter().collect())
+    }
+
+    /// Whether there is nothing to continue: no text, no message or no token.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Self::Text(text) => text.is_empty(),
+            Self::Chat { messages, .. } => messages.is_empty(),
+            Self::Tokens(tokens) => tokens.is_empty(),
+        }
+    }
+}
+
+impl From<ChatMessage> for Prompt {
+    fn from(message: ChatMessage) -> Self {
+        Self::chat([message])
+    }
+}
+
+impl From<Vec<ChatMessage>> for Prompt {
+    fn from(messages: Vec<ChatMessage>) -> Self {
+        Self::chat(messages)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn roles_are_written_as_they_are_displayed() {
+        for role in [Role::System, Role::User, Role::Assistant, Role::Tool] {
+            assert_eq!(serde_json::to_value(role).unwrap(), role.to_string());
+        }
+    }
+
+    #[test]
+    fn a_tool_turn_is_written_with_its_call() {
+        let call = ToolCall {
+            id: "c1".into(),
+            name: "add".into(),
+            arguments: json!({"a": 1, "b": 2}),
+        };
+        assert_eq!(
+            serde_json::to_value([
+                ChatMessage::assistant_tool_calls([call]),
+                ChatMessage::tool("c1", "3")
+            ])
+            .unwrap(),
+            json!([
+                {"role": "assistant", "content": "",
+                 "tool_calls": [{"id": "c1", "name": "add", "arguments": {"a": 1, "b": 2}}]},
+                {"role": "tool", "content": "3", "tool_call_id": "c1"},
+            ])
+        );
+    }
+
+    #[test]
+    fn prompts_are_tagged_by_their_kind() {
+        let check = |prompt: Prompt, expect: Value| {
+            assert_eq!(serde_json::to_value(&prompt).unwrap(), expect);
+            assert_eq!(serde_json::from_value::<Prompt>(expect).unwrap(), prompt);
+        };
+        check(Prompt::text("once"), json!({"text": "once"}));
+        check(Prompt::tokens([1, 2]), json!({"tokens": [1, 2]}));
+        check(
+            Prompt::user("hi"),
+            json!({"chat": {"messages": [{"role": "user", "content": "hi"}]}}),
+        );
+    }
+
+    #[test]
+    fn an_empty_prompt_is_seen() {
+        assert!(Prompt::text("").is_empty());
+        assert!(Prompt::chat([]).is_empty());
+        assert!(Prompt::tokens([]).is_empty());
+        // The template adds its own tokens around an empty turn.
+        assert!(!Prompt::user("").is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn messages_round_trip(
+            role in prop::sample::select(vec![Role::System, Role::User, Role::Assistant, Role::Tool]),
+            content in any::<String>(),
+            name in any::<Option<String>>(),
+            tool_call_id in any::<Option<String>>(),
+            reasoning_content in any::<Option<String>>(),
+        ) {
+            let message = ChatMessage { role, content, name, tool_calls: Vec::new(), tool_call_id, reasoning_content };
+            let json = serde_json::to_string(&message).unwrap();
+            prop_assert_eq!(serde_json::from_str::<ChatMessage>(&json).unwrap(), message);
+        }
+    }
+}

@@ -1,0 +1,472 @@
+//! What a request asks of sampling and stopping.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Serialize};
+
+/// How to sample and when to stop.
+///
+/// The defaults sample at temperature 0.7 from the whole distribution, with every penalty off, and stop after 512
+/// tokens. Ranges follow the OpenAI API where it has the parameter and mlx-lm where it has not.
+///
+/// ```
+/// use mlx_engine_core::GenerateParams;
+///
+/// let params = GenerateParams::default().with_max_tokens(128).with_top_p(0.9).with_stop(["\n\n"]).with_seed(7);
+/// params.validate()?;
+///
+/// let error = params.with_temperature(3.5).validate().unwrap_err();
+/// assert_eq!(error.to_string(), "`temperature` is 3.5, allowed: 0 to 2");
+/// # Ok::<(), mlx_engine_core::ParamError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GenerateParams {
+    /// The most tokens to generate; at least 1.
+    pub max_tokens: u32,
+    /// Divides the logits before sampling, 0 to 2. 0 takes the likeliest token.
+    pub temperature: f32,
+    /// Keeps the likeliest tokens whose probabilities sum to this, above 0 and at most 1. 1 keeps all.
+    pub top_p: f32,
+    /// Keeps this many of the likeliest tokens. 0 keeps all.
+    pub top_k: u32,
+    /// Keeps tokens at least this likely relative to the likeliest, 0 to 1. 0 keeps all.
+    pub min_p: f32,
+    /// Divides (or, below zero, multiplies) the logits of tokens seen in the window; above 0. 1 changes nothing.
+    pub repetition_penalty: f32,
+    /// How many of the latest tokens, prompt included, the repetition penalty looks at; at least 1.
+    pub repetition_window: u32,
+    /// Taken from the logit of each token generated so far, -2 to 2.
+    pub presence_penalty: f32,
+    /// Taken from the logit of each token once for every time it was generated, -2 to 2.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these token ids, -100 to 100.
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// Makes sampling repeatable; `None` draws a seed.
+    pub seed: Option<u64>,
+    /// Strings that end the generation and are not part of the text. None may be empty.
+    pub stop: Vec<String>,
+    /// Token ids that end the generation, beside the model's own.
+    pub stop_tokens: Vec<u32>,
+    /// Whether to report the log probability of each generated token.
+    pub logprobs: bool,
+    /// How many of the likeliest alternatives to report for each token, 0 to 20; above 0 `logprobs` has to be on.
+    pub top_logprobs: u8,
+    /// Generates past the model's end-of-sequence tokens, to `max_tokens`. For benchmarks.
+    pub ignore_eos: bool,
+}
+
+impl Default for GenerateParams {
+    fn default() -> Self {
+        Self {
+            max_tokens: 512,
+            temperature: 0.7,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            repetition_window: 20,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+            seed: None,
+            stop: Vec::new(),
+            stop_tokens: Vec::new(),
+            logprobs: false,
+            top_logprobs: 0,
+            ignore_eos: false,
+        }
+    }
+}
+
+impl GenerateParams {
+    /// The most alternatives that [`top_logprobs`](Self::top_logprobs) may ask for.
+    pub const MAX_TOP_LOGPROBS: u8 = 20;
+
+    /// Sets [`max_tokens`](Self::max_tokens).
+    pub fn with_max_tokens(mut self, max_tokens: u32) -> Self {
+        self.max_tokens = max_tokens;
+        self
+    }
+
+    /// Sets [`temperature`](Self::temperature).
+    pub fn with_temperature(mut self, temperature: f32) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    /// Sets [`top_p`](Self::top_p).
+    pub fn with_top_p(mut self, top_p: f32) -> Self {
+        self.top_p = top_p;
+        self
+    }
+
+    /// Sets [`top_k`](Self::top_k).
+    pub fn with_top_k(mut self, top_k: u32) -> Self {
+        self.top_k = top_k;
+        self
+    }
+
+    /// Sets [`min_p`](Self::min_p).
+    pub fn with_min_p(mut self, min_p: f32) -> Self {
+        self.min_p = min_p;
+        self
+    }
+
+    /// Sets [`repetition_penalty`](Self::repetition_penalty).
+    pub fn with_repetition_penalty(mut self, penalty: f32) -> Self {
+        self.repetition_penalty = penalty;
+        self
+    }
+
+    /// Sets [`repetition_window`](Self::repetition_window).
+    pub fn with_repetition_window(mut self, tokens: u32) -> Self {
+        self.repetition_window = tokens;
+        self
+    }
+
+    /// Sets [`presence_penalty`](Self::presence_penalty).
+    pub fn with_presence_penalty(mut self, penalty: f32) -> Self {
+        self.presence_penalty = penalty;
+        self
+    }
+
+    /// Sets [`frequency_penalty`](Self::frequency_penalty).
+    pub fn with_frequency_penalty(mut self, penalty: f32) -> Self {
+        self.frequency_penalty = penalty;
+        self
+    }
+
+    /// Sets [`logit_bias`](Self::logit_bias).
+    pub fn with_logit_bias(mut self, bias: impl IntoIterator<Item = (u32, f32)>) -> Self {
+        self.logit_bias = bias.into_iter().collect();
+        self
+    }
+
+    /// Sets [`seed`](Self::seed).
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Sets [`stop`](Self::stop).
+    pub fn with_stop<S: Into<String>>(mut self, stop: impl IntoIterator<Item = S>) -> Self {
+        self.stop = stop.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets [`stop_tokens`](Self::stop_tokens).
+    pub fn with_stop_tokens(mut self, stop_tokens: impl IntoIterator<Item = u32>) -> Self {
+        self.stop_tokens = stop_tokens.into_iter().collect();
+        self
+    }
+
+    /// Sets [`logprobs`](Self::logprobs).
+    pub fn with_logprobs(mut self, logprobs: bool) -> Self {
+        self.logprobs = logprobs;
+        self
+    }
+
+    /// Sets [`top_logprobs`](Self::top_logprobs), and turns [`logprobs`](Self::logprobs) on where it is above 0.
+    pub fn with_top_logprobs(mut self, top_logprobs: u8) -> Self {
+        self.top_logprobs = top_logprobs;
+        self.logprobs |= top_logprobs > 0;
+        self
+    }
+
+    /// Sets [`ignore_eos`](Self::ignore_eos).
+    pub fn with_ignore_eos(mut self, ignore_eos: bool) -> Self {
+        self.ignore_eos = ignore_eos;
+        self
+    }
+
+    /// Whether each step takes the likeliest token, which makes the seed irrelevant.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+
+    /// Checks every field against its range. NaN and the infinities are in no range.
+    ///
+    /// # Errors
+    ///
+    /// The first field that is out of range, with its value and what is allowed.
+    pub fn validate(&self) -> Result<(), ParamError> {
+        at_least_one("max_tokens", self.max_tokens)?;
+        within("temperature", self.temperature, 0.0..=2.0)?;
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(ParamError::new("top_p", self.top_p, "above 0 and at most 1"));
+        }
+        within("min_p", self.min_p, 0.0..=1.0)?;
+        if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
+            return Err(ParamError::new(
+                "repetition_penalty",
+                self.repetition_penalty,
+                "above 0 and finite",
+            ));
+        }
+        at_least_one("repetition_window", self.repetition_window)?;
+        within("presence_penalty", self.presence_penalty, -2.0..=2.0)?;
+        within("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?;
+        for (token, &bias) in &self.logit_bias {
+            within(format_args!("logit_bias[{token}]"), bias, -100.0..=100.0)?;
+        }
+        if let Some(index) = self.stop.iter().position(String::is_empty) {
+            return Err(ParamError::new(
+                format_args!("stop[{index}]"),
+                "\"\"",
+                "a string that is not empty",
+            ));
+        }
+        if self.top_logprobs > Self::MAX_TOP_LOGPROBS {
+            return Err(ParamError::new("top_logprobs", self.top_logprobs, "0 to 20"));
+        }
+        if self.top_logprobs > 0 && !self.logprobs {
+            return Err(ParamError::new(
+                "top_logprobs",
+                self.top_logprobs,
+                "0 while `logprobs` is false",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// A comparison with NaN is false, so NaN is in no range.
+fn within(field: impl fmt::Display, value: f32, range: RangeInclusive<f32>) -> Result<(), ParamError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(ParamError::new(
+        field,
+        value,
+        format_args!("{} to {}", range.start(), range.end()),
+    ))
+}
+
+fn at_least_one(field: &str, value: u32) -> Result<(), ParamError> {
+    if value > 0 {
+        Ok(())
+    } else {
+        Err(ParamError::new(field, value, "1 or more"))
+    }
+}
+
+/// A parameter that is out of its range.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` is {value}, allowed: {allowed}")]
+pub struct ParamError {
+    field: String,
+    value: String,
+    allowed: String,
+}
+
+impl ParamError {
+    /// Says that `field` has `value` where only `allowed` would do.
+    pub fn new(field: impl fmt::Display, value: impl fmt::Display, allowed: impl fmt::Display) -> Self {
+        Self {
+            field: field.to_string(),
+            value: value.to_string(),
+            allowed: allowed.to_string(),
+        }
+    }
+
+    /// The field, as it is spelled in requests: `temperature`, `logit_bias[42]`.
+    pub fn field(&self) -> &str {
+        &self.field
+    }
+
+    /// The value that was refused.
+    pub fn value(&self) -> &str {
+        &self.value
+    }
+
+    /// What the field may be.
+    pub fn allowed(&self) -> &str {
+        &self.allowed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn check(params: GenerateParams, expect: &str) {
+        let message = params
+            .validate()
+            .map_or_else(|error| error.to_string(), |()| "valid".to_owned());
+        assert_eq!(message, expect, "{params:?}");
+    }
+
+    fn params() -> GenerateParams {
+        GenerateParams::default()
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        check(params(), "valid");
+    }
+
+    #[test]
+    fn a_refusal_names_the_field_the_value_and_the_range() {
+        check(
+            params().with_max_tokens(0),
+            "`max_tokens` is 0, allowed: 1 or more",
+        );
+        check(
+            params().with_temperature(-0.1),
+            "`temperature` is -0.1, allowed: 0 to 2",
+        );
+        check(
+            params().with_temperature(f32::NAN),
+            "`temperature` is NaN, allowed: 0 to 2",
+        );
+        check(
+            params().with_temperature(f32::INFINITY),
+            "`temperature` is inf, allowed: 0 to 2",
+        );
+        check(
+            params().with_top_p(0.0),
+            "`top_p` is 0, allowed: above 0 and at most 1",
+        );
+        check(
+            params().with_top_p(f32::NAN),
+            "`top_p` is NaN, allowed: above 0 and at most 1",
+        );
+        check(params().with_min_p(1.5), "`min_p` is 1.5, allowed: 0 to 1");
+        check(
+            params().with_repetition_penalty(0.0),
+            "`repetition_penalty` is 0, allowed: above 0 and finite",
+        );
+        check(
+            params().with_repetition_penalty(f32::INFINITY),
+            "`repetition_penalty` is inf, allowed: above 0 and finite",
+        );
+        check(
+            params().with_repetition_window(0),
+            "`repetition_window` is 0, allowed: 1 or more",
+        );
+        check(
+            params().with_presence_penalty(2.5),
+            "`presence_penalty` is 2.5, allowed: -2 to 2",
+        );
+        check(
+            params().with_frequency_penalty(-3.0),
+            "`frequency_penalty` is -3, allowed: -2 to 2",
+        );
+        check(
+            params().with_logit_bias([(1, 0.5), (42, 101.0)]),
+            "`logit_bias[42]` is 101, allowed: -100 to 100",
+        );
+        check(
+            params().with_stop(["a", ""]),
+            "`stop[1]` is \"\", allowed: a string that is not empty",
+        );
+        check(
+            params().with_top_logprobs(21),
+            "`top_logprobs` is 21, allowed: 0 to 20",
+        );
+        check(
+            params().with_top_logprobs(5).with_logprobs(false),
+            "`top_logprobs` is 5, allowed: 0 while `logprobs` is false",
+        );
+    }
+
+    #[test]
+    fn the_ends_of_the_ranges_are_valid() {
+        check(
+            params()
+                .with_temperature(0.0)
+                .with_top_p(1.0)
+                .with_min_p(1.0)
+                .with_max_tokens(1),
+            "valid",
+        );
+        check(
+            params()
+                .with_temperature(2.0)
+                .with_presence_penalty(-2.0)
+                .with_frequency_penalty(2.0),
+            "valid",
+        );
+        check(
+            params()
+                .with_logit_bias([(0, -100.0), (1, 100.0)])
+                .with_top_logprobs(20),
+            "valid",
+        );
+    }
+
+    #[test]
+    fn an_empty_object_is_the_defaults() {
+        assert_eq!(serde_json::from_str::<GenerateParams>("{}").unwrap(), params());
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_by_name() {
+        let error = serde_json::from_str::<GenerateParams>(r#"{"temprature": 0.5}"#)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("unknown field `temprature`"), "{error}");
+    }
+
+    prop_compose! {
+        fn valid_params()(
+            (max_tokens, repetition_window, top_k) in (1u32.., 1u32.., any::<u32>()),
+            temperature in 0.0f32..=2.0,
+            top_p in 0.001f32..=1.0,
+            min_p in 0.0f32..=1.0,
+            repetition_penalty in 0.001f32..=10.0,
+            (presence_penalty, frequency_penalty) in (-2.0f32..=2.0, -2.0f32..=2.0),
+            logit_bias in prop::collection::btree_map(any::<u32>(), -100.0f32..=100.0, 0..4),
+            seed in any::<Option<u64>>(),
+            stop in prop::collection::vec(".{1,8}", 0..4),
+            stop_tokens in prop::collection::vec(any::<u32>(), 0..4),
+            (top_logprobs, ignore_eos) in (0u8..=20, any::<bool>()),
+        ) -> GenerateParams {
+            GenerateParams {
+                max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, repetition_window,
+                presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_tokens,
+                logprobs: top_logprobs > 0, top_logprobs, ignore_eos,
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_in_range_is_valid_and_round_trips(params in valid_params()) {
+            prop_assert_eq!(params.validate(), Ok(()));
+            let json = serde_json::to_string(&params).unwrap();
+            prop_assert_eq!(serde_json::from_str::<GenerateParams>(&json).unwrap(), params);
+        }
+
+        #[test]
+        fn validation_never_lets_a_number_that_is_not_finite_through(
+            bad in prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]),
+            field in 0usize..7,
+            params in valid_params(),
+        ) {
+            let (params, name) = match field {
+                0 => (params.with_temperature(bad), "temperature"),
+                1 => (params.with_top_p(bad), "top_p"),
+                2 => (params.with_min_p(bad), "min_p"),
+                3 => (params.with_repetition_penalty(bad), "repetition_penalty"),
+                4 => (params.with_presence_penalty(bad), "presence_penalty"),
+                5 => (params.with_frequency_penalty(bad), "frequency_penalty"),
+                _ => (params.with_logit_bias([(9, bad)]), "logit_bias[9]"),
+            };
+            let error = params.validate().unwrap_err();
+            prop_assert_eq!(error.field(), name);
+        }
+
+        #[test]
+        fn validation_refuses_whatever_is_out_of_range(temperature in any::<f32>(), top_p in any::<f32>()) {
+            let params = GenerateParams::default().with_temperature(temperature).with_top_p(top_p);
+            let allowed = (0.0..=2.0).contains(&temperature) && top_p > 0.0 && top_p <= 1.0;
+            prop_assert_eq!(params.validate().is_ok(), allowed);
+        }
+    }
+}
