@@ -294,7 +294,7 @@ mod tests {
 
     use super::*;
 
-    fn check(params: GenerateParams, expect: &str) {
+    fn check(params: &GenerateParams, expect: &str) {
         let message = params
             .validate()
             .map_or_else(|error| error.to_string(), |()| "valid".to_owned());
@@ -307,70 +307,70 @@ mod tests {
 
     #[test]
     fn the_defaults_are_valid() {
-        check(params(), "valid");
+        check(&params(), "valid");
     }
 
     #[test]
     fn a_refusal_names_the_field_the_value_and_the_range() {
         check(
-            params().with_max_tokens(0),
+            &params().with_max_tokens(0),
             "`max_tokens` is 0, allowed: 1 or more",
         );
         check(
-            params().with_temperature(-0.1),
+            &params().with_temperature(-0.1),
             "`temperature` is -0.1, allowed: 0 to 2",
         );
         check(
-            params().with_temperature(f32::NAN),
+            &params().with_temperature(f32::NAN),
             "`temperature` is NaN, allowed: 0 to 2",
         );
         check(
-            params().with_temperature(f32::INFINITY),
+            &params().with_temperature(f32::INFINITY),
             "`temperature` is inf, allowed: 0 to 2",
         );
         check(
-            params().with_top_p(0.0),
+            &params().with_top_p(0.0),
             "`top_p` is 0, allowed: above 0 and at most 1",
         );
         check(
-            params().with_top_p(f32::NAN),
+            &params().with_top_p(f32::NAN),
             "`top_p` is NaN, allowed: above 0 and at most 1",
         );
-        check(params().with_min_p(1.5), "`min_p` is 1.5, allowed: 0 to 1");
+        check(&params().with_min_p(1.5), "`min_p` is 1.5, allowed: 0 to 1");
         check(
-            params().with_repetition_penalty(0.0),
+            &params().with_repetition_penalty(0.0),
             "`repetition_penalty` is 0, allowed: above 0 and finite",
         );
         check(
-            params().with_repetition_penalty(f32::INFINITY),
+            &params().with_repetition_penalty(f32::INFINITY),
             "`repetition_penalty` is inf, allowed: above 0 and finite",
         );
         check(
-            params().with_repetition_window(0),
+            &params().with_repetition_window(0),
             "`repetition_window` is 0, allowed: 1 or more",
         );
         check(
-            params().with_presence_penalty(2.5),
+            &params().with_presence_penalty(2.5),
             "`presence_penalty` is 2.5, allowed: -2 to 2",
         );
         check(
-            params().with_frequency_penalty(-3.0),
+            &params().with_frequency_penalty(-3.0),
             "`frequency_penalty` is -3, allowed: -2 to 2",
         );
         check(
-            params().with_logit_bias([(1, 0.5), (42, 101.0)]),
+            &params().with_logit_bias([(1, 0.5), (42, 101.0)]),
             "`logit_bias[42]` is 101, allowed: -100 to 100",
         );
         check(
-            params().with_stop(["a", ""]),
+            &params().with_stop(["a", ""]),
             "`stop[1]` is \"\", allowed: a string that is not empty",
         );
         check(
-            params().with_top_logprobs(21),
+            &params().with_top_logprobs(21),
             "`top_logprobs` is 21, allowed: 0 to 20",
         );
         check(
-            params().with_top_logprobs(5).with_logprobs(false),
+            &params().with_top_logprobs(5).with_logprobs(false),
             "`top_logprobs` is 5, allowed: 0 while `logprobs` is false",
         );
     }
@@ -378,7 +378,7 @@ mod tests {
     #[test]
     fn the_ends_of_the_ranges_are_valid() {
         check(
-            params()
+            &params()
                 .with_temperature(0.0)
                 .with_top_p(1.0)
                 .with_min_p(1.0)
@@ -386,14 +386,14 @@ mod tests {
             "valid",
         );
         check(
-            params()
+            &params()
                 .with_temperature(2.0)
                 .with_presence_penalty(-2.0)
                 .with_frequency_penalty(2.0),
             "valid",
         );
         check(
-            params()
+            &params()
                 .with_logit_bias([(0, -100.0), (1, 100.0)])
                 .with_top_logprobs(20),
             "valid",
