@@ -21,8 +21,25 @@ pub struct ModelQuery {
     min_parameters: Option<u64>,
     max_parameters: Option<u64>,
     max_size_bytes: Option<u64>,
-    bits: Option<Option<u8>>,
+    weights: Option<Weights>,
     min_context: Option<u32>,
+}
+
+/// How weights are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Weights {
+    FloatingPoint,
+    Quantized { bits: u8 },
+}
+
+impl Weights {
+    fn of(model: &ModelConfiguration) -> Self {
+        model
+            .quantization
+            .map_or(Self::FloatingPoint, |quantization| Self::Quantized {
+                bits: quantization.bits(),
+            })
+    }
 }
 
 impl ModelQuery {
@@ -68,9 +85,15 @@ impl ModelQuery {
         self
     }
 
-    /// Weights of this many bits; `None` asks for weights in floating point.
-    pub fn with_bits(mut self, bits: impl Into<Option<u8>>) -> Self {
-        self.bits = Some(bits.into());
+    /// Weights quantized to this many bits. Takes the place of [`with_floating_point`](Self::with_floating_point).
+    pub fn with_bits(mut self, bits: u8) -> Self {
+        self.weights = Some(Weights::Quantized { bits });
+        self
+    }
+
+    /// Weights that are not quantized. Takes the place of [`with_bits`](Self::with_bits).
+    pub fn with_floating_point(mut self) -> Self {
+        self.weights = Some(Weights::FloatingPoint);
         self
     }
 
@@ -97,9 +120,7 @@ impl ModelQuery {
             && self
                 .max_size_bytes
                 .is_none_or(|max| at_most(model.size_bytes, max))
-            && self
-                .bits
-                .is_none_or(|wanted| wanted == model.quantization.map(|quantization| quantization.bits()))
+            && self.weights.is_none_or(|wanted| wanted == Weights::of(model))
             && self
                 .min_context
                 .is_none_or(|min| at_least(model.context_length.into(), min.into()))
@@ -168,7 +189,8 @@ mod tests {
             (query().with_max_size_bytes(3_999_999_999), false),
             (query().with_bits(4), true),
             (query().with_bits(8), false),
-            (query().with_bits(None), false),
+            (query().with_floating_point(), false),
+            (query().with_floating_point().with_bits(4), true),
             (query().with_min_context(8192), true),
             (query().with_min_context(8193), false),
             (query().with_type(ModelType::Chat).with_bits(8), false),
@@ -189,6 +211,6 @@ mod tests {
         ] {
             assert!(!query.matches(&unknown), "{query:?}");
         }
-        assert!(query().with_bits(None).matches(&unknown));
+        assert!(query().with_floating_point().matches(&unknown));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use mlx_engine_core::{ModelConfiguration, ModelType};
+use mlx_engine_core::{ModelConfiguration, ModelType, Quantization};
 use mlx_engine_registry::{ModelQuery, ModelRegistry};
 
 /// Models whose makers round by more than 15 %: 1.24B, 2.61B and 1.78B in fact.
@@ -149,7 +149,7 @@ fn parameters_agree_with_the_id() {
 #[test]
 fn sizes_agree_with_parameters_and_bits() {
     for model in models() {
-        let bits = model.quantization.map_or(16, |quantization| quantization.bits());
+        let bits = model.quantization.map_or(16, Quantization::bits);
         let packed = model.parameters as f64 * f64::from(bits) / 8.0;
         let ratio = model.size_bytes as f64 / packed;
         assert!((0.8..=1.6).contains(&ratio), "{}: {ratio}", model.id);
@@ -160,7 +160,7 @@ fn sizes_agree_with_parameters_and_bits() {
 fn bits_agree_with_the_id() {
     for model in models() {
         let id = model.id.to_ascii_lowercase();
-        let bits = model.quantization.map(|quantization| quantization.bits());
+        let bits = model.quantization.map(Quantization::bits);
         let expect = [("4bit", 4), ("8bit", 8), ("mxfp4", 4)]
             .into_iter()
             .find_map(|(mark, bits)| id.contains(mark).then_some(bits));
