@@ -9,6 +9,7 @@ use crate::cache::{KvCache, Sequence};
 use crate::device::{self, DeviceInfo};
 use crate::layers::{Linear, Matrix, Norm, Rope};
 use crate::names::{Part, Place};
+use crate::sampling::log_softmax;
 use crate::weights::Loader;
 use crate::{DecoderSpec, ModelError, Source};
 
@@ -248,6 +249,29 @@ impl Decoder {
     pub fn forward_unread(&self, token: &Array, sequence: &mut Sequence) -> Result<Array, ModelError> {
         let hidden = self.hidden(&token.reshape(&[1, 1])?, sequence)?;
         self.logits(&hidden.index((.., -1, ..)))
+    }
+
+    /// Feeds tokens and returns the log-probability of each of `next`, which are the tokens that follow each of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`forward`](Self::forward), and where MLX fails.
+    pub fn score(
+        &self,
+        tokens: &[u32],
+        next: &[u32],
+        sequence: &mut Sequence,
+    ) -> Result<Vec<f32>, ModelError> {
+        let logits = self.forward_all(tokens, sequence)?;
+        logits.eval()?;
+        let rows = logits.try_as_slice::<f32>()?.chunks_exact(self.spec.vocab_size);
+        let vocabulary = self.spec.vocab_size;
+        rows.zip(next)
+            .map(|(row, &token)| {
+                let logprob = log_softmax(row).get(token as usize).copied();
+                logprob.ok_or(ModelError::Token { token, vocabulary })
+            })
+            .collect()
     }
 
     fn ids(&self, tokens: &[u32]) -> Result<Array, ModelError> {

@@ -40,6 +40,6 @@ pub use decoder::Decoder;
 pub use device::{DeviceInfo, active_memory, clear_cache, detect, peak_memory, reset_peak_memory};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};
-pub use sampling::{Sampled, Sampler, Step, log_softmax};
+pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax};
 pub use source::Source;
 pub use spec::{DecoderSpec, RopeScaling, RopeSpec};

@@ -12,6 +12,9 @@ use mlx_rs::{Array, ops, random, transforms};
 
 use crate::ModelError;
 
+/// Logits on the device, `[1, vocab_size]` float32.
+pub type Logits = Array;
+
 /// Chooses the tokens of one request.
 #[derive(Clone, Debug)]
 pub struct Sampler {

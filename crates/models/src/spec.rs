@@ -122,6 +122,17 @@ impl DecoderSpec {
         2 * self.layers * self.kv_heads * self.head_dim * element_bytes
     }
 
+    /// The number of weights.
+    pub fn parameters(&self) -> u64 {
+        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let attention = self.hidden_size * (2 * queries + 2 * keys);
+        let biases = if self.qkv_bias { queries + 2 * keys } else { 0 };
+        let norms = 2 * self.hidden_size + if self.qk_norm { 2 * self.head_dim } else { 0 };
+        let block = attention + biases + norms + 3 * self.hidden_size * self.intermediate_size;
+        let embeddings = if self.tied_embeddings { 1 } else { 2 } * self.vocab_size * self.hidden_size;
+        (self.layers * block + embeddings + self.hidden_size) as u64
+    }
+
     /// Checks what the layers rely on.
     pub(crate) fn validate(self) -> Result<Self, crate::ModelError> {
         let sizes = [

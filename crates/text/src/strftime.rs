@@ -65,10 +65,9 @@ pub(crate) fn strftime(format: &str, time: SystemTime) -> String {
                     Some('A') => out.push_str(weekday),
                     Some('a') => out.push_str(&weekday[..3]),
                     Some('p') => out.push_str(if hour < 12 { "AM" } else { "PM" }),
-                    Some('%') => out.push('%'),
                     Some('Z') => out.push_str("UTC"),
-                    Some(other) => out.extend(['%', other]),
-                    None => out.push('%'),
+                    Some(other) if other != '%' => out.extend(['%', other]),
+                    _ => out.push('%'),
                 }
                 continue;
             }

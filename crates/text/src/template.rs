@@ -65,8 +65,8 @@ impl TemplateContext {
 
     /// The text of the tokens that begin and end a sequence.
     pub fn with_special_tokens(mut self, bos: &str, eos: &str) -> Self {
-        self.bos_token = bos.to_owned();
-        self.eos_token = eos.to_owned();
+        bos.clone_into(&mut self.bos_token);
+        eos.clone_into(&mut self.eos_token);
         self
     }
 
@@ -252,6 +252,10 @@ fn quoted(text: &str) -> String {
 }
 
 /// `json.dumps(value, ensure_ascii=False, indent=indent)`: spaces after the separators, no escapes for HTML.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja hands options over by value"
+)]
 fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     // transformers takes these too, and templates pass the defaults.

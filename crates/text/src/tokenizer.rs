@@ -38,7 +38,7 @@ struct Inner {
 #[derive(Debug)]
 enum Kind {
     HuggingFace(Box<tokenizers::Tokenizer>),
-    Spm(Spm, Vec<String>),
+    Spm(Box<Spm>, Vec<String>),
 }
 
 /// Texts of tokens that end a model's turn, whatever its configuration says: files in use often name the end of the
@@ -167,7 +167,10 @@ impl Tokenizer {
         let eos_token = vocabulary.eos.map(|id| vocabulary.tokens[id as usize].clone());
         let (kind, adds_bos) = match vocabulary.model.as_str() {
             "gpt2" => (Kind::HuggingFace(Box::new(byte_level(&vocabulary)?)), false),
-            "llama" => (Kind::Spm(Spm::new(&vocabulary)?, vocabulary.tokens.clone()), true),
+            "llama" => (
+                Kind::Spm(Box::new(Spm::new(&vocabulary)?), vocabulary.tokens.clone()),
+                true,
+            ),
             other => {
                 let message = format!("the tokenizer model `{other}` is not known, known are: gpt2, llama");
                 return Err(TextError::Vocabulary { message });
