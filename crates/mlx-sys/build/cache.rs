@@ -25,7 +25,11 @@ pub const LIBCLANG: &str = "libclang-18.1.1/clang/native";
 /// The folder that `cargo xtask setup` fills: `MLX_ENGINE_CACHE` where that is set, else `mlx-engine` in the user's
 /// cache folder.
 pub fn cache_dir() -> Option<PathBuf> {
-    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name: &str| {
+        env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     set("MLX_ENGINE_CACHE").or_else(|| {
         let user = if cfg!(target_os = "macos") {
             set("HOME")?.join("Library/Caches")

@@ -1,0 +1,5 @@
+//! In the making.
+use crate::error::Result;
+pub(crate) fn run() -> Result<()> {
+    Ok(())
+}
