@@ -235,7 +235,7 @@ fn sha256(path: &Path) -> Result<String> {
     let mut buffer = vec![0; 1 << 17];
     loop {
         match file.read(&mut buffer).context("read", path)? {
-            0 => return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            0 => return Ok(format!("{:x}", hash.finalize())),
             count => hash.update(&buffer[..count]),
         }
     }

@@ -1,7 +1,6 @@
 //! `cargo xtask setup`: fills the cache that the build and the tests read.
 
 use std::env;
-use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -160,18 +159,16 @@ fn is_libclang(name: &str) -> bool {
     let Some(rest) = name.strip_prefix("libclang") else {
         return false;
     };
-    match Path::new(name).extension().and_then(OsStr::to_str) {
-        Some("dylib") => rest == ".dylib",
-        _ => {
-            let Some((before, _)) = rest.split_once(".so") else {
-                return false;
-            };
-            before.is_empty()
-                || before
-                    .strip_prefix('-')
-                    .is_some_and(|v| v.starts_with(|c: char| c.is_ascii_digit()))
-        }
+    if rest == ".dylib" {
+        return true;
     }
+    let Some((version, _)) = rest.split_once(".so") else {
+        return false;
+    };
+    version.is_empty()
+        || version
+            .strip_prefix('-')
+            .is_some_and(|v| v.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 fn file_names(folder: &Path) -> Vec<String> {

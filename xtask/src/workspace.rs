@@ -23,13 +23,6 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// What `cargo metadata` says of the workspace alone.
-pub(crate) fn metadata() -> Result<Value> {
-    let mut command = cargo();
-    command.args(["metadata", "--format-version", "1", "--no-deps"]);
-    json(&mut command)
-}
-
 /// Runs a command and reads its output as JSON.
 pub(crate) fn json(command: &mut Command) -> Result<Value> {
     let output = output(command)?;
@@ -114,13 +107,6 @@ mod tests {
     fn the_root_has_the_workspace_manifest() {
         assert!(root().join("Cargo.toml").is_file());
         assert!(root().join("xtask").is_dir());
-    }
-
-    #[test]
-    fn metadata_knows_this_program() {
-        let metadata = metadata().unwrap();
-        let packages = metadata["packages"].as_array().unwrap();
-        assert!(packages.iter().any(|package| package["name"] == "xtask"));
     }
 
     #[test]
