@@ -28,11 +28,11 @@ pub(crate) enum Error {
     },
 
     #[error(
-        "{} is not the file this workspace pins\n  expected SHA-256 {expected}\n  got      SHA-256 {got}\n  \
-         {}", file.display(), advice(*by_hand)
+        "{file} is not the file that this workspace pins\n  expected SHA-256 {expected}\n  got      SHA-256 {got}\n  \
+         {}", advice(*by_hand)
     )]
     Hash {
-        file: PathBuf,
+        file: String,
         expected: &'static str,
         got: String,
         by_hand: bool,

