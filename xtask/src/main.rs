@@ -1,2 +1,73 @@
-//! Automation of this repository.
-fn main() {}
+//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `fixtures`, `bench`.
+
+mod bench;
+#[path = "../../crates/mlx-sys/build/cache.rs"]
+#[expect(
+    unreachable_pub,
+    reason = "the file is shared with the build script of mlx-sys"
+)]
+mod cache;
+mod demo;
+mod downloads;
+mod error;
+mod fetch;
+mod fixtures;
+mod layers;
+mod lint;
+mod packages;
+mod progress;
+mod setup;
+mod staging;
+mod test;
+mod tidy;
+mod unpack;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "Automation of this repository",
+    disable_help_subcommand = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fetch MLX, the mlx-c sources, libclang (where none is installed) and the test model into the cache
+    Setup(setup::Args),
+    /// Run every test: with MLX, the documentation, and once more without MLX
+    Test(test::Args),
+    /// Ask the test model a question, with real MLX
+    Demo,
+    /// Check formatting, clippy, the layers, house rules and the documentation
+    Lint,
+    /// Make the oracle fixtures again with mlx-lm
+    Fixtures(fixtures::Args),
+    /// Run the benches
+    Bench(bench::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Setup(args) => setup::run(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Demo => demo::run(),
+        Command::Lint => lint::run(),
+        Command::Fixtures(args) => fixtures::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! `cargo xtask bench`: the benches of the workspace, with the test model at hand.
+
+use crate::error::Result;
+use crate::packages::{self, Package};
+use crate::setup;
+use crate::workspace::{cargo, run as go, spell};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Arguments for criterion, such as part of a bench's name
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    selection: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let workspace = packages::read()?;
+    let jobs: Vec<_> = workspace.packages.iter().filter_map(arguments).collect();
+    if jobs.is_empty() {
+        println!("bench: there is nothing to run: no package of this workspace has a bench target");
+        return Ok(());
+    }
+    let cache = setup::fill(None, false)?;
+    for job in &jobs {
+        let mut command = cargo();
+        command.arg("bench").args(job).arg("--").args(&args.selection);
+        command.env("MLX_ENGINE_TEST_MODEL", cache.test_model());
+        println!("bench: {}", spell(&command));
+        go(&mut command)?;
+    }
+    println!("bench: {} packages done", jobs.len());
+    Ok(())
+}
+
+/// What selects the benches of a package, if it has some. By name, since criterion's options are none of the unit
+/// tests' that `cargo bench` would run too.
+fn arguments(package: &Package) -> Option<Vec<String>> {
+    let benches: Vec<_> = package
+        .targets
+        .iter()
+        .filter(|target| target.kinds.iter().any(|kind| kind == "bench"))
+        .collect();
+    if benches.is_empty() {
+        return None;
+    }
+    let mut arguments = vec!["-p".to_owned(), package.name.clone()];
+    for bench in benches {
+        arguments.extend(["--bench".to_owned(), bench.name.clone()]);
+        for feature in &bench.required_features {
+            arguments.extend(["--features".to_owned(), feature.clone()]);
+        }
+    }
+    Some(arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packages::Target;
+    use crate::packages::tests::sample;
+
+    fn target(name: &str, kind: &str, features: &[&str]) -> Target {
+        Target {
+            name: name.to_owned(),
+            kinds: vec![kind.to_owned()],
+            source: "x.rs".into(),
+            required_features: features.iter().map(|feature| (*feature).to_owned()).collect(),
+        }
+    }
+
+    #[test]
+    fn benches_are_named_with_their_features() {
+        let mut package = sample("mlx-engine-kernels", &[]);
+        assert_eq!(arguments(&package), None);
+        package.targets = vec![target("lib", "lib", &[]), target("matmul", "bench", &["simd"])];
+        assert_eq!(
+            arguments(&package).unwrap().join(" "),
+            "-p mlx-engine-kernels --bench matmul --features simd"
+        );
+    }
+}
