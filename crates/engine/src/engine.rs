@@ -72,7 +72,7 @@ impl Score {
     }
 }
 
-/// A model on its worker thread. Dropping it ends the thread; requests that run end with it.
+/// A model on its worker thread. Dropping it ends what runs and waits for the thread, which is a step's time at most.
 pub struct Engine {
     model: Arc<ModelConfiguration>,
     identity: Identity,
@@ -98,12 +98,37 @@ pub(crate) struct Loaded<M> {
     pub(crate) device: Device,
 }
 
-/// Tells a load that nobody waits for it any more.
-struct CancelOnDrop(Arc<AtomicBool>);
+/// A load that runs. Dropping it gives the load up and waits for its thread, which is a layer's time at most.
+struct LoadGuard {
+    cancelled: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
 
-impl Drop for CancelOnDrop {
+impl Drop for LoadGuard {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.cancelled.store(true, Ordering::Relaxed);
+        join(self.thread.take());
+    }
+}
+
+/// Waits for a thread. A panic of the worker was reported to whom it concerned.
+fn join(thread: Option<JoinHandle<()>>) {
+    if let Some(thread) = thread {
+        let _ = thread.join();
+    }
+}
+
+/// MLX takes its own state apart when the process ends, and must not be at work on another thread then.
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let commands = self.commands.get_mut().unwrap_or_else(PoisonError::into_inner);
+        drop(commands.take());
+        join(
+            self.thread
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
     }
 }
 
@@ -147,7 +172,7 @@ impl Engine {
             + 'static,
     {
         let cancelled = Arc::new(AtomicBool::new(false));
-        let guard = CancelOnDrop(Arc::clone(&cancelled));
+        let given_up = Arc::clone(&cancelled);
         let (commands, receiver) = mpsc::channel(options.queue_capacity.max(1));
         let (ready, loaded) = oneshot::channel();
         let began = Instant::now();
@@ -191,15 +216,19 @@ impl Engine {
             .name("mlx-engine".to_owned())
             .spawn(body)
             .map_err(|error| EngineError::device("the worker thread could not be started", error))?;
+        let mut guard = LoadGuard {
+            cancelled: given_up,
+            thread: Some(thread),
+        };
         let died = || EngineError::internal("the worker thread ended while it loaded");
         let (identity, model, encoder) = loaded.await.map_err(|_| died())??;
-        drop(guard);
+        let thread = guard.thread.take();
         Ok(Self {
             model,
             identity,
             encoder,
             commands: Mutex::new(Some(commands)),
-            thread: Mutex::new(Some(thread)),
+            thread: Mutex::new(thread),
         })
     }
 

@@ -30,7 +30,7 @@ mod worker;
 
 pub use engine::{Engine, EngineOptions, ProgressFn, Score};
 #[cfg(feature = "mlx")]
-pub use mlx::{load_mlx, mlx_device};
+pub use mlx::{load_encoder, load_mlx, mlx_device};
 pub use mock::{MockFault, MockModel, MockScript};
 pub use model::{Chosen, TokenModel};
 pub use prompt::PromptEncoder;

@@ -65,12 +65,7 @@ fn load(
     let failed = |error: ModelError| load_error(&id, error);
     let source = Source::open(path).map_err(failed)?;
     // The tokenizer first: it is read in a moment, and a model without one is of no use.
-    let tokenizer = match source.gguf() {
-        Some(file) => vocabulary(file.metadata())
-            .map_err(|error| EngineError::model_load(id.clone(), error))
-            .and_then(|vocabulary| Tokenizer::from_vocabulary(vocabulary).map_err(tokenizer_error))?,
-        None => Tokenizer::from_folder(path).map_err(tokenizer_error)?,
-    };
+    let tokenizer = read_tokenizer(&source, &id)?;
     let mut configuration = configuration.unwrap_or_else(|| described(path, &source, &tokenizer));
     configuration.context_length = source.spec().context_length as u32;
     let encoder = PromptEncoder::new(tokenizer, configuration.default_system_prompt.clone())?;
@@ -90,6 +85,32 @@ fn load(
         backend: Backend::Mlx,
         device,
     })
+}
+
+/// Reads the tokenizer and the template of a model, and no weights.
+///
+/// # Errors
+///
+/// As [`load_mlx`], but for those of the weights.
+pub fn load_encoder(path: &Path, known: Option<&ModelConfiguration>) -> Result<PromptEncoder, EngineError> {
+    let id = known.map_or_else(|| path.display().to_string(), |known| known.id.clone());
+    let tokenizer = if path.is_dir() {
+        Tokenizer::from_folder(path).map_err(tokenizer_error)?
+    } else {
+        read_tokenizer(&Source::open(path).map_err(|error| load_error(&id, error))?, &id)?
+    };
+    PromptEncoder::new(
+        tokenizer,
+        known.and_then(|known| known.default_system_prompt.clone()),
+    )
+}
+
+fn read_tokenizer(source: &Source, id: &str) -> Result<Tokenizer, EngineError> {
+    let Some(file) = source.gguf() else {
+        return Tokenizer::from_folder(source.path()).map_err(tokenizer_error);
+    };
+    let vocabulary = vocabulary(file.metadata()).map_err(|error| EngineError::model_load(id, error))?;
+    Tokenizer::from_vocabulary(vocabulary).map_err(tokenizer_error)
 }
 
 /// What a checkpoint says of itself.
