@@ -55,11 +55,11 @@ pub trait LlmEngine: Send + Sync {
         Box::pin(async move { collect_events(events.await?).await })
     }
 
-    /// What computes the tokens.
-    fn backend(&self) -> Backend;
+    /// What computes the tokens, or `None` where no model is loaded.
+    fn backend(&self) -> Option<Backend>;
 
-    /// The model that is loaded.
-    fn model(&self) -> &ModelConfiguration;
+    /// The model that is loaded, if one is.
+    fn model(&self) -> Option<Arc<ModelConfiguration>>;
 
     /// Ends what is running and gives the memory back. Requests after it are [`EngineError::NotLoaded`]; unloading
     /// twice is no error.
@@ -87,11 +87,11 @@ impl<E: LlmEngine + ?Sized> LlmEngine for Arc<E> {
         (**self).generate(prompt, params)
     }
 
-    fn backend(&self) -> Backend {
+    fn backend(&self) -> Option<Backend> {
         (**self).backend()
     }
 
-    fn model(&self) -> &ModelConfiguration {
+    fn model(&self) -> Option<Arc<ModelConfiguration>> {
         (**self).model()
     }
 
@@ -173,14 +173,14 @@ mod tests {
 
     /// Says the prompt back, once, until it is unloaded.
     struct Echo {
-        model: ModelConfiguration,
+        model: Arc<ModelConfiguration>,
         loaded: AtomicBool,
     }
 
     impl Echo {
         fn new() -> Self {
             Self {
-                model: ModelConfiguration::new("tiny", ModelType::Base),
+                model: Arc::new(ModelConfiguration::new("tiny", ModelType::Base)),
                 loaded: AtomicBool::new(true),
             }
         }
@@ -206,12 +206,12 @@ mod tests {
             })
         }
 
-        fn backend(&self) -> Backend {
-            Backend::Mock
+        fn backend(&self) -> Option<Backend> {
+            Some(Backend::Mock)
         }
 
-        fn model(&self) -> &ModelConfiguration {
-            &self.model
+        fn model(&self) -> Option<Arc<ModelConfiguration>> {
+            Some(Arc::clone(&self.model))
         }
 
         fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
@@ -228,8 +228,11 @@ mod tests {
             (output.text.as_str(), output.tokens.as_slice()),
             ("hello", &[1][..])
         );
-        assert_eq!((output.backend, engine.backend()), (Backend::Mock, Backend::Mock));
-        assert_eq!(engine.model().id, "tiny");
+        assert_eq!(
+            (output.backend, engine.backend()),
+            (Backend::Mock, Some(Backend::Mock))
+        );
+        assert_eq!(engine.model().unwrap().id, "tiny");
     }
 
     #[test]

@@ -197,6 +197,20 @@ impl Prompt {
     }
 }
 
+/// A question to a chat model, as [`Prompt::user`].
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        Self::user(text)
+    }
+}
+
+/// A question to a chat model, as [`Prompt::user`].
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self::user(text)
+    }
+}
+
 impl From<ChatMessage> for Prompt {
     fn from(message: ChatMessage) -> Self {
         Self::chat([message])

@@ -1,0 +1,204 @@
+//! ggml's blocks in the layout that MLX computes with.
+
+use crate::ggml::{five_bits, half_at, scale_min, word_at};
+use crate::{CheckpointError, GgmlType};
+
+/// A matrix in MLX's affine quantization: `value = scale * q + bias`, with one scale and one bias a group.
+///
+/// Numbers of 4 and 8 bits lie in 32-bit words, the first in the lowest bits; numbers of 5 bits are one stream of bits
+/// in the same order, eight to five bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AffineTensor {
+    /// The numbers, `rows` x `columns * bits / 32`.
+    pub packed: Vec<u32>,
+    /// The scales, `rows` x `columns / group_size`.
+    pub scales: Vec<f32>,
+    /// The biases, as many as scales.
+    pub biases: Vec<f32>,
+    /// Bits of a number.
+    pub bits: u32,
+    /// Numbers that share a scale and a bias.
+    pub group_size: u32,
+    /// Rows of the matrix.
+    pub rows: usize,
+    /// Columns of the matrix.
+    pub columns: usize,
+}
+
+/// What every format that maps losslessly has: groups of 32.
+const GROUP: usize = 32;
+
+impl AffineTensor {
+    /// Converts blocks of ggml, or `None` where MLX has no layout that keeps every value: Q2_K, Q3_K and Q6_K have
+    /// groups of 16, and floats are no blocks.
+    ///
+    /// The integers are the same and scales and biases are float32, so that a value differs from
+    /// [`GgmlType::dequantize`] at most by the rounding of one float32 addition: `d * (q - 8)` there is
+    /// `d * q + (-8 * d)` here.
+    ///
+    /// # Errors
+    ///
+    /// Where the bytes are not `rows * columns` elements in whole blocks.
+    pub fn from_ggml(
+        ggml_type: GgmlType,
+        bytes: &[u8],
+        rows: usize,
+        columns: usize,
+    ) -> Result<Option<Self>, CheckpointError> {
+        let bits = match ggml_type {
+            GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4_K => 4,
+            GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q5_K => 5,
+            GgmlType::Q8_0 => 8,
+            _ => return Ok(None),
+        };
+        let expected = rows * columns / ggml_type.block_len() * ggml_type.block_bytes();
+        if bytes.len() != expected || !columns.is_multiple_of(ggml_type.block_len()) {
+            return Err(CheckpointError::PartialBlock {
+                ggml_type: ggml_type.name(),
+                bytes: bytes.len(),
+                block_bytes: ggml_type.block_bytes(),
+            });
+        }
+        let groups = rows * columns / GROUP;
+        let mut writer = Writer {
+            packed: Vec::with_capacity(groups * bits),
+            scales: Vec::with_capacity(groups),
+            biases: Vec::with_capacity(groups),
+        };
+        for block in bytes.chunks_exact(ggml_type.block_bytes()) {
+            writer.block(ggml_type, block);
+        }
+        Ok(Some(Self {
+            packed: writer.packed,
+            scales: writer.scales,
+            biases: writer.biases,
+            bits: bits as u32,
+            group_size: GROUP as u32,
+            rows,
+            columns,
+        }))
+    }
+
+    /// The values, row-major.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let bits = self.bits as usize;
+        let number = |index: usize| {
+            let (word, shift) = (index * bits / 32, index * bits % 32);
+            let low = self.packed[word] >> shift;
+            let high = if shift + bits > 32 {
+                self.packed[word + 1] << (32 - shift)
+            } else {
+                0
+            };
+            (low | high) & ((1 << bits) - 1)
+        };
+        (0..self.rows * self.columns)
+            .map(|index| {
+                let group = index / self.group_size as usize;
+                self.scales[group] * number(index) as f32 + self.biases[group]
+            })
+            .collect()
+    }
+}
+
+struct Writer {
+    packed: Vec<u32>,
+    scales: Vec<f32>,
+    biases: Vec<f32>,
+}
+
+impl Writer {
+    fn group(&mut self, scale: f32, bias: f32) {
+        self.scales.push(scale);
+        self.biases.push(bias);
+    }
+
+    fn block(&mut self, ggml_type: GgmlType, block: &[u8]) {
+        match ggml_type {
+            GgmlType::Q4_0 => {
+                let d = half_at(block, 0);
+                self.group(d, -8.0 * d);
+                self.nibbles(&block[2..]);
+            }
+            GgmlType::Q4_1 => {
+                self.group(half_at(block, 0), half_at(block, 2));
+                self.nibbles(&block[4..]);
+            }
+            GgmlType::Q5_0 => {
+                let d = half_at(block, 0);
+                self.group(d, -16.0 * d);
+                self.fives(&five_bits(word_at(block, 2), &block[6..]));
+            }
+            GgmlType::Q5_1 => {
+                self.group(half_at(block, 0), half_at(block, 2));
+                self.fives(&five_bits(word_at(block, 4), &block[8..]));
+            }
+            GgmlType::Q8_0 => {
+                let d = half_at(block, 0);
+                self.group(d, -128.0 * d);
+                // Signed to offset numbers: the top bit turned over in each byte.
+                self.packed.extend(
+                    block[2..]
+                        .chunks_exact(4)
+                        .map(|four| word_at(four, 0) ^ 0x8080_8080),
+                );
+            }
+            // `from_ggml` lets only these two others pass.
+            _ => self.super_block(ggml_type, block),
+        }
+    }
+
+    fn super_block(&mut self, ggml_type: GgmlType, block: &[u8]) {
+        let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+        for j in 0..8 {
+            let (scale, min) = scale_min(j, &block[4..16]);
+            self.group(d * f32::from(scale), -(dmin * f32::from(min)));
+            let shift = j % 2 * 4;
+            let mut q = [0_u8; GROUP];
+            if ggml_type == GgmlType::Q4_K {
+                for (q, byte) in q.iter_mut().zip(&block[16 + j / 2 * 32..]) {
+                    *q = (byte >> shift) & 15;
+                }
+                self.fours(&q);
+            } else {
+                for ((q, low), high) in q.iter_mut().zip(&block[48 + j / 2 * 32..]).zip(&block[16..48]) {
+                    *q = ((low >> shift) & 15) | (((high >> j) & 1) << 4);
+                }
+                self.fives(&q);
+            }
+        }
+    }
+
+    /// 16 bytes whose low nibbles are the first half of the group and whose high nibbles are the second.
+    fn nibbles(&mut self, bytes: &[u8]) {
+        for shift in [0, 4] {
+            for eight in bytes.chunks_exact(8) {
+                let word = eight
+                    .iter()
+                    .rev()
+                    .fold(0_u32, |word, byte| word << 4 | u32::from((byte >> shift) & 15));
+                self.packed.push(word);
+            }
+        }
+    }
+
+    fn fours(&mut self, q: &[u8; GROUP]) {
+        for eight in q.chunks_exact(8) {
+            self.packed
+                .push(eight.iter().rev().fold(0, |word, &q| word << 4 | u32::from(q)));
+        }
+    }
+
+    fn fives(&mut self, q: &[u8; GROUP]) {
+        let mut bytes = [0_u8; 20];
+        for (eight, five) in q.chunks_exact(8).zip(bytes.chunks_exact_mut(5)) {
+            let stream = eight
+                .iter()
+                .rev()
+                .fold(0_u64, |stream, &q| stream << 5 | u64::from(q));
+            five.copy_from_slice(&stream.to_le_bytes()[..5]);
+        }
+        self.packed
+            .extend(bytes.chunks_exact(4).map(|four| word_at(four, 0)));
+    }
+}

@@ -1,0 +1,224 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use mlx_engine::{BackendChoice, GenerateParams};
+
+/// Runs language models on Apple's MLX.
+#[derive(Debug, Parser)]
+#[command(name = "mlx-engine", version)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Answer a prompt
+    Generate(Generate),
+    /// Talk with a model
+    Chat(Chat),
+    /// Report the log-probability of each token of a text, and its perplexity
+    Score(Score),
+    /// Report the token ids of stdin
+    Tokenize(Tokenize),
+    /// Measure how fast a model reads and writes
+    Bench(Bench),
+    /// List the models of the registry, or show one
+    Models(Models),
+    /// Say what this machine has, what is missing, and what to do
+    Doctor(Doctor),
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum Backend {
+    /// MLX, or the mock where MLX cannot run
+    #[default]
+    Auto,
+    /// MLX or an error
+    Mlx,
+    /// The scripted mock
+    Mock,
+}
+
+impl From<Backend> for BackendChoice {
+    fn from(backend: Backend) -> Self {
+        match backend {
+            Backend::Auto => Self::Auto,
+            Backend::Mlx => Self::Mlx,
+            Backend::Mock => Self::Mock,
+        }
+    }
+}
+
+/// Which model to load, and where.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Model {
+    /// A model folder, a .gguf file, a name of the registry, or a hub id that is in the local cache
+    #[arg(long, value_name = "REF")]
+    pub(crate) model: String,
+
+    /// What computes the tokens
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) backend: Backend,
+}
+
+/// How to sample.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Sampling {
+    /// The most tokens to generate
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+    /// Divides the logits before sampling; 0 takes the likeliest token
+    #[arg(long, value_name = "X")]
+    temperature: Option<f32>,
+    /// Keep the likeliest tokens whose probabilities sum to this
+    #[arg(long, value_name = "X")]
+    top_p: Option<f32>,
+    /// Keep this many of the likeliest tokens; 0 keeps all
+    #[arg(long, value_name = "N")]
+    top_k: Option<u32>,
+    /// Keep tokens at least this likely relative to the likeliest
+    #[arg(long, value_name = "X")]
+    min_p: Option<f32>,
+    /// Divide the logits of tokens that were seen lately
+    #[arg(long, value_name = "X")]
+    repetition_penalty: Option<f32>,
+    /// Make sampling repeatable
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// End the answer before this text; may be given again
+    #[arg(long, value_name = "S")]
+    stop: Vec<String>,
+}
+
+impl Sampling {
+    /// The parameters, with the engine's defaults for what was not given.
+    pub(crate) fn params(&self) -> GenerateParams {
+        let mut params = GenerateParams::default();
+        let set = |to: &mut f32, from: Option<f32>| *to = from.unwrap_or(*to);
+        set(&mut params.temperature, self.temperature);
+        set(&mut params.top_p, self.top_p);
+        set(&mut params.min_p, self.min_p);
+        set(&mut params.repetition_penalty, self.repetition_penalty);
+        params.max_tokens = self.max_tokens.unwrap_or(params.max_tokens);
+        params.top_k = self.top_k.unwrap_or(params.top_k);
+        params.seed = self.seed;
+        params.with_stop(self.stop.iter().cloned())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    #[command(flatten)]
+    pub(crate) model: Model,
+    /// The prompt
+    #[arg(long, value_name = "S", conflicts_with_all = ["prompt_file", "stdin"])]
+    pub(crate) prompt: Option<String>,
+    /// Read the prompt from a file
+    #[arg(long, value_name = "F", conflicts_with = "stdin")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// `-` reads the prompt from stdin
+    #[arg(value_name = "-", value_parser = ["-"])]
+    pub(crate) stdin: Option<String>,
+    /// The system prompt
+    #[arg(long, value_name = "S", conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
+    /// Give the prompt to the model as it is, without the chat template
+    #[arg(long)]
+    pub(crate) raw: bool,
+    #[command(flatten)]
+    pub(crate) sampling: Sampling,
+    /// Report the log-probability of each token and of this many alternatives
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=20))]
+    pub(crate) logprobs: Option<u8>,
+    /// Print one JSON object in place of the text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Chat {
+    #[command(flatten)]
+    pub(crate) model: Model,
+    /// The system prompt
+    #[arg(long, value_name = "S")]
+    pub(crate) system: Option<String>,
+    #[command(flatten)]
+    pub(crate) sampling: Sampling,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Score {
+    #[command(flatten)]
+    pub(crate) model: Model,
+    /// The text
+    #[arg(long, value_name = "F")]
+    pub(crate) text_file: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Tokenize {
+    /// A model folder, a .gguf file, a name of the registry, or a hub id that is in the local cache
+    #[arg(long, value_name = "REF")]
+    pub(crate) model: String,
+    /// Stdin is a JSON list of messages, which the chat template renders
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    #[command(flatten)]
+    pub(crate) model: Model,
+    /// Tokens of the prompt
+    #[arg(short = 'p', long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) prompt_tokens: u32,
+    /// Tokens to generate
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) generate_tokens: u32,
+    /// Rounds, whose medians are reported
+    #[arg(short = 'r', long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rounds: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Models {
+    #[command(subcommand)]
+    pub(crate) command: ModelsCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelsCommand {
+    /// List the models of the registry
+    List {
+        /// Print a JSON list
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one model
+    Show {
+        /// Its id, alias or name
+        name: String,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}

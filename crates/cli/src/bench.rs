@@ -1,0 +1,72 @@
+//! `mlx-engine bench`.
+
+use indicatif::{ProgressBar, ProgressDrawTarget};
+use mlx_engine::{GenerateOutput, GenerateParams, Prompt};
+use serde_json::json;
+
+use crate::args::Bench;
+use crate::failure::Failure;
+use crate::load;
+
+pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
+    let engine = load::load(&args.model).await?;
+    let params = GenerateParams::default()
+        .with_temperature(0.0)
+        .with_max_tokens(args.generate_tokens)
+        .with_ignore_eos(true);
+    let bar = ProgressBar::with_draw_target(Some(u64::from(args.rounds) + 1), ProgressDrawTarget::stderr());
+    let mut outputs = Vec::new();
+    // The first round warms up and does not count.
+    for round in 0..=args.rounds {
+        // Each round has a prompt of its own, as one that was seen before is not computed again.
+        let tokens = (0..args.prompt_tokens).map(|i| 32 + (i * 7 + round * 13) % 200);
+        let output = tokio::select! {
+            output = engine.generate(Prompt::tokens(tokens), params.clone()) => output?,
+            _ = tokio::signal::ctrl_c() => return Err(Failure::Interrupted),
+        };
+        bar.inc(1);
+        if round > 0 {
+            outputs.push(output);
+        }
+    }
+    bar.finish_and_clear();
+    let median = |figure: fn(&GenerateOutput) -> f64| {
+        let mut values: Vec<f64> = outputs.iter().map(figure).collect();
+        values.sort_by(f64::total_cmp);
+        values[values.len() / 2]
+    };
+    let prompt_tps = median(|output| output.timings.prompt_tps);
+    let generation_tps = median(|output| output.timings.generation_tps);
+    let ttft_s = median(|output| output.timings.ttft_s);
+    let load_s = median(|output| output.timings.load_s);
+    let peak = outputs
+        .iter()
+        .map(|output| output.peak_memory_bytes)
+        .max()
+        .unwrap_or_default();
+    let backend = outputs
+        .first()
+        .map(|output| output.backend.to_string())
+        .unwrap_or_default();
+    if args.json {
+        println!(
+            "{}",
+            json!({"backend": backend, "prompt_tps": prompt_tps, "generation_tps": generation_tps, "ttft_s": ttft_s,
+                   "load_s": load_s, "peak_memory_bytes": peak})
+        );
+    } else {
+        println!("backend       {backend}");
+        println!(
+            "prompt        {prompt_tps:.1} tok/s ({} tokens)",
+            args.prompt_tokens
+        );
+        println!(
+            "generation    {generation_tps:.1} tok/s ({} tokens)",
+            args.generate_tokens
+        );
+        println!("first token   {ttft_s:.3} s");
+        println!("load          {load_s:.2} s");
+        println!("peak memory   {:.1} MB", peak as f64 / 1e6);
+    }
+    Ok(())
+}

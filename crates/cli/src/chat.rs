@@ -1,0 +1,123 @@
+//! `mlx-engine chat`.
+
+use std::io::{BufRead, IsTerminal};
+
+use futures::StreamExt;
+use mlx_engine::{ChatSession, GenerationEvent};
+use rustyline::DefaultEditor;
+use rustyline::error::ReadlineError;
+
+use crate::args::Chat;
+use crate::failure::Failure;
+use crate::generate::{report, write_now};
+use crate::load;
+
+const HELP: &str = "\
+/help     this list
+/history  what was said
+/clear    forget the conversation, but for the system prompt
+/quit     leave (so does Ctrl-D)
+Ctrl-C stops an answer; on an empty line it leaves.";
+
+pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
+    let params = args.sampling.params();
+    params.validate().map_err(mlx_engine::EngineError::from)?;
+    let engine = load::load(&args.model).await?;
+    let mut session = engine.chat().with_params(params);
+    if let Some(system) = args.system {
+        session = session.with_system(system);
+    }
+    let mut lines = Lines::new()?;
+    if lines.is_interactive() {
+        eprintln!("Type a message, or /help.");
+    }
+    while let Some(line) = lines.next()? {
+        match line.trim() {
+            "" => {}
+            "/help" => eprintln!("{HELP}"),
+            "/quit" | "/exit" => break,
+            "/clear" => session.clear(),
+            "/history" => {
+                for message in session.history() {
+                    println!("{}: {}", message.role, message.content);
+                }
+            }
+            command if command.starts_with('/') => eprintln!("`{command}` is no command; /help lists them"),
+            text => answer(&mut session, text).await?,
+        }
+    }
+    Ok(())
+}
+
+/// Streams one answer. Ctrl-C stops it; an error is told and the conversation goes on.
+async fn answer(session: &mut ChatSession, text: &str) -> Result<(), Failure> {
+    let mut stream = match session.stream(text).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            Failure::from(error).report();
+            return Ok(());
+        }
+    };
+    loop {
+        let event = tokio::select! {
+            event = stream.next() => event,
+            _ = tokio::signal::ctrl_c() => {
+                eprintln!("\n[stopped]");
+                return Ok(());
+            }
+        };
+        match event {
+            Some(Ok(GenerationEvent::Text { text, .. })) => write_now(&text)?,
+            Some(Ok(GenerationEvent::Finished(summary))) => {
+                println!();
+                report(&summary);
+            }
+            Some(Ok(_)) => {}
+            Some(Err(error)) => {
+                println!();
+                Failure::from(error).report();
+            }
+            None => return Ok(()),
+        }
+    }
+}
+
+/// Where messages come from: an editor with history on a terminal, lines elsewhere.
+enum Lines {
+    Editor(Box<DefaultEditor>),
+    Pipe(std::io::Lines<std::io::StdinLock<'static>>),
+}
+
+impl Lines {
+    fn new() -> Result<Self, Failure> {
+        if !std::io::stdin().is_terminal() {
+            return Ok(Self::Pipe(std::io::stdin().lock().lines()));
+        }
+        let editor = DefaultEditor::new()
+            .map_err(|error| Failure::other(format!("the terminal could not be set up: {error}")))?;
+        Ok(Self::Editor(Box::new(editor)))
+    }
+
+    fn is_interactive(&self) -> bool {
+        matches!(self, Self::Editor(_))
+    }
+
+    /// The next line, or `None` at the end.
+    fn next(&mut self) -> Result<Option<String>, Failure> {
+        match self {
+            Self::Pipe(lines) => lines
+                .next()
+                .transpose()
+                .map_err(|error| Failure::other(format!("stdin could not be read: {error}"))),
+            Self::Editor(editor) => match editor.readline("> ") {
+                Ok(line) => {
+                    // A line that the history refuses is only not offered again.
+                    let _ = editor.add_history_entry(&line);
+                    Ok(Some(line))
+                }
+                Err(ReadlineError::Eof | ReadlineError::Interrupted) => Ok(None),
+                Err(error) => Err(Failure::other(format!("the terminal could not be read: {error}"))),
+            },
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! How a command fails.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use mlx_engine::EngineError;
+
+/// Why a command failed, and the exit code that says so.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The engine's error, with its sources and its hint.
+    Engine(EngineError),
+    /// Something else that went wrong.
+    Other(String),
+    /// The command was called in a way that makes no sense.
+    Usage(String),
+    /// Ctrl-C.
+    Interrupted,
+}
+
+impl Failure {
+    pub(crate) fn other(message: impl Into<String>) -> Self {
+        Self::Other(message.into())
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::Usage(message.into())
+    }
+
+    /// Prints the failure to stderr and returns its exit code.
+    pub(crate) fn report(self) -> ExitCode {
+        match self {
+            Self::Engine(error) => {
+                eprintln!("error: {error}");
+                let mut source = error.source();
+                while let Some(inner) = source {
+                    eprintln!("  caused by: {inner}");
+                    source = inner.source();
+                }
+                if let Some(hint) = error.hint() {
+                    eprintln!("hint: {hint}");
+                }
+                ExitCode::from(1)
+            }
+            Self::Other(message) => {
+                eprintln!("error: {message}");
+                ExitCode::from(1)
+            }
+            Self::Usage(message) => {
+                eprintln!("error: {message}\n\nFor more information, try '--help'.");
+                ExitCode::from(2)
+            }
+            Self::Interrupted => ExitCode::from(130),
+        }
+    }
+}
+
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Self {
+        Self::Engine(error)
+    }
+}

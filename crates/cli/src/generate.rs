@@ -1,0 +1,160 @@
+//! `mlx-engine generate`.
+
+use std::io::{IsTerminal, Write};
+
+use futures::StreamExt;
+use mlx_engine::{
+    ChatMessage, FinishReason, GenerateOutput, GenerateSummary, GenerationEvent, InferenceEngine, LlmEngine,
+    Prompt, Timings, TokenInfo, Usage,
+};
+
+use crate::args::Generate;
+use crate::failure::Failure;
+use crate::{input, load};
+
+pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
+    let text = match (&args.prompt, &args.prompt_file, &args.stdin) {
+        (Some(text), _, _) => text.clone(),
+        (_, Some(path), _) => input::file(path)?,
+        (_, _, Some(_)) => input::stdin()?,
+        _ if std::io::stdin().is_terminal() => {
+            return Err(Failure::usage("a prompt is needed: --prompt, --prompt-file or -"));
+        }
+        _ => input::stdin()?,
+    };
+    let prompt = if args.raw {
+        Prompt::text(text)
+    } else {
+        let system = args
+            .system
+            .iter()
+            .map(|system| ChatMessage::system(system.clone()));
+        Prompt::chat(system.chain([ChatMessage::user(text)]))
+    };
+    let mut params = args.sampling.params();
+    if let Some(top) = args.logprobs {
+        params = params.with_logprobs(true).with_top_logprobs(top);
+    }
+    // What is wrong with the parameters is said before seconds are spent on the model.
+    params.validate().map_err(mlx_engine::EngineError::from)?;
+    let engine = load::load(&args.model).await?;
+    let mut stream = engine.stream(prompt, params).await?;
+    let mut answer = Answer::default();
+    let mut interrupted = false;
+    loop {
+        let event = tokio::select! {
+            event = stream.next() => event,
+            _ = tokio::signal::ctrl_c() => {
+                interrupted = true;
+                None
+            }
+        };
+        let Some(event) = event else { break };
+        answer.take(event?, !args.json)?;
+    }
+    drop(stream);
+    let summary = answer.summary.take();
+    if args.json {
+        let summary = summary.map_or_else(|| answer.cancelled(&engine), Ok)?;
+        let output = GenerateOutput::new(answer.text, answer.tokens, summary);
+        let json = serde_json::to_string(&output).map_err(|error| Failure::other(error.to_string()))?;
+        println!("{json}");
+    } else {
+        println!();
+        if let Some(summary) = &summary {
+            report(summary);
+        }
+    }
+    if interrupted {
+        Err(Failure::Interrupted)
+    } else {
+        Ok(())
+    }
+}
+
+/// What has come of an answer.
+#[derive(Default)]
+struct Answer {
+    text: String,
+    tokens: Vec<TokenInfo>,
+    prompt_tokens: u32,
+    cached_tokens: u32,
+    summary: Option<GenerateSummary>,
+}
+
+impl Answer {
+    fn take(&mut self, event: GenerationEvent, print: bool) -> Result<(), Failure> {
+        match event {
+            GenerationEvent::Started {
+                prompt_tokens,
+                cached_tokens,
+            } => {
+                self.prompt_tokens = prompt_tokens;
+                self.cached_tokens = cached_tokens;
+            }
+            GenerationEvent::Text { text, tokens } => {
+                if print {
+                    write_now(&text)?;
+                }
+                self.text.push_str(&text);
+                self.tokens.extend(tokens);
+            }
+            GenerationEvent::Finished(summary) => self.summary = Some(summary),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The summary of an answer that was interrupted, which has no measured times.
+    fn cancelled(&self, engine: &InferenceEngine) -> Result<GenerateSummary, Failure> {
+        let loaded = engine.engine()?;
+        let (Some(model), Some(backend)) = (engine.model(), engine.backend()) else {
+            return Err(Failure::other("the model was unloaded while it answered"));
+        };
+        Ok(GenerateSummary {
+            model: model.id.clone(),
+            backend,
+            device: loaded.device(),
+            finish_reason: FinishReason::Cancelled,
+            usage: Usage {
+                prompt_tokens: self.prompt_tokens,
+                completion_tokens: self.tokens.len() as u32,
+                cached_tokens: self.cached_tokens,
+            },
+            timings: Timings {
+                load_s: loaded.load_seconds(),
+                ..Timings::default()
+            },
+            peak_memory_bytes: 0,
+        })
+    }
+}
+
+/// Writes to stdout and does not wait for a line to be whole.
+pub(crate) fn write_now(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    written.map_err(|error| Failure::other(format!("stdout could not be written: {error}")))
+}
+
+/// One line on who answered and how fast.
+pub(crate) fn report(summary: &GenerateSummary) {
+    let GenerateSummary {
+        model,
+        backend,
+        device,
+        usage,
+        timings,
+        ..
+    } = summary;
+    eprintln!(
+        "[{model} | backend {backend} on {device} | prompt {} tokens ({} cached), {:.1} tok/s | answer {} tokens, {:.1} \
+         tok/s | first token after {:.2} s]",
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        timings.prompt_tps,
+        usage.completion_tokens,
+        timings.generation_tps,
+        timings.ttft_s,
+    );
+}

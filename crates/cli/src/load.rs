@@ -1,0 +1,43 @@
+//! Loading with a progress bar.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use mlx_engine::{InferenceEngine, LoadProgress, ProgressFn};
+
+use crate::args::Model;
+use crate::failure::Failure;
+
+/// Loads a model. Ctrl-C gives the load up.
+pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
+    let engine = InferenceEngine::new().with_backend(model.backend.into());
+    // indicatif draws on a terminal alone.
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let seen = bar.clone();
+    let progress: ProgressFn = Box::new(move |stage| match stage {
+        LoadProgress::Layers { done, total } => {
+            seen.set_message("loading layers");
+            seen.set_length(total.into());
+            seen.set_position(done.into());
+        }
+        LoadProgress::Bytes { total, .. } => seen.set_message(format!("loading {} MB", total / 1_000_000)),
+        _ => {}
+    });
+    let loaded = tokio::select! {
+        loaded = engine.load_model_with_progress(&model.model, progress) => loaded,
+        _ = tokio::signal::ctrl_c() => {
+            bar.finish_and_clear();
+            return Err(Failure::Interrupted);
+        }
+    };
+    bar.finish_and_clear();
+    loaded?;
+    if let Some(reason) = engine.fallback_reason() {
+        eprintln!("warning: the mock answers in place of the model: {reason}");
+    }
+    Ok(engine)
+}

@@ -1,0 +1,54 @@
+//! The `mlx-engine` command: a thin user of the facade.
+//!
+//! Results go to stdout and everything else to stderr. Exit codes: 0 success, 1 failure, 2 usage, 130 interrupted.
+
+mod args;
+mod bench;
+mod chat;
+mod doctor;
+mod failure;
+mod generate;
+mod input;
+mod load;
+mod models;
+mod score;
+mod tokenize;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return Failure::other(format!("the runtime could not be started: {error}")).report(),
+    };
+    let result = runtime.block_on(async {
+        match cli.command {
+            Command::Generate(args) => generate::run(args).await,
+            Command::Chat(args) => chat::run(args).await,
+            Command::Score(args) => score::run(args).await,
+            Command::Tokenize(args) => tokenize::run(&args),
+            Command::Bench(args) => bench::run(args).await,
+            Command::Models(args) => models::run(&args),
+            Command::Doctor(args) => {
+                doctor::run(&args);
+                Ok(())
+            }
+        }
+    });
+    // A read of stdin that nobody waits for must not hold the process up.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

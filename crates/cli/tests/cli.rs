@@ -1,0 +1,397 @@
+//! The command from outside: output, messages and exit codes.
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("mlx-engine").expect("the command is built");
+    command.args(args);
+    command
+}
+
+/// Runs the command and returns its exit code, stdout and stderr.
+fn run(args: &[&str], stdin: impl Into<Vec<u8>>) -> (i32, String, String) {
+    let output = command(args)
+        .write_stdin(stdin)
+        .output()
+        .expect("the command runs");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    (
+        output.status.code().expect("an exit code"),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+const MOCK: [&str; 5] = ["generate", "--model", "tiny", "--backend", "mock"];
+
+fn mock<'a>(args: &[&'a str]) -> Vec<&'a str> {
+    [&MOCK[..], args].concat()
+}
+
+#[test]
+fn json_is_one_object_that_names_the_mock() {
+    let (code, out, _) = run(&mock(&["--prompt", "Hi", "--json", "--raw"]), "");
+    let found = json(&out);
+    assert_eq!(code, 0);
+    assert_eq!(
+        (&found["backend"], &found["device"], &found["text"]),
+        (&"mock".into(), &"cpu".into(), &"Hi".into())
+    );
+    assert_eq!(found["finish_reason"], "stop");
+    assert_eq!(found["tokens"], serde_json::json!([72, 105, 256]));
+    assert_eq!(
+        found["usage"],
+        serde_json::json!({"prompt_tokens": 2, "completion_tokens": 3, "cached_tokens": 0})
+    );
+    for key in ["load_s", "ttft_s", "prompt_tps", "generation_tps"] {
+        assert!(found["timings"][key].is_number(), "{key}");
+    }
+    assert!(found["peak_memory_bytes"].is_number() && found["logprobs"].is_null());
+}
+
+#[test]
+fn the_answer_is_on_stdout_and_the_rest_on_stderr() {
+    let (code, out, err) = run(&mock(&["--raw", "-"]), "from stdin");
+    assert_eq!((code, out.as_str()), (0, "from stdin\n"));
+    assert!(
+        err.contains("[tiny | backend mock on cpu | prompt 10 tokens (0 cached)"),
+        "{err}"
+    );
+    assert!(!err.contains('\u{1b}'), "nothing is drawn in a pipe: {err}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompt.txt");
+    std::fs::write(&file, "from a file").unwrap();
+    let (_, out, _) = run(&mock(&["--raw", "--prompt-file", file.to_str().unwrap()]), "");
+    assert_eq!(out, "from a file\n");
+    let (_, out, _) = run(&mock(&["--prompt", "Hi", "--system", "Be brief."]), "");
+    assert!(out.contains("Be brief.\nuser: Hi"), "{out}");
+    let (_, out, _) = run(
+        &mock(&["--raw", "--prompt", "one two", "--stop", "tw", "--stop", "x"]),
+        "",
+    );
+    assert_eq!(out, "one \n");
+}
+
+#[test]
+fn a_command_that_makes_no_sense_exits_with_2() {
+    for args in [
+        vec!["generate"],
+        mock(&["--prompt", "a", "-"]),
+        mock(&["--prompt", "a", "--max-tokens", "many"]),
+        mock(&["--prompt", "a", "--logprobs", "21"]),
+        mock(&["--prompt", "a", "--backend", "other"]),
+        mock(&["--raw", "--system", "s", "--prompt", "a"]),
+        vec!["nonsense"],
+    ] {
+        let (code, out, err) = run(&args, "");
+        assert_eq!((code, out.as_str()), (2, ""), "{args:?}: {err}");
+        assert!(err.contains("error: "), "{err}");
+    }
+}
+
+#[test]
+fn a_failure_exits_with_1_and_says_what_to_do() {
+    let check = |args: &[&str], stdin: &[u8], expect: &str| {
+        let (code, out, err) = run(args, stdin);
+        assert_eq!((code, out.as_str()), (1, ""), "{args:?}: {err}");
+        assert!(err.contains(expect), "{err}");
+    };
+    check(
+        &mock(&["--prompt", "a", "--top-p", "2"]),
+        b"",
+        "error: invalid parameter: `top_p` is 2",
+    );
+    check(
+        &mock(&["--prompt", "", "--raw"]),
+        b"",
+        "error: prompt is empty\nhint: give at least one message",
+    );
+    check(
+        &mock(&["-"]),
+        b"ab\xff",
+        "stdin is not UTF-8: byte 2 begins no character",
+    );
+    check(
+        &mock(&["--prompt-file", "no/such.txt"]),
+        b"",
+        "error: `no/such.txt` could not be read",
+    );
+    check(
+        &mock(&["--raw", "-"]),
+        &[b'a'; 5000],
+        "prompt of 5000 tokens does not fit the context of 4096",
+    );
+    check(
+        &mock(&["--prompt", "a", "--logprobs", "1"]),
+        b"",
+        "the mock has no probabilities to report",
+    );
+    check(
+        &["models", "show", "no-such-model"],
+        b"",
+        "model `no-such-model` not found",
+    );
+    check(
+        &["tokenize", "--model", "x", "--chat"],
+        b"[",
+        "stdin is no JSON list of messages",
+    );
+    let missing = if cfg!(feature = "mlx") {
+        "there is no such file or folder"
+    } else {
+        "mlx is unavailable"
+    };
+    check(
+        &[
+            "generate",
+            "--model",
+            "./no/such",
+            "--backend",
+            "mlx",
+            "--prompt",
+            "a",
+        ],
+        b"",
+        missing,
+    );
+}
+
+#[test]
+fn models_are_listed_and_shown() {
+    let (code, out, _) = run(&["models", "list", "--json"], "");
+    let models = json(&out);
+    assert!(code == 0 && models.as_array().unwrap().len() >= 25);
+    let id = models[0]["id"].as_str().unwrap();
+    let (_, out, _) = run(&["models", "list"], "");
+    assert!(out.contains(id));
+    let (_, out, _) = run(&["models", "show", id], "");
+    assert!(out.contains(id) && out.contains("context"), "{out}");
+    let (_, out, _) = run(&["models", "show", id, "--json"], "");
+    assert_eq!(json(&out), models[0]);
+}
+
+#[test]
+fn doctor_says_what_there_is() {
+    let (code, out, _) = run(&["doctor"], "");
+    assert!(
+        code == 0 && out.contains("memory") && out.contains("mlx"),
+        "{out}"
+    );
+    let (_, out, _) = run(&["doctor", "--json"], "");
+    assert_eq!(json(&out)["mlx"], cfg!(feature = "mlx"));
+}
+
+#[test]
+fn chat_reads_lines_from_a_pipe() {
+    let args = [
+        "chat",
+        "--model",
+        "tiny",
+        "--backend",
+        "mock",
+        "--system",
+        "Be kind.",
+    ];
+    let (code, out, err) = run(
+        &args,
+        "/help\nHello\n\n/history\n/clear\n/history\n/nope\n/quit\nnever\n",
+    );
+    assert_eq!(code, 0);
+    assert!(out.contains("user: Hello") && !out.contains("never"), "{out}");
+    assert_eq!(out.lines().last(), Some("system: Be kind."));
+    assert!(
+        err.contains("Ctrl-C stops an answer") && err.contains("`/nope` is no command"),
+        "{err}"
+    );
+}
+
+#[test]
+fn bench_reports_medians() {
+    let (code, out, _) = run(
+        &[
+            "bench",
+            "--model",
+            "t",
+            "--backend",
+            "mock",
+            "-p",
+            "8",
+            "-n",
+            "4",
+            "-r",
+            "2",
+            "--json",
+        ],
+        "",
+    );
+    let found = json(&out);
+    assert_eq!((code, &found["backend"]), (0, &"mock".into()));
+    for key in [
+        "prompt_tps",
+        "generation_tps",
+        "ttft_s",
+        "load_s",
+        "peak_memory_bytes",
+    ] {
+        assert!(found[key].is_number(), "{key}");
+    }
+}
+
+#[cfg(feature = "mlx")]
+mod real {
+    use super::*;
+
+    fn model() -> String {
+        let path = std::env::var("MLX_ENGINE_TEST_MODEL");
+        path.expect("MLX_ENGINE_TEST_MODEL names the test model; run the tests by `cargo xtask test`")
+    }
+
+    #[test]
+    fn a_real_model_answers() {
+        let question = "What is the capital of France?";
+        let args = [
+            "generate",
+            "--model",
+            &model(),
+            "--prompt",
+            question,
+            "--temperature",
+            "0",
+            "--json",
+            "--logprobs",
+            "1",
+        ];
+        let (code, out, err) = run(&args, "");
+        let found = json(&out);
+        assert_eq!(
+            (code, &found["text"]),
+            (0, &"The capital of France is Paris.".into()),
+            "{err}"
+        );
+        assert_eq!(found["backend"], "mlx");
+        let (tokens, logprobs) = (
+            found["tokens"].as_array().unwrap(),
+            found["logprobs"].as_array().unwrap(),
+        );
+        assert_eq!((tokens.len(), logprobs.len()), (8, 8));
+        assert_eq!(logprobs[0]["top"][0]["token"], tokens[0]);
+    }
+
+    #[test]
+    fn a_text_is_scored() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("text.txt");
+        std::fs::write(&file, "The capital of France is Paris.").unwrap();
+        let args = [
+            "score",
+            "--model",
+            &model(),
+            "--text-file",
+            file.to_str().unwrap(),
+        ];
+        let (code, out, _) = run(&[&args[..], &["--json"]].concat(), "");
+        let found = json(&out);
+        assert_eq!((code, found["tokens"].as_array().unwrap().len()), (0, 7));
+        assert!(found["logprobs"][0].is_null() && found["logprobs"][6].as_f64().unwrap() < 0.0);
+        assert!(found["perplexity"].as_f64().unwrap() > 1.0);
+        let (_, out, _) = run(&args, "");
+        assert!(
+            out.starts_with("504\t-\n") && out.contains("perplexity\t"),
+            "{out}"
+        );
+    }
+
+    #[test]
+    fn text_and_conversations_are_tokenized() {
+        let (_, out, _) = run(&["tokenize", "--model", &model(), "--json"], "Hello world\n");
+        assert_eq!(
+            json(&out),
+            serde_json::json!({"ids": [19556, 905, 198], "text": "Hello world\n"})
+        );
+        let messages = r#"[{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"}]"#;
+        let (_, out, _) = run(&["tokenize", "--model", &model(), "--json", "--chat"], messages);
+        let found = json(&out);
+        let expected =
+            "<|im_start|>system\nx<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n";
+        assert_eq!(found["text"], expected);
+        assert_eq!(found["ids"][0], 1);
+        let (_, out, _) = run(&["tokenize", "--model", &model()], "Hello");
+        assert_eq!(out, "19556\n");
+    }
+
+    #[test]
+    fn without_the_library_the_mock_answers_and_says_so() {
+        let run = |backend| {
+            command(&[
+                "generate",
+                "--model",
+                &model(),
+                "--backend",
+                backend,
+                "--prompt",
+                "Hi",
+                "--json",
+            ])
+            .env("MLX_ENGINE_LIBRARY", "/no/such/libmlxc.so")
+            .output()
+            .expect("the command runs")
+        };
+        let auto = run("auto");
+        assert_eq!(json(&String::from_utf8_lossy(&auto.stdout))["backend"], "mock");
+        let err = String::from_utf8_lossy(&auto.stderr).into_owned();
+        assert!(
+            err.contains("warning: the mock answers in place of the model: mlx is unavailable"),
+            "{err}"
+        );
+        let mlx = run("mlx");
+        let err = String::from_utf8_lossy(&mlx.stderr).into_owned();
+        assert_eq!(mlx.status.code(), Some(1));
+        assert!(
+            err.contains("error: mlx is unavailable: the MLX library could not be opened")
+                && err.contains("hint:")
+        );
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn ctrl_c_ends_an_answer_with_130() {
+        use std::io::Read;
+        use std::process::{Command, Stdio};
+
+        let program = assert_cmd::cargo::cargo_bin("mlx-engine");
+        let endless = [
+            "generate",
+            "--model",
+            &model(),
+            "--raw",
+            "--prompt",
+            "Once upon a time",
+            "--max-tokens",
+            "4000",
+        ];
+        let mut child = Command::new(program)
+            .args(endless)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the command runs");
+        // The first piece of the answer says that it has begun.
+        let mut first = [0_u8; 1];
+        child
+            .stdout
+            .as_mut()
+            .expect("a pipe")
+            .read_exact(&mut first)
+            .expect("an answer");
+        let killed = Command::new("kill")
+            .args(["-INT", &child.id().to_string()])
+            .status()
+            .expect("kill runs");
+        assert!(killed.success());
+        assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    }
+}

@@ -1,0 +1,351 @@
+//! A model that is loaded.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use mlx_engine_core::{
+    Backend, Device, EngineError, EventStream, GenerateParams, LlmEngine, LoadProgress, ModelConfiguration,
+    ModelType, Prompt,
+};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+
+use crate::mock::{self, MockScript};
+use crate::request::Request;
+use crate::worker::{Command, Identity, Worker, panicked};
+use crate::{PromptEncoder, TokenModel};
+
+/// Hears how far a load has come, on the worker thread.
+pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
+
+/// How an engine schedules.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Requests that may wait; one more is refused with [`EngineError::QueueFull`].
+    pub queue_capacity: usize,
+    /// Requests that run at the same time.
+    pub max_active: usize,
+    /// Prompt tokens that are fed at once, between two steps of the others.
+    pub prefill_chunk: usize,
+    /// Sequences that are kept after their request, for requests that begin alike.
+    pub kept_sequences: usize,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            queue_capacity: 64,
+            max_active: 4,
+            prefill_chunk: 512,
+            kept_sequences: 2,
+        }
+    }
+}
+
+/// The log-probabilities of a text.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Score {
+    /// The tokens of the text.
+    pub tokens: Vec<u32>,
+    /// The log-probability of each token after those before it; the first has none.
+    pub logprobs: Vec<Option<f32>>,
+}
+
+impl Score {
+    /// The perplexity: e to the mean negative log-probability. 1 where no token has any.
+    pub fn perplexity(&self) -> f64 {
+        let known: Vec<f64> = self
+            .logprobs
+            .iter()
+            .flatten()
+            .map(|&logprob| f64::from(logprob))
+            .collect();
+        if known.is_empty() {
+            return 1.0;
+        }
+        (-known.iter().sum::<f64>() / known.len() as f64).exp()
+    }
+}
+
+/// A model on its worker thread. Dropping it ends what runs and waits for the thread, which is a step's time at most.
+pub struct Engine {
+    model: Arc<ModelConfiguration>,
+    identity: Identity,
+    encoder: PromptEncoder,
+    commands: Mutex<Option<mpsc::Sender<Command>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a model brings beside itself.
+pub(crate) struct Loaded<M> {
+    pub(crate) model: M,
+    pub(crate) configuration: ModelConfiguration,
+    pub(crate) encoder: PromptEncoder,
+    pub(crate) backend: Backend,
+    pub(crate) device: Device,
+}
+
+/// A load that runs. Dropping it gives the load up and waits for its thread, which is a layer's time at most.
+struct LoadGuard {
+    cancelled: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for LoadGuard {
+    fn drop(&mut self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+        join(self.thread.take());
+    }
+}
+
+/// Waits for a thread. A panic of the worker was reported to whom it concerned.
+fn join(thread: Option<JoinHandle<()>>) {
+    if let Some(thread) = thread {
+        let _ = thread.join();
+    }
+}
+
+/// MLX takes its own state apart when the process ends, and must not be at work on another thread then.
+impl Drop for Engine {
+    fn drop(&mut self) {
+        let commands = self.commands.get_mut().unwrap_or_else(PoisonError::into_inner);
+        drop(commands.take());
+        join(
+            self.thread
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
+    }
+}
+
+impl Engine {
+    /// Loads the mock under a name.
+    ///
+    /// # Errors
+    ///
+    /// What the script says.
+    pub async fn mock(name: &str, script: MockScript, options: EngineOptions) -> Result<Self, EngineError> {
+        let id = name.to_owned();
+        Self::load(options, None, move |_, _| {
+            let model = script.load()?;
+            let tokenizer = mock::tokenizer()
+                .map_err(|error| EngineError::tokenizer("the mock has no tokenizer", error))?;
+            let mut configuration = ModelConfiguration::new(id, ModelType::Chat);
+            configuration.context_length = model.context_length() as u32;
+            let encoder = PromptEncoder::new(tokenizer, None)?;
+            Ok(Loaded {
+                model,
+                configuration,
+                encoder,
+                backend: Backend::Mock,
+                device: Device::Cpu,
+            })
+        })
+        .await
+    }
+
+    /// Starts a thread, loads a model on it with `load`, and serves requests there. `load` hears whether it was given
+    /// up through its first argument.
+    pub(crate) async fn load<M, F>(
+        options: EngineOptions,
+        progress: Option<ProgressFn>,
+        load: F,
+    ) -> Result<Self, EngineError>
+    where
+        M: TokenModel + 'static,
+        F: FnOnce(&AtomicBool, &mut dyn FnMut(LoadProgress)) -> Result<Loaded<M>, EngineError>
+            + Send
+            + 'static,
+    {
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let given_up = Arc::clone(&cancelled);
+        let (commands, receiver) = mpsc::channel(options.queue_capacity.max(1));
+        let (ready, loaded) = oneshot::channel();
+        let began = Instant::now();
+        let body = move || {
+            let mut progress = progress.unwrap_or_else(|| Box::new(|_| {}));
+            let result =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| load(&cancelled, &mut progress)));
+            let result = result.unwrap_or_else(|panic| Err(panicked(&*panic)));
+            let Loaded {
+                model,
+                configuration,
+                encoder,
+                backend,
+                device,
+            } = match result {
+                Ok(loaded) => loaded,
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                    return;
+                }
+            };
+            progress(LoadProgress::Ready);
+            let load_s = began.elapsed().as_secs_f64();
+            let identity = Identity {
+                model: configuration.id.as_str().into(),
+                backend,
+                device,
+                load_s,
+            };
+            tracing::info!(model = %identity.model, backend = %backend, device = %device, load_s, "model loaded");
+            let tokenizer = encoder.tokenizer().clone();
+            let worker = Worker::new(model, tokenizer, identity.clone(), options);
+            if ready
+                .send(Ok((identity, Arc::new(configuration), encoder)))
+                .is_ok()
+            {
+                worker.run(receiver);
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("mlx-engine".to_owned())
+            .spawn(body)
+            .map_err(|error| EngineError::device("the worker thread could not be started", error))?;
+        let mut guard = LoadGuard {
+            cancelled: given_up,
+            thread: Some(thread),
+        };
+        let died = || EngineError::internal("the worker thread ended while it loaded");
+        let (identity, model, encoder) = loaded.await.map_err(|_| died())??;
+        let thread = guard.thread.take();
+        Ok(Self {
+            model,
+            identity,
+            encoder,
+            commands: Mutex::new(Some(commands)),
+            thread: Mutex::new(thread),
+        })
+    }
+
+    /// The model's tokenizer and template.
+    pub fn encoder(&self) -> &PromptEncoder {
+        &self.encoder
+    }
+
+    /// What the model runs on.
+    pub fn device(&self) -> Device {
+        self.identity.device
+    }
+
+    /// Seconds that loading took.
+    pub fn load_seconds(&self) -> f64 {
+        self.identity.load_s
+    }
+
+    /// The log-probability of each token of a text.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::EmptyPrompt`], [`EngineError::PromptTooLong`], what the device says, and that the mock has no
+    /// probabilities.
+    pub async fn score(&self, text: &str) -> Result<Score, EngineError> {
+        let tokens = self.encoder.encode(&Prompt::text(text))?;
+        let context_length = u64::from(self.model.context_length);
+        if tokens.len() as u64 > context_length {
+            return Err(EngineError::PromptTooLong {
+                prompt_tokens: tokens.len() as u64,
+                context_length,
+            });
+        }
+        let (reply, scored) = oneshot::channel();
+        self.send(Command::Score { tokens, reply })?;
+        scored.await.map_err(|_| self.not_loaded())?
+    }
+
+    fn not_loaded(&self) -> EngineError {
+        EngineError::NotLoaded {
+            model: self.model.id.clone(),
+        }
+    }
+
+    fn send(&self, command: Command) -> Result<(), EngineError> {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        let sender = commands.as_ref().ok_or_else(|| self.not_loaded())?;
+        sender.try_send(command).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => EngineError::QueueFull {
+                retry_after: Duration::from_secs(1),
+            },
+            mpsc::error::TrySendError::Closed(_) => self.not_loaded(),
+        })
+    }
+}
+
+impl LlmEngine for Engine {
+    fn stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        Box::pin(async move {
+            params.validate()?;
+            let tokens = self.encoder.encode(&prompt)?;
+            let context_length = u64::from(self.model.context_length);
+            if tokens.len() as u64 >= context_length {
+                return Err(EngineError::PromptTooLong {
+                    prompt_tokens: tokens.len() as u64,
+                    context_length,
+                });
+            }
+            // Started, an event a token at most, Finished or an error. The channel takes memory as it fills.
+            let most = u64::from(params.max_tokens).min(context_length) as usize + 3;
+            let (events, receiver) = mpsc::channel(most);
+            self.send(Command::Generate(Request {
+                tokens,
+                params,
+                events,
+                submitted: Instant::now(),
+            }))?;
+            Ok(ReceiverStream::new(receiver).boxed())
+        })
+    }
+
+    fn backend(&self) -> Option<Backend> {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        commands.as_ref().map(|_| self.identity.backend)
+    }
+
+    fn model(&self) -> Option<Arc<ModelConfiguration>> {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        commands.as_ref().map(|_| Arc::clone(&self.model))
+    }
+
+    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        Box::pin(async move {
+            drop(
+                self.commands
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take(),
+            );
+            let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let Some(thread) = thread else { return Ok(()) };
+            // The thread ends after the step that runs; it is waited for off the caller's executor.
+            let (ended, wait) = oneshot::channel();
+            let joiner = std::thread::Builder::new()
+                .name("mlx-engine-unload".to_owned())
+                .spawn(move || {
+                    let joined = thread.join();
+                    let _ = ended.send(joined.map_err(|panic| panicked(&*panic)));
+                });
+            joiner
+                .map_err(|error| EngineError::device("the worker thread could not be waited for", error))?;
+            wait.await
+                .map_err(|_| EngineError::internal("the unload was not finished"))?
+        })
+    }
+}

@@ -1,0 +1,36 @@
+//! The life cycle of a request.
+//!
+//! An [`Engine`] holds one model on one worker thread. Requests reach it over a bounded channel; it feeds prompts in
+//! chunks and takes the running requests forward in turn, one token each. What it runs is a [`TokenModel`]: an MLX
+//! decoder with the feature `mlx`, or the scripted [`MockModel`], which lives below the scheduler so that streaming,
+//! cancelling and recovery are the same code for both.
+//!
+//! ```
+//! use mlx_engine_core::{GenerateParams, LlmEngine, Prompt};
+//! use mlx_engine_engine::{Engine, EngineOptions, MockScript};
+//!
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let engine = Engine::mock("demo", MockScript::reply("Hello from the script"), EngineOptions::default()).await?;
+//! let output = engine.generate(Prompt::user("Hi"), GenerateParams::default()).await?;
+//! assert_eq!(output.text, "Hello from the script");
+//! assert_eq!(output.backend.to_string(), "mock");
+//! # Ok::<(), mlx_engine_core::EngineError>(())
+//! # }).unwrap();
+//! ```
+
+mod engine;
+#[cfg(feature = "mlx")]
+mod mlx;
+mod mock;
+mod model;
+mod prefix;
+mod prompt;
+mod request;
+mod worker;
+
+pub use engine::{Engine, EngineOptions, ProgressFn, Score};
+#[cfg(feature = "mlx")]
+pub use mlx::{load_encoder, load_mlx, mlx_device};
+pub use mock::{MockFault, MockModel, MockScript};
+pub use model::{Chosen, TokenModel};
+pub use prompt::PromptEncoder;

@@ -1,0 +1,328 @@
+//! MLX's decoders as the scheduler sees them.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mlx_engine_checkpoint::Metadata;
+use mlx_engine_core::{
+    Backend, Device, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
+};
+use mlx_engine_models::{self as models, Decoder, ModelError, Sampler, Source, Step};
+use mlx_engine_text::{GgufVocabulary, Tokenizer};
+
+use crate::engine::{Engine, EngineOptions, Loaded, ProgressFn};
+use crate::{Chosen, PromptEncoder, TokenModel};
+
+/// Tokens that are scored at once; the logits of each are kept until they are read.
+const SCORE_CHUNK: usize = 128;
+
+/// What MLX computes on in this process.
+///
+/// # Errors
+///
+/// [`EngineError::MlxUnavailable`] where its library could not be opened, with the reason.
+pub fn mlx_device() -> Result<Device, EngineError> {
+    match models::detect() {
+        Ok(info) => Ok(info.device),
+        Err(ModelError::Mlx(reason)) => Err(EngineError::MlxUnavailable { reason }),
+        Err(error) => Err(EngineError::MlxUnavailable {
+            reason: error.to_string(),
+        }),
+    }
+}
+
+/// Loads a model folder or a `.gguf` file.
+///
+/// `configuration` says what is known of the model, from a registry; without one it is read from the checkpoint.
+/// Dropping the future gives the load up.
+///
+/// # Errors
+///
+/// [`EngineError::MlxUnavailable`], [`EngineError::UnsupportedModel`], [`EngineError::ModelLoad`] with what is wrong
+/// with the files, and the errors of tokenizer and template.
+pub async fn load_mlx(
+    path: PathBuf,
+    configuration: Option<ModelConfiguration>,
+    options: EngineOptions,
+    progress: Option<ProgressFn>,
+) -> Result<Engine, EngineError> {
+    Engine::load(options, progress, move |cancelled, progress| {
+        load(&path, configuration, cancelled, progress)
+    })
+    .await
+}
+
+fn load(
+    path: &Path,
+    configuration: Option<ModelConfiguration>,
+    cancelled: &AtomicBool,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Loaded<MlxModel>, EngineError> {
+    let device = mlx_device()?;
+    let shown = path.display().to_string();
+    let id = configuration.as_ref().map_or(shown, |known| known.id.clone());
+    let failed = |error: ModelError| load_error(&id, error);
+    let source = Source::open(path).map_err(failed)?;
+    // The tokenizer first: it is read in a moment, and a model without one is of no use.
+    let tokenizer = read_tokenizer(&source, &id)?;
+    let mut configuration = configuration.unwrap_or_else(|| described(path, &source, &tokenizer));
+    configuration.context_length = source.spec().context_length as u32;
+    let encoder = PromptEncoder::new(tokenizer, configuration.default_system_prompt.clone())?;
+    let decoder = Decoder::load(&source, &mut |stage| {
+        progress(stage);
+        if cancelled.load(Ordering::Relaxed) {
+            Err(ModelError::Cancelled)
+        } else {
+            Ok(())
+        }
+    })
+    .map_err(failed)?;
+    Ok(Loaded {
+        model: MlxModel { decoder },
+        configuration,
+        encoder,
+        backend: Backend::Mlx,
+        device,
+    })
+}
+
+/// Reads the tokenizer and the template of a model, and no weights.
+///
+/// # Errors
+///
+/// As [`load_mlx`], but for those of the weights.
+pub fn load_encoder(path: &Path, known: Option<&ModelConfiguration>) -> Result<PromptEncoder, EngineError> {
+    let id = known.map_or_else(|| path.display().to_string(), |known| known.id.clone());
+    let tokenizer = if path.is_dir() {
+        Tokenizer::from_folder(path).map_err(tokenizer_error)?
+    } else {
+        read_tokenizer(&Source::open(path).map_err(|error| load_error(&id, error))?, &id)?
+    };
+    PromptEncoder::new(
+        tokenizer,
+        known.and_then(|known| known.default_system_prompt.clone()),
+    )
+}
+
+fn read_tokenizer(source: &Source, id: &str) -> Result<Tokenizer, EngineError> {
+    let Some(file) = source.gguf() else {
+        return Tokenizer::from_folder(source.path()).map_err(tokenizer_error);
+    };
+    let vocabulary = vocabulary(file.metadata()).map_err(|error| EngineError::model_load(id, error))?;
+    Tokenizer::from_vocabulary(vocabulary).map_err(tokenizer_error)
+}
+
+/// What a checkpoint says of itself.
+fn described(path: &Path, source: &Source, tokenizer: &Tokenizer) -> ModelConfiguration {
+    let kind = if tokenizer.chat_template().is_some() {
+        ModelType::Chat
+    } else {
+        ModelType::Base
+    };
+    let name = path
+        .file_stem()
+        .map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+    ModelConfiguration {
+        name,
+        family: source.spec().model_type.clone(),
+        parameters: source.spec().parameters(),
+        size_bytes: source.total_bytes(),
+        ..ModelConfiguration::new(path.display().to_string(), kind)
+    }
+}
+
+fn tokenizer_error(error: mlx_engine_text::TextError) -> EngineError {
+    EngineError::tokenizer("the model's tokenizer is unusable", error)
+}
+
+fn load_error(id: &str, error: ModelError) -> EngineError {
+    match error {
+        ModelError::Unsupported {
+            model_type,
+            supported,
+        } => EngineError::UnsupportedModel {
+            model_type,
+            supported: supported.into_iter().map(str::to_owned).collect(),
+        },
+        ModelError::Cancelled => EngineError::Cancelled,
+        error if error.is_out_of_memory() => EngineError::OutOfMemory,
+        error => EngineError::model_load(id, error),
+    }
+}
+
+/// An error of a request.
+fn run_error(error: ModelError) -> EngineError {
+    match error {
+        error if error.is_out_of_memory() => EngineError::OutOfMemory,
+        error => EngineError::device("the model could not take the step", error),
+    }
+}
+
+/// The vocabulary in a GGUF file's metadata.
+fn vocabulary(metadata: &Metadata) -> Result<GgufVocabulary, mlx_engine_checkpoint::CheckpointError> {
+    let id = |key: &str| metadata.optional_u32(&format!("tokenizer.ggml.{key}_token_id"));
+    let text = |key: &str| metadata.optional_string(key).map(|text| text.map(str::to_owned));
+    Ok(GgufVocabulary {
+        model: metadata.string("tokenizer.ggml.model")?.to_owned(),
+        pre: text("tokenizer.ggml.pre")?,
+        tokens: metadata
+            .optional_strings("tokenizer.ggml.tokens")?
+            .unwrap_or_default(),
+        scores: metadata
+            .optional_f32s("tokenizer.ggml.scores")?
+            .unwrap_or_default(),
+        token_types: metadata
+            .optional_i32s("tokenizer.ggml.token_type")?
+            .unwrap_or_default(),
+        merges: metadata
+            .optional_strings("tokenizer.ggml.merges")?
+            .unwrap_or_default(),
+        bos: id("bos")?,
+        eos: id("eos")?,
+        eot: id("eot")?,
+        eom: id("eom")?,
+        unknown: id("unknown")?,
+        add_bos: metadata.optional_bool("tokenizer.ggml.add_bos_token")?,
+        add_eos: metadata.optional_bool("tokenizer.ggml.add_eos_token")?,
+        add_space_prefix: metadata.optional_bool("tokenizer.ggml.add_space_prefix")?,
+        chat_template: text("tokenizer.chat_template")?,
+    })
+}
+
+/// A decoder and the steps that it has begun.
+struct MlxModel {
+    decoder: Decoder,
+}
+
+/// A sequence of a decoder, with the tokens that are being chosen: the oldest first, two at most.
+struct MlxSequence {
+    sequence: models::Sequence,
+    sampler: Option<Sampler>,
+    steps: VecDeque<Step>,
+}
+
+impl MlxModel {
+    fn start(
+        sequence: &mut MlxSequence,
+        logits: &models::Logits,
+        params: &GenerateParams,
+        number: u64,
+    ) -> Result<(), EngineError> {
+        // A request without a seed draws one of the clock, once.
+        let sampler = match sequence.sampler.take() {
+            Some(sampler) if number > 0 => sampler,
+            _ => Sampler::new(params, clock_seed()),
+        };
+        let step = sampler.start(logits, number).map_err(run_error)?;
+        sequence.sampler = Some(sampler);
+        sequence.steps.push_back(step);
+        Ok(())
+    }
+}
+
+fn clock_seed() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_nanos() as u64)
+}
+
+impl TokenModel for MlxModel {
+    type Sequence = MlxSequence;
+
+    fn context_length(&self) -> usize {
+        self.decoder.spec().context_length
+    }
+
+    fn open(&mut self) -> MlxSequence {
+        MlxSequence {
+            sequence: self.decoder.sequence(),
+            sampler: None,
+            steps: VecDeque::new(),
+        }
+    }
+
+    fn len(&self, sequence: &MlxSequence) -> usize {
+        sequence.sequence.len()
+    }
+
+    fn truncate(&mut self, sequence: &mut MlxSequence, len: usize) {
+        sequence.steps.clear();
+        sequence.sequence.truncate(len);
+    }
+
+    fn prefill(&mut self, sequence: &mut MlxSequence, tokens: &[u32]) -> Result<(), EngineError> {
+        self.decoder
+            .prefill(tokens, &mut sequence.sequence)
+            .map_err(run_error)
+    }
+
+    fn begin(
+        &mut self,
+        sequence: &mut MlxSequence,
+        tokens: &[u32],
+        params: &GenerateParams,
+        number: u64,
+    ) -> Result<(), EngineError> {
+        let logits = self
+            .decoder
+            .forward(tokens, &mut sequence.sequence)
+            .map_err(run_error)?;
+        Self::start(sequence, &logits, params, number)
+    }
+
+    fn look_ahead(
+        &mut self,
+        sequence: &mut MlxSequence,
+        params: &GenerateParams,
+        number: u64,
+    ) -> Result<bool, EngineError> {
+        let Some(token) = sequence.steps.back().and_then(Step::unread) else {
+            return Ok(false);
+        };
+        let logits = self
+            .decoder
+            .forward_unread(token, &mut sequence.sequence)
+            .map_err(run_error)?;
+        Self::start(sequence, &logits, params, number)?;
+        Ok(true)
+    }
+
+    fn read(
+        &mut self,
+        sequence: &mut MlxSequence,
+        _params: &GenerateParams,
+        tokens: &[u32],
+        prompt_len: usize,
+    ) -> Result<Chosen, EngineError> {
+        let step = sequence.steps.pop_front().zip(sequence.sampler.as_ref());
+        let (step, sampler) =
+            step.ok_or_else(|| EngineError::internal("a token was read that nobody chose"))?;
+        let sampled = step.read(sampler, tokens, prompt_len).map_err(run_error)?;
+        Ok(Chosen {
+            token: sampled.token,
+            logprob: sampled.logprob,
+            top: sampled.top,
+        })
+    }
+
+    fn score(&mut self, tokens: &[u32], go_on: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>, EngineError> {
+        let mut sequence = self.decoder.sequence();
+        let mut logprobs = vec![None];
+        for (chunk, at) in tokens.chunks(SCORE_CHUNK).zip((0..).step_by(SCORE_CHUNK)) {
+            if !go_on() {
+                return Err(EngineError::Cancelled);
+            }
+            let next = &tokens[at + 1..(at + chunk.len() + 1).min(tokens.len())];
+            let scored = self
+                .decoder
+                .score(chunk, next, &mut sequence)
+                .map_err(run_error)?;
+            logprobs.extend(scored.into_iter().map(Some));
+        }
+        Ok(logprobs)
+    }
+
+    fn peak_memory_bytes(&self) -> u64 {
+        models::peak_memory().unwrap_or_default()
+    }
+}

@@ -1,0 +1,259 @@
+//! A scripted model that never poses as a real one.
+
+use std::time::Duration;
+
+use mlx_engine_core::{EngineError, GenerateParams};
+use mlx_engine_text::{GgufVocabulary, TextError, Tokenizer};
+
+use crate::{Chosen, TokenModel};
+
+/// What a fault does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MockFault {
+    /// The device fails.
+    Device,
+    /// The device is out of memory.
+    OutOfMemory,
+    /// The worker panics.
+    Panic,
+}
+
+/// How the mock behaves.
+///
+/// Its tokens are bytes. Without a reply it answers with the end of the prompt, so that a test can tell its requests
+/// apart.
+#[derive(Clone, Debug, Default)]
+pub struct MockScript {
+    reply: Option<String>,
+    load_delay: Duration,
+    load_failure: Option<String>,
+    chunk_delay: Duration,
+    step_delay: Duration,
+    fault: Option<(u64, MockFault)>,
+    context_length: Option<usize>,
+}
+
+impl MockScript {
+    /// A mock that gives the same answer to everything.
+    pub fn reply(text: impl Into<String>) -> Self {
+        Self {
+            reply: Some(text.into()),
+            ..Self::default()
+        }
+    }
+
+    /// Takes this long to load.
+    pub fn with_load_delay(mut self, delay: Duration) -> Self {
+        self.load_delay = delay;
+        self
+    }
+
+    /// Fails to load, with this message.
+    pub fn with_load_failure(mut self, message: impl Into<String>) -> Self {
+        self.load_failure = Some(message.into());
+        self
+    }
+
+    /// Takes this long for each chunk of a prompt.
+    pub fn with_chunk_delay(mut self, delay: Duration) -> Self {
+        self.chunk_delay = delay;
+        self
+    }
+
+    /// Takes this long for each token.
+    pub fn with_step_delay(mut self, delay: Duration) -> Self {
+        self.step_delay = delay;
+        self
+    }
+
+    /// Fails at the token of this number, from 0, once in the model's life.
+    pub fn with_fault(mut self, number: u64, fault: MockFault) -> Self {
+        self.fault = Some((number, fault));
+        self
+    }
+
+    /// Has a context of this many tokens; 4096 unless told.
+    pub fn with_context_length(mut self, tokens: usize) -> Self {
+        self.context_length = Some(tokens);
+        self
+    }
+
+    pub(crate) fn load(self) -> Result<MockModel, EngineError> {
+        std::thread::sleep(self.load_delay);
+        match self.load_failure {
+            Some(message) => Err(EngineError::model_load("mock", message)),
+            None => Ok(MockModel { script: self }),
+        }
+    }
+}
+
+/// The model that follows a [`MockScript`].
+#[derive(Debug)]
+pub struct MockModel {
+    script: MockScript,
+}
+
+/// What the mock remembers: the tokens it has seen, and those that it has chosen and nobody has read.
+#[derive(Debug, Default)]
+pub struct MockSequence {
+    seen: Vec<u32>,
+    chosen: Vec<u32>,
+    /// The answer, chosen when its first token is.
+    answer: Vec<u32>,
+}
+
+/// The id of the token that ends an answer: the one behind the bytes.
+const END: u32 = 256;
+
+/// Bytes of the prompt's end that the mock says back.
+const ECHO: usize = 64;
+
+/// The bytes at the end of a prompt.
+fn echo(seen: &[u32]) -> Vec<u32> {
+    let said: Vec<u32> = seen.iter().copied().filter(|&token| token < END).collect();
+    said[said.len().saturating_sub(ECHO)..].to_vec()
+}
+
+impl MockModel {
+    fn step(&mut self, sequence: &mut MockSequence, number: u64) -> Result<(), EngineError> {
+        std::thread::sleep(self.script.step_delay);
+        if let Some((at, fault)) = self.script.fault
+            && at == number
+        {
+            self.script.fault = None;
+            match fault {
+                MockFault::Device => {
+                    return Err(EngineError::Device {
+                        message: "scripted fault".to_owned(),
+                        source: None,
+                    });
+                }
+                MockFault::OutOfMemory => return Err(EngineError::OutOfMemory),
+                MockFault::Panic => std::panic::panic_any("scripted panic"),
+            }
+        }
+        let token = sequence.answer.get(number as usize).copied().unwrap_or(END);
+        sequence.chosen.push(token);
+        Ok(())
+    }
+}
+
+impl TokenModel for MockModel {
+    type Sequence = MockSequence;
+
+    fn context_length(&self) -> usize {
+        self.script.context_length.unwrap_or(4096)
+    }
+
+    fn open(&mut self) -> MockSequence {
+        MockSequence::default()
+    }
+
+    fn len(&self, sequence: &MockSequence) -> usize {
+        sequence.seen.len()
+    }
+
+    fn truncate(&mut self, sequence: &mut MockSequence, len: usize) {
+        sequence.seen.truncate(len);
+        sequence.chosen.clear();
+    }
+
+    fn prefill(&mut self, sequence: &mut MockSequence, tokens: &[u32]) -> Result<(), EngineError> {
+        std::thread::sleep(self.script.chunk_delay);
+        sequence.seen.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    fn begin(
+        &mut self,
+        sequence: &mut MockSequence,
+        tokens: &[u32],
+        _params: &GenerateParams,
+        number: u64,
+    ) -> Result<(), EngineError> {
+        sequence.seen.extend_from_slice(tokens);
+        if number == 0 {
+            sequence.answer = match &self.script.reply {
+                Some(reply) => reply.bytes().map(u32::from).collect(),
+                None => echo(&sequence.seen),
+            };
+        }
+        self.step(sequence, number)
+    }
+
+    fn look_ahead(
+        &mut self,
+        sequence: &mut MockSequence,
+        _params: &GenerateParams,
+        number: u64,
+    ) -> Result<bool, EngineError> {
+        sequence.seen.extend(sequence.chosen.last());
+        self.step(sequence, number)?;
+        Ok(true)
+    }
+
+    fn read(
+        &mut self,
+        sequence: &mut MockSequence,
+        params: &GenerateParams,
+        _tokens: &[u32],
+        _prompt_len: usize,
+    ) -> Result<Chosen, EngineError> {
+        if sequence.chosen.is_empty() {
+            return Err(EngineError::internal("a token was read that nobody chose"));
+        }
+        if params.logprobs {
+            let message = "the mock has no probabilities to report".to_owned();
+            return Err(EngineError::Device {
+                message,
+                source: None,
+            });
+        }
+        Ok(Chosen {
+            token: sequence.chosen.remove(0),
+            logprob: None,
+            top: Vec::new(),
+        })
+    }
+
+    fn score(&mut self, _tokens: &[u32], _go_on: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>, EngineError> {
+        Err(EngineError::MlxUnavailable {
+            reason: "the mock has no probabilities to score with".to_owned(),
+        })
+    }
+
+    fn peak_memory_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// The character that stands for a byte in byte-level vocabularies: OpenAI's table for GPT-2.
+fn byte_character(byte: u8) -> Option<char> {
+    let printable = |byte: u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    if printable(byte) {
+        return Some(char::from(byte));
+    }
+    let before = (0..byte).filter(|&byte| !printable(byte)).count() as u32;
+    char::from_u32(256 + before)
+}
+
+/// The mock's tokenizer: a token is a byte.
+pub(crate) fn tokenizer() -> Result<Tokenizer, TextError> {
+    let mut tokens: Vec<String> = (0..=255).filter_map(byte_character).map(String::from).collect();
+    tokens.push("<|end|>".to_owned());
+    let mut token_types = vec![1; tokens.len()];
+    token_types[END as usize] = 3;
+    Tokenizer::from_vocabulary(GgufVocabulary {
+        model: "gpt2".to_owned(),
+        pre: Some("gpt-2".to_owned()),
+        tokens,
+        token_types,
+        eos: Some(END),
+        chat_template: Some(
+            "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+                .to_owned(),
+        ),
+        ..GgufVocabulary::default()
+    })
+}

@@ -1,0 +1,95 @@
+//! What the scheduler runs.
+
+use mlx_engine_core::{EngineError, GenerateParams};
+
+/// A token that a model chose.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chosen {
+    /// The token.
+    pub token: u32,
+    /// Its log-probability, where the request asked for it.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens with their log-probabilities, likeliest first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// A model as the scheduler sees it: sequences that take tokens and give tokens.
+///
+/// All calls come from the one thread that the model lives on. An error ends the request that the sequence belongs to
+/// and no other.
+pub trait TokenModel {
+    /// What the model remembers of one sequence.
+    type Sequence;
+
+    /// The longest sequence, prompt and answer together, in tokens.
+    fn context_length(&self) -> usize;
+
+    /// A sequence that has seen nothing.
+    fn open(&mut self) -> Self::Sequence;
+
+    /// Tokens that a sequence has seen.
+    fn len(&self, sequence: &Self::Sequence) -> usize;
+
+    /// Forgets all but the first `len` tokens.
+    fn truncate(&mut self, sequence: &mut Self::Sequence, len: usize);
+
+    /// Feeds a part of the prompt that is not its end.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn prefill(&mut self, sequence: &mut Self::Sequence, tokens: &[u32]) -> Result<(), EngineError>;
+
+    /// Feeds tokens and begins to choose the one that follows, which is number `number` of the answer. At most one
+    /// token of a sequence is being chosen and not read, two between [`look_ahead`](Self::look_ahead) and
+    /// [`read`](Self::read).
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn begin(
+        &mut self,
+        sequence: &mut Self::Sequence,
+        tokens: &[u32],
+        params: &GenerateParams,
+        number: u64,
+    ) -> Result<(), EngineError>;
+
+    /// Feeds the token that is being chosen, unread, and begins to choose the next. `false` where the model has to
+    /// see the token first.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn look_ahead(
+        &mut self,
+        sequence: &mut Self::Sequence,
+        params: &GenerateParams,
+        number: u64,
+    ) -> Result<bool, EngineError>;
+
+    /// Waits for the oldest token that is being chosen. `tokens` are all so far, the answer begins at `prompt_len`.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn read(
+        &mut self,
+        sequence: &mut Self::Sequence,
+        params: &GenerateParams,
+        tokens: &[u32],
+        prompt_len: usize,
+    ) -> Result<Chosen, EngineError>;
+
+    /// The log-probability of each token after the ones before it; the first has none.
+    ///
+    /// `go_on` is asked between chunks and ends the work with [`EngineError::Cancelled`].
+    ///
+    /// # Errors
+    ///
+    /// What the device says, and that a model has no probabilities.
+    fn score(&mut self, tokens: &[u32], go_on: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>, EngineError>;
+
+    /// The most bytes that the model had allocated at once.
+    fn peak_memory_bytes(&self) -> u64;
+}

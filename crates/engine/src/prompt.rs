@@ -1,0 +1,152 @@
+//! From a prompt to token ids.
+
+use mlx_engine_core::{ChatMessage, EngineError, Prompt};
+use mlx_engine_text::{ChatTemplate, TemplateContext, TextError, Tokenizer};
+use serde_json::{Value, json};
+
+/// A model's tokenizer and template.
+#[derive(Clone, Debug)]
+pub struct PromptEncoder {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    default_system_prompt: Option<String>,
+}
+
+impl PromptEncoder {
+    /// Compiles the template that came with a tokenizer, if one did.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Template`] where it does not compile.
+    pub fn new(tokenizer: Tokenizer, default_system_prompt: Option<String>) -> Result<Self, EngineError> {
+        let template = tokenizer
+            .chat_template()
+            .map(ChatTemplate::new)
+            .transpose()
+            .map_err(template_error)?;
+        Ok(Self {
+            tokenizer,
+            template,
+            default_system_prompt,
+        })
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The text that a prompt becomes, or `None` for one that is tokens already.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::EmptyPrompt`], and [`EngineError::Template`] where the template refuses the conversation or the
+    /// model has none.
+    pub fn text(&self, prompt: &Prompt) -> Result<Option<String>, EngineError> {
+        if prompt.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        match prompt {
+            Prompt::Text(text) => Ok(Some(text.clone())),
+            Prompt::Tokens(_) => Ok(None),
+            Prompt::Chat {
+                messages,
+                tools,
+                template_args,
+            } => {
+                let template = self.template.as_ref().ok_or_else(|| EngineError::Template {
+                    message: "the model has none; give the prompt as text".to_owned(),
+                    source: None,
+                })?;
+                let has_system = messages
+                    .first()
+                    .is_some_and(|first| first.role == mlx_engine_core::Role::System);
+                let system = self.default_system_prompt.as_ref().filter(|_| !has_system);
+                let system = system.map(|text| json!({"role": "system", "content": text}));
+                let messages: Vec<Value> = system
+                    .into_iter()
+                    .chain(messages.iter().map(message_value))
+                    .collect();
+                let continues = messages.last().is_some_and(|last| last["role"] == "assistant");
+                let arguments = template_args
+                    .iter()
+                    .map(|(key, value)| (key.clone(), value.clone()))
+                    .collect();
+                let context = TemplateContext::new(Value::Array(messages))
+                    .with_tools((!tools.is_empty()).then(|| Value::Array(tools.clone())))
+                    .with_generation_prompt(!continues)
+                    .with_special_tokens(
+                        &self.tokenizer.bos_token().unwrap_or_default(),
+                        self.tokenizer.eos_token().unwrap_or_default(),
+                    )
+                    .with_arguments(arguments);
+                template.render(&context).map(Some).map_err(template_error)
+            }
+            other => Err(EngineError::internal(format!(
+                "a prompt of an unknown kind: {other:?}"
+            ))),
+        }
+    }
+
+    /// The token ids that a prompt becomes. Text gets the tokens that begin a sequence; what a template renders has
+    /// them in its text.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`text`](Self::text), and [`EngineError::Tokenizer`].
+    pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, EngineError> {
+        let text = self.text(prompt)?;
+        let ids = match (prompt, text) {
+            (Prompt::Tokens(tokens), _) => tokens.clone(),
+            (_, None) => Vec::new(),
+            (prompt, Some(text)) => {
+                let ids = self.tokenizer.encode(&text, matches!(prompt, Prompt::Text(_)));
+                ids.map_err(|error| EngineError::tokenizer("the prompt could not be encoded", error))?
+            }
+        };
+        if ids.is_empty() {
+            Err(EngineError::EmptyPrompt)
+        } else {
+            Ok(ids)
+        }
+    }
+}
+
+/// A message as templates know it: tool calls in OpenAI's shape.
+fn message_value(message: &ChatMessage) -> Value {
+    let mut value = json!({"role": message.role, "content": message.content});
+    if let Some(name) = &message.name {
+        value["name"] = json!(name);
+    }
+    if let Some(id) = &message.tool_call_id {
+        value["tool_call_id"] = json!(id);
+    }
+    if let Some(reasoning) = &message.reasoning_content {
+        value["reasoning_content"] = json!(reasoning);
+    }
+    if !message.tool_calls.is_empty() {
+        let calls = message.tool_calls.iter().map(|call| {
+            let function = json!({"name": call.name, "arguments": call.arguments});
+            json!({"id": call.id, "type": "function", "function": function})
+        });
+        value["tool_calls"] = calls.collect();
+    }
+    value
+}
+
+fn template_error(error: TextError) -> EngineError {
+    match error {
+        TextError::Refused { message } => EngineError::Template {
+            message: format!("it refuses the conversation: {message}"),
+            source: None,
+        },
+        TextError::Template { message, line } => {
+            let at = line.map(|line| format!(" at line {line}")).unwrap_or_default();
+            EngineError::Template {
+                message: format!("{message}{at}"),
+                source: None,
+            }
+        }
+        other => EngineError::template("it could not be used", other),
+    }
+}

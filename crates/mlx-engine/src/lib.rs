@@ -1,0 +1,47 @@
+//! An embeddable LLM engine on Apple's MLX.
+//!
+//! ```no_run
+//! use mlx_engine::prelude::*;
+//!
+//! # async fn run() -> Result<(), EngineError> {
+//! let engine = InferenceEngine::new();
+//! engine.load_model("SmolLM2-135M-Instruct.Q4_1.gguf").await?;
+//! let output = engine.generate("What is the capital of France?", GenerateParams::default()).await?;
+//! println!("{} ({})", output.text, output.backend);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A model is a folder in MLX's or Hugging Face's layout, a `.gguf` file, the name of a model in the
+//! [registry](ModelRegistry), or a hub id that is in the local cache.
+//!
+//! Where MLX cannot run, a scripted mock may take its place ([`FallbackPolicy`]); whatever it says is marked as
+//! [`Backend::Mock`], and [`InferenceEngine::fallback_reason`] tells why.
+//!
+//! # Features
+//!
+//! `mlx` (default) brings MLX. Without it everything builds and runs on the mock alone, with no other dependency than
+//! Rust itself.
+
+mod chat;
+mod inference;
+mod platform;
+mod resolve;
+
+pub use chat::{ChatSession, ChatStream};
+pub use inference::{BackendChoice, InferenceEngine};
+pub use mlx_engine_core::*;
+#[cfg(feature = "mlx")]
+pub use mlx_engine_engine::mlx_device;
+pub use mlx_engine_engine::{Engine, EngineOptions, MockFault, MockScript, ProgressFn, PromptEncoder, Score};
+pub use mlx_engine_registry::{ModelQuery, ModelRegistry, RegistryError};
+pub use platform::platform;
+pub use resolve::{ModelLocation, hub_cache, locate};
+
+/// What most programs use.
+pub mod prelude {
+    pub use crate::{
+        Backend, BackendChoice, ChatMessage, ChatSession, EngineError, FallbackPolicy, GenerateOutput,
+        GenerateParams, GenerationEvent, InferenceEngine, LlmEngine, ModelRegistry, Prompt,
+    };
+}

@@ -1,0 +1,258 @@
+//! The facade on the real model.
+#![cfg(feature = "mlx")]
+
+use std::sync::{Arc, Mutex};
+
+use mlx_engine::prelude::*;
+use mlx_engine::{Device, LoadProgress};
+use serde_json::Value;
+
+fn model() -> String {
+    let path = std::env::var("MLX_ENGINE_TEST_MODEL");
+    path.expect("MLX_ENGINE_TEST_MODEL names the test model; run the tests by `cargo xtask test`")
+}
+
+async fn load() -> InferenceEngine {
+    let engine = InferenceEngine::new();
+    engine.load_model(&model()).await.expect("the model loads");
+    engine
+}
+
+#[tokio::test]
+async fn the_capital_of_france_is_paris() {
+    let engine = InferenceEngine::new();
+    let stages = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&stages);
+    let progress = Box::new(move |stage| seen.lock().unwrap().push(stage));
+    let configuration = engine.load_model_with_progress(&model(), progress).await.unwrap();
+    assert_eq!(configuration.parameters, 134_515_008);
+    assert_eq!(
+        (configuration.context_length, configuration.family.as_str()),
+        (8192, "llama")
+    );
+    let stages = stages.lock().unwrap().clone();
+    assert!(matches!(stages[0], LoadProgress::Bytes { done: 0, .. }));
+    assert!(stages.contains(&LoadProgress::Layers { done: 30, total: 30 }));
+    assert_eq!(stages.last(), Some(&LoadProgress::Ready));
+
+    let params = GenerateParams::default()
+        .with_temperature(0.0)
+        .with_max_tokens(32);
+    let output = engine
+        .generate("What is the capital of France?", params)
+        .await
+        .unwrap();
+    assert_eq!(output.text, "The capital of France is Paris.");
+    assert_eq!((output.backend, output.device), (Backend::Mlx, Device::Cpu));
+    assert_eq!(output.usage.completion_tokens, 8);
+    assert!(output.peak_memory_bytes > 98_362_432);
+}
+
+#[tokio::test]
+async fn text_is_tokenized_as_hugging_face_does() {
+    let oracle = include_str!("../../models/tests/fixtures/smollm2.json");
+    let oracle: Value = serde_json::from_str(oracle).unwrap();
+    let encoder = InferenceEngine::new().load_encoder(&model()).unwrap();
+    let texts = oracle["prompts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .chain([&oracle["score"]]);
+    for case in texts {
+        let ids = encoder
+            .encode(&Prompt::text(case["text"].as_str().unwrap()))
+            .unwrap();
+        let expected: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(ids, expected, "{}", case["text"]);
+        assert_eq!(
+            encoder.tokenizer().decode(&ids, false),
+            case["text"].as_str().unwrap()
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_text_is_scored_as_mlx_lm_scores_it() {
+    let oracle = include_str!("../../models/tests/fixtures/smollm2.json");
+    let oracle: Value = serde_json::from_str(oracle).unwrap();
+    let engine = load().await;
+    // The first sentence: all 500 tokens are scored in the tests of the models.
+    let text = oracle["score"]["text"]
+        .as_str()
+        .unwrap()
+        .split('.')
+        .next()
+        .unwrap();
+    let score = engine.score(text).await.unwrap();
+    assert_eq!(score.logprobs[0], None);
+    for (found, expected) in score.logprobs[1..]
+        .iter()
+        .zip(oracle["score"]["logprobs"].as_array().unwrap())
+    {
+        assert!((f64::from(found.unwrap()) - expected.as_f64().unwrap()).abs() < 1e-3);
+    }
+    let sum: f64 = score
+        .logprobs
+        .iter()
+        .flatten()
+        .map(|&logprob| f64::from(logprob))
+        .sum();
+    let perplexity = (-sum / (score.tokens.len() - 1) as f64).exp();
+    assert!((score.perplexity() - perplexity).abs() < 1e-9);
+}
+
+#[tokio::test]
+async fn the_same_seed_gives_the_same_answer_and_every_parameter_has_its_effect() {
+    let engine = load().await;
+    let run = |params: GenerateParams| {
+        let run = engine.generate(Prompt::text("Once upon a time"), params.with_max_tokens(8));
+        async move { run.await.unwrap() }
+    };
+    let base = || GenerateParams::default().with_temperature(1.0).with_seed(7);
+    let first = run(base()).await;
+    assert_eq!(run(base()).await.tokens, first.tokens);
+    let filtered = run(base().with_top_p(0.9).with_min_p(0.01).with_top_k(50)).await;
+    assert_eq!(
+        run(base().with_top_p(0.9).with_min_p(0.01).with_top_k(50))
+            .await
+            .tokens,
+        filtered.tokens
+    );
+    let greedy = run(base().with_temperature(0.0)).await;
+    assert_eq!(run(base().with_top_k(1)).await.tokens, greedy.tokens);
+    assert_eq!(
+        run(base().with_temperature(0.0).with_seed(8)).await.tokens,
+        greedy.tokens
+    );
+    let banned = greedy.tokens[0];
+    assert!(
+        !run(base().with_temperature(0.0).with_logit_bias([(banned, -100.0)]))
+            .await
+            .tokens
+            .contains(&banned)
+    );
+    let logprobs = run(base().with_temperature(0.0).with_top_logprobs(2)).await;
+    assert_eq!(logprobs.tokens, greedy.tokens);
+    let logprobs = logprobs.logprobs.unwrap();
+    assert_eq!(logprobs.len(), greedy.tokens.len());
+    assert!(
+        logprobs
+            .iter()
+            .all(|token| token.top.len() == 2 && token.top[0].token == token.token)
+    );
+}
+
+#[tokio::test]
+async fn a_conversation_reuses_its_keys_and_values_and_says_the_same() {
+    let engine = load().await;
+    let params = GenerateParams::default()
+        .with_temperature(0.0)
+        .with_max_tokens(12);
+    let mut chat = engine.chat().with_params(params.clone());
+    chat.send("What is the capital of France?").await.unwrap();
+    let reused = chat.send("And of Italy?").await.unwrap();
+    assert!(reused.usage.cached_tokens > 40, "{:?}", reused.usage);
+    let history = chat.history()[..3].to_vec();
+    let fresh = load().await.generate(history, params).await.unwrap();
+    assert_eq!(fresh.usage.cached_tokens, 0);
+    assert_eq!(fresh.text, reused.text);
+}
+
+#[tokio::test]
+async fn memory_does_not_grow_with_requests() {
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tests/fixtures/tiny/llama");
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(format!("{tiny}/{file}"), folder.path().join(file)).unwrap();
+    }
+    std::fs::write(folder.path().join("tokenizer.json"), TOKENIZER).unwrap();
+    let engine = InferenceEngine::new();
+    engine.load_model(folder.path().to_str().unwrap()).await.unwrap();
+    let mut peak = 0;
+    for number in 0..200_u32 {
+        let tokens = (0..60).map(|i| (i * 7 + number * 3) % 96);
+        let params = GenerateParams::default()
+            .with_max_tokens(4)
+            .with_ignore_eos(true)
+            .with_seed(1);
+        let output = engine.generate(Prompt::tokens(tokens), params).await.unwrap();
+        if number == 20 {
+            peak = output.peak_memory_bytes;
+        }
+        assert!(
+            number <= 20 || output.peak_memory_bytes == peak,
+            "{number}: {} after {peak}",
+            output.peak_memory_bytes
+        );
+    }
+}
+
+/// The smallest tokenizer that there is.
+const TOKENIZER: &str =
+    r#"{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
+
+#[tokio::test]
+async fn what_is_wrong_with_a_model_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap().to_owned();
+    let load = || async {
+        let error = InferenceEngine::new().load_model(&path).await.unwrap_err();
+        let source = std::error::Error::source(&error).map(|source| format!(": {source}"));
+        format!("{error}{}", source.unwrap_or_default())
+    };
+    let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    assert!(
+        load()
+            .await
+            .ends_with("has no `config.json`, which a model folder needs")
+    );
+    write("config.json", r#"{"model_type": "gpt5"}"#);
+    assert_eq!(load().await, "model type `gpt5` is not supported");
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tests/fixtures/tiny/llama");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(format!("{tiny}/{file}"), folder.path().join(file)).unwrap();
+    }
+    let found = load().await;
+    assert!(found.contains("has no `tokenizer.json`"), "{found}");
+    write("tokenizer.json", "{");
+    let found = load().await;
+    assert!(
+        found.contains("tokenizer failed") && found.contains("tokenizer.json` could not be read"),
+        "{found}"
+    );
+    write("tokenizer.json", TOKENIZER);
+    write("tokenizer_config.json", r#"{"chat_template": "{% for x in"}"#);
+    let found = load().await;
+    assert!(
+        found.contains("chat template failed") && found.contains("line 1"),
+        "{found}"
+    );
+    write(
+        "tokenizer_config.json",
+        r#"{"chat_template": "{{ raise_exception('no chat, please') }}"}"#,
+    );
+    let engine = InferenceEngine::new();
+    engine.load_model(&path).await.unwrap();
+    let error = engine
+        .generate("Hi", GenerateParams::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "chat template failed: it refuses the conversation: no chat, please"
+    );
+    let error = engine
+        .generate(Prompt::tokens([96]), GenerateParams::default())
+        .await
+        .unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert_eq!(source, "token 96 is not in the vocabulary of 96");
+    let error = engine
+        .generate(Prompt::tokens(vec![1; 512]), GenerateParams::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "prompt of 512 tokens does not fit the context of 512"
+    );
+}

@@ -1,0 +1,45 @@
+//! Language models on MLX.
+//!
+//! A model is data: [`DecoderSpec`] says what a decoder looks like, read from `config.json` or from GGUF metadata, and
+//! [`Decoder`] is the one implementation of all of them. Weights come from an MLX or Hugging Face folder or from a
+//! GGUF file, strictly: a missing, unused or misshapen tensor is an error that names it.
+//!
+//! Everything here belongs to one thread, the one that loads the model. There are no requests and no text: token ids
+//! go in, token ids and log-probabilities come out.
+//!
+//! On a CPU the compute type is float32, MLX's fastest there; on a GPU it is that of the checkpoint.
+//!
+//! ```no_run
+//! use mlx_engine_models::{Decoder, Sampler, Source};
+//! use mlx_engine_core::GenerateParams;
+//!
+//! let source = Source::open("model.gguf".as_ref())?;
+//! let decoder = Decoder::load(&source, &mut |_progress| Ok(()))?;
+//! let mut sequence = decoder.sequence();
+//! let sampler = Sampler::new(&GenerateParams::default().with_temperature(0.0), 0);
+//! let logits = decoder.forward(&[1, 2, 3], &mut sequence)?;
+//! let step = sampler.start(&logits, 0)?;
+//! println!("{}", step.read(&sampler, &[1, 2, 3], 3)?.token);
+//! # Ok::<(), mlx_engine_models::ModelError>(())
+//! ```
+
+mod cache;
+mod decoder;
+mod device;
+mod error;
+mod family;
+mod layers;
+mod names;
+mod sampling;
+mod source;
+mod spec;
+mod weights;
+
+pub use cache::{KvCache, Sequence};
+pub use decoder::Decoder;
+pub use device::{DeviceInfo, active_memory, clear_cache, detect, peak_memory, reset_peak_memory};
+pub use error::ModelError;
+pub use family::{spec_from_config, spec_from_gguf, supported_model_types};
+pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax};
+pub use source::Source;
+pub use spec::{DecoderSpec, RopeScaling, RopeSpec};

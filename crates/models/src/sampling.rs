@@ -1,0 +1,274 @@
+//! From logits to tokens.
+//!
+//! Without filters, penalties and log-probabilities the token is chosen on the device and need not be read before the
+//! next step is built. With them the logits of the step are read, and the token is chosen here.
+//!
+//! The order is mlx-lm's: logit bias and penalties change the logits; log-probabilities are those of the changed
+//! logits; top-p, min-p and top-k filter by these probabilities; the temperature flattens what is left.
+
+use mlx_engine_core::GenerateParams;
+use mlx_rs::ops::indexing::argmax_axis;
+use mlx_rs::{Array, ops, random, transforms};
+
+use crate::ModelError;
+
+/// Logits on the device, `[1, vocab_size]` float32.
+pub type Logits = Array;
+
+/// Chooses the tokens of one request.
+#[derive(Clone, Debug)]
+pub struct Sampler {
+    params: GenerateParams,
+    seed: u64,
+}
+
+/// A token that was chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// The token.
+    pub token: u32,
+    /// Its log-probability, where the request asked for it.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens and their log-probabilities, likeliest first, as many as the request asked for.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// A step that the device has begun.
+#[derive(Debug)]
+pub struct Step {
+    kind: StepKind,
+    number: u64,
+}
+
+#[derive(Debug)]
+enum StepKind {
+    /// The token, `[1]` `u32`.
+    Chosen(Array),
+    /// The logits, `[1, vocab_size]`.
+    Logits(Array),
+}
+
+impl Sampler {
+    /// A sampler for one request. `seed` stands in where the parameters have none.
+    pub fn new(params: &GenerateParams, seed: u64) -> Self {
+        Self {
+            params: params.clone(),
+            seed: params.seed.unwrap_or(seed),
+        }
+    }
+
+    /// Whether the device can choose, so that the next step can be built before this one is read.
+    pub fn on_device(&self) -> bool {
+        let p = &self.params;
+        !(p.logprobs
+            || p.top_logprobs > 0
+            || p.repetition_penalty != 1.0
+            || p.presence_penalty != 0.0
+            || p.frequency_penalty != 0.0
+            || !p.logit_bias.is_empty()
+            || (!p.is_greedy() && (p.top_p < 1.0 || p.top_k > 0 || p.min_p > 0.0)))
+    }
+
+    /// Begins the step of this number from its logits, `[1, vocab_size]`.
+    ///
+    /// # Errors
+    ///
+    /// Where MLX fails.
+    pub fn start(&self, logits: &Array, number: u64) -> Result<Step, ModelError> {
+        let kind = if !self.on_device() {
+            StepKind::Logits(logits.clone())
+        } else if self.params.is_greedy() {
+            StepKind::Chosen(argmax_axis(logits, -1, false)?)
+        } else {
+            let key = random::key(mix(self.seed, number))?;
+            let scaled = ops::multiply(logits, Array::from_f32(1.0 / self.params.temperature))?;
+            StepKind::Chosen(random::categorical(scaled, -1, None, &key)?)
+        };
+        let (StepKind::Chosen(array) | StepKind::Logits(array)) = &kind;
+        transforms::async_eval([array])?;
+        Ok(Step { kind, number })
+    }
+
+    /// Chooses from logits that have been read. `tokens` are those of the prompt and of the answer so far, which
+    /// begins at `prompt_len`.
+    pub fn choose(&self, logits: &[f32], number: u64, tokens: &[u32], prompt_len: usize) -> Sampled {
+        let mut logits = logits.to_vec();
+        self.change(&mut logits, tokens, prompt_len);
+        let logprobs = log_softmax(&logits);
+        let token = if self.params.is_greedy() {
+            likeliest(&logits)
+        } else {
+            self.draw(&logprobs, uniform(mix(self.seed, number)))
+        };
+        let top = usize::from(self.params.top_logprobs);
+        Sampled {
+            token,
+            logprob: self.params.logprobs.then(|| logprobs[token as usize]),
+            top: top_of(&logprobs, top),
+        }
+    }
+
+    /// Adds the bias and applies the penalties.
+    fn change(&self, logits: &mut [f32], tokens: &[u32], prompt_len: usize) {
+        let p = &self.params;
+        for (&token, &bias) in &p.logit_bias {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit += bias;
+            }
+        }
+        if p.repetition_penalty != 1.0 {
+            let window = tokens.len().saturating_sub(p.repetition_window as usize);
+            let mut seen = tokens[window..].to_vec();
+            seen.sort_unstable();
+            seen.dedup();
+            for token in seen {
+                if let Some(logit) = logits.get_mut(token as usize) {
+                    *logit = if *logit > 0.0 {
+                        *logit / p.repetition_penalty
+                    } else {
+                        *logit * p.repetition_penalty
+                    };
+                }
+            }
+        }
+        if p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 {
+            let mut generated = tokens[prompt_len.min(tokens.len())..].to_vec();
+            generated.sort_unstable();
+            for run in generated.chunk_by(|a, b| a == b) {
+                if let Some(logit) = logits.get_mut(run[0] as usize) {
+                    *logit -= p.presence_penalty + p.frequency_penalty * run.len() as f32;
+                }
+            }
+        }
+    }
+
+    /// Draws from what the filters leave, with `point` from 0 to 1.
+    fn draw(&self, logprobs: &[f32], point: f64) -> u32 {
+        let p = &self.params;
+        let mut kept: Vec<(u32, f32)> = (0..).zip(logprobs.iter().copied()).collect();
+        // Ties keep the order of the ids, so that the same seed gives the same token everywhere.
+        let by_logprob = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let unfiltered = p.top_p >= 1.0 && p.top_k == 0 && p.min_p <= 0.0;
+        if !unfiltered {
+            kept.sort_unstable_by(by_logprob);
+            if p.top_p < 1.0 {
+                let mut mass = 0.0;
+                let needed = kept.iter().position(|(_, logprob)| {
+                    mass += f64::from(*logprob).exp();
+                    mass >= f64::from(p.top_p)
+                });
+                kept.truncate(needed.map_or(kept.len(), |last| last + 1));
+            }
+            if p.min_p > 0.0 {
+                let least = kept[0].1 + p.min_p.ln();
+                kept.retain(|(_, logprob)| *logprob >= least);
+            }
+            if p.top_k > 0 {
+                kept.truncate(p.top_k as usize);
+            }
+        }
+        let highest = kept
+            .iter()
+            .map(|(_, logprob)| *logprob)
+            .fold(f32::NEG_INFINITY, f32::max);
+        let weight = |logprob: f32| (f64::from(logprob - highest) / f64::from(p.temperature)).exp();
+        let total: f64 = kept.iter().map(|(_, logprob)| weight(*logprob)).sum();
+        let mut left = point * total;
+        for &(token, logprob) in &kept {
+            left -= weight(logprob);
+            if left < 0.0 {
+                return token;
+            }
+        }
+        // Rounding may leave a crumb behind the last.
+        likeliest(logprobs)
+    }
+}
+
+impl Step {
+    /// The token that was chosen on the device, not read yet: an array of one `u32`.
+    pub fn unread(&self) -> Option<&Array> {
+        match &self.kind {
+            StepKind::Chosen(token) => Some(token),
+            StepKind::Logits(_) => None,
+        }
+    }
+
+    /// Waits for the step and returns its token. The arguments are those of [`Sampler::choose`].
+    ///
+    /// # Errors
+    ///
+    /// Where MLX fails.
+    pub fn read(self, sampler: &Sampler, tokens: &[u32], prompt_len: usize) -> Result<Sampled, ModelError> {
+        match self.kind {
+            StepKind::Chosen(token) => {
+                token.eval()?;
+                let token = token
+                    .try_item_exact::<u32>()
+                    .map_err(|error| ModelError::Mlx(error.to_string()))?;
+                Ok(Sampled {
+                    token,
+                    logprob: None,
+                    top: Vec::new(),
+                })
+            }
+            StepKind::Logits(logits) => {
+                logits.eval()?;
+                let logits = logits.contiguous()?;
+                logits.eval()?;
+                Ok(sampler.choose(logits.try_as_slice::<f32>()?, self.number, tokens, prompt_len))
+            }
+        }
+    }
+}
+
+/// The index of the largest, the first of equals.
+fn likeliest(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (index, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = index;
+        }
+    }
+    best as u32
+}
+
+/// The `count` likeliest, likeliest first.
+fn top_of(logprobs: &[f32], count: usize) -> Vec<(u32, f32)> {
+    if count == 0 {
+        return Vec::new();
+    }
+    let mut all: Vec<(u32, f32)> = (0..).zip(logprobs.iter().copied()).collect();
+    let by_logprob = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    let count = count.min(all.len());
+    if count < all.len() {
+        all.select_nth_unstable_by(count, by_logprob);
+        all.truncate(count);
+    }
+    all.sort_unstable_by(by_logprob);
+    all
+}
+
+/// The logarithm of the softmax.
+pub fn log_softmax(logits: &[f32]) -> Vec<f32> {
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|logit| f64::from(logit - highest).exp()).sum();
+    let shift = f64::from(highest) + sum.ln();
+    logits
+        .iter()
+        .map(|logit| (f64::from(*logit) - shift) as f32)
+        .collect()
+}
+
+/// A number for each step of each seed, by the finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+fn mix(seed: u64, number: u64) -> u64 {
+    let mut z = seed.wrapping_add(number.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// From 0 to 1, 1 left out, from the upper 53 bits.
+fn uniform(bits: u64) -> f64 {
+    (bits >> 11) as f64 / (1_u64 << 53) as f64
+}

@@ -1,0 +1,260 @@
+//! SmolLM2-135M-Instruct, against mlx-lm in float32, from the GGUF file and from the same weights as an MLX folder.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use mlx_engine_checkpoint::{AffineTensor, GgufFile};
+use mlx_engine_core::GenerateParams;
+use mlx_engine_models::{Decoder, Sampler, Source};
+use safetensors::tensor::{Dtype, View};
+use serde_json::{Value, json};
+
+fn gguf_path() -> PathBuf {
+    let path = std::env::var_os("MLX_ENGINE_TEST_MODEL");
+    path.expect("MLX_ENGINE_TEST_MODEL names the test model; run the tests by `cargo xtask test`")
+        .into()
+}
+
+fn load(path: &Path) -> Decoder {
+    let source = Source::open(path).expect("the model opens");
+    Decoder::load(&source, &mut |_| Ok(())).expect("the model loads")
+}
+
+fn oracle() -> Value {
+    serde_json::from_str(include_str!("fixtures/smollm2.json")).expect("the fixture is JSON")
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let ids = value.as_array().expect("a list").iter();
+    ids.map(|id| u32::try_from(id.as_u64().expect("a number")).expect("an id"))
+        .collect()
+}
+
+/// Greedy tokens with the look-ahead loop: step n+1 is built before token n is read.
+fn greedy(decoder: &Decoder, prompt: &[u32], count: usize) -> Vec<u32> {
+    let sampler = Sampler::new(&GenerateParams::default().with_temperature(0.0), 0);
+    let mut sequence = decoder.sequence();
+    let logits = decoder.forward(prompt, &mut sequence).expect("the prompt runs");
+    let mut step = sampler.start(&logits, 0).expect("the step starts");
+    let mut tokens = prompt.to_vec();
+    for number in 1..=count as u64 {
+        let unread = step.unread().expect("greedy tokens are chosen on the device");
+        let logits = decoder
+            .forward_unread(unread, &mut sequence)
+            .expect("the step runs");
+        let next = sampler.start(&logits, number).expect("the step starts");
+        tokens.push(
+            step.read(&sampler, &tokens, prompt.len())
+                .expect("the token is read")
+                .token,
+        );
+        step = next;
+    }
+    tokens.split_off(prompt.len())
+}
+
+fn check_greedy(decoder: &Decoder, prompts: &[Value]) {
+    for prompt in prompts {
+        let found = greedy(decoder, &ids(&prompt["ids"]), 32);
+        assert_eq!(found, ids(&prompt["greedy"]), "{}", prompt["text"]);
+    }
+}
+
+fn check_score(decoder: &Decoder, tokens: usize) {
+    let oracle = oracle();
+    let ids = &ids(&oracle["score"]["ids"])[..tokens];
+    let mut sequence = decoder.sequence();
+    let mut found = Vec::new();
+    for (chunk, at) in ids.chunks(100).zip((0..).step_by(100)) {
+        let next = &ids[at + 1..(at + 101).min(ids.len())];
+        found.extend(
+            decoder
+                .score(chunk, next, &mut sequence)
+                .expect("the text is scored"),
+        );
+    }
+    assert_eq!(found.len(), tokens - 1);
+    for (i, (found, expected)) in found
+        .iter()
+        .zip(oracle["score"]["logprobs"].as_array().expect("a list"))
+        .enumerate()
+    {
+        let expected = expected.as_f64().expect("a number");
+        assert!(
+            (f64::from(*found) - expected).abs() < 1e-3,
+            "token {}: {found} is not {expected}",
+            i + 1
+        );
+    }
+}
+
+#[test]
+fn greedy_tokens_are_those_of_mlx_lm() {
+    check_greedy(
+        &load(&gguf_path()),
+        oracle()["prompts"].as_array().expect("prompts"),
+    );
+}
+
+#[test]
+fn log_probabilities_of_500_tokens_are_those_of_mlx_lm() {
+    check_score(&load(&gguf_path()), 500);
+}
+
+#[test]
+fn a_folder_of_the_same_weights_gives_the_same() {
+    let folder = tempfile::tempdir().expect("a folder");
+    write_folder(&gguf_path(), folder.path());
+    let decoder = load(folder.path());
+    check_score(&decoder, 500);
+    check_greedy(&decoder, &oracle()["prompts"].as_array().expect("prompts")[4..6]);
+}
+
+/// A tensor to write.
+struct Tensor {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+impl View for &Tensor {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.data)
+    }
+
+    fn data_len(&self) -> usize {
+        self.data.len()
+    }
+}
+
+fn floats(values: &[f32], shape: &[usize]) -> Tensor {
+    let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Tensor {
+        dtype: Dtype::F32,
+        shape: shape.to_vec(),
+        data,
+    }
+}
+
+/// The row of a Hugging Face matrix that each row of a GGUF matrix is: the converter interleaves each head's halves.
+fn hugging_face_row(row: usize, rows: usize, heads: usize) -> usize {
+    let width = rows / heads;
+    let (head, within) = (row / width, row % width);
+    head * width + within / 2 + within % 2 * (width / 2)
+}
+
+/// Puts the rows of a row-major tensor into another order.
+fn permute<T: Copy + Default>(values: &[T], rows: usize, heads: usize) -> Vec<T> {
+    let columns = values.len() / rows;
+    let mut out = vec![T::default(); values.len()];
+    for (row, source) in values.chunks_exact(columns).enumerate() {
+        let to = hugging_face_row(row, rows, heads);
+        out[to * columns..(to + 1) * columns].copy_from_slice(source);
+    }
+    out
+}
+
+/// Writes the GGUF file's model in MLX's layout: quantized tensors stay quantized, with bits of their own.
+fn write_folder(gguf: &Path, folder: &Path) {
+    let file = GgufFile::open(gguf).expect("the file opens");
+    let metadata = file.metadata();
+    let size = |key: &str| metadata.u64(&format!("llama.{key}")).expect("the key is there");
+    let number = |key: &str| {
+        metadata
+            .optional_f64(&format!("llama.{key}"))
+            .expect("a number")
+            .expect("the key")
+    };
+    let (heads, kv_heads) = (size("attention.head_count"), size("attention.head_count_kv"));
+    let names = BTreeMap::from([
+        ("token_embd", "model.embed_tokens"),
+        ("output_norm", "model.norm"),
+        ("attn_norm", "input_layernorm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ]);
+    let mut tensors = BTreeMap::new();
+    let mut quantization = json!({"group_size": 32, "bits": 4});
+    for tensor in file.tensors() {
+        let stem = tensor
+            .name
+            .strip_suffix(".weight")
+            .expect("every tensor is a weight");
+        let part = stem.rsplit('.').next().expect("a part");
+        let mut name = names[part].to_owned();
+        if let Some(rest) = stem.strip_prefix("blk.") {
+            let layer = rest.split('.').next().expect("a layer");
+            name = format!("model.layers.{layer}.{name}");
+        }
+        let permuted = match part {
+            "attn_q" => Some(heads as usize),
+            "attn_k" => Some(kv_heads as usize),
+            _ => None,
+        };
+        let (rows, columns) = (tensor.shape[0], tensor.shape.get(1).copied().unwrap_or(1));
+        let affine =
+            AffineTensor::from_ggml(tensor.ggml_type, tensor.data, rows, columns).expect("whole blocks");
+        let Some(mut affine) = affine else {
+            let values = tensor.dequantize().expect("whole blocks");
+            tensors.insert(format!("{name}.weight"), floats(&values, tensor.shape));
+            continue;
+        };
+        if let Some(heads) = permuted {
+            affine.packed = permute(&affine.packed, rows, heads);
+            affine.scales = permute(&affine.scales, rows, heads);
+            affine.biases = permute(&affine.biases, rows, heads);
+        }
+        let words = affine.packed.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let shape = vec![rows, columns * affine.bits as usize / 32];
+        tensors.insert(
+            format!("{name}.weight"),
+            Tensor {
+                dtype: Dtype::U32,
+                shape,
+                data: words,
+            },
+        );
+        tensors.insert(
+            format!("{name}.scales"),
+            floats(&affine.scales, &[rows, columns / 32]),
+        );
+        tensors.insert(
+            format!("{name}.biases"),
+            floats(&affine.biases, &[rows, columns / 32]),
+        );
+        quantization[&name] = json!({"group_size": 32, "bits": affine.bits});
+    }
+    let config = json!({
+        "model_type": "llama",
+        "hidden_size": size("embedding_length"),
+        "num_hidden_layers": size("block_count"),
+        "intermediate_size": size("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 49152,
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": number("rope.freq_base"),
+        "max_position_embeddings": size("context_length"),
+        "tie_word_embeddings": true,
+        "quantization": quantization,
+    });
+    std::fs::write(folder.join("config.json"), config.to_string()).expect("the folder is written");
+    let path = folder.join("model.safetensors");
+    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, &path)
+        .expect("the folder is written");
+}

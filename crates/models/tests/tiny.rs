@@ -1,0 +1,179 @@
+//! Tiny checkpoints of each family, against mlx-lm in float32.
+
+use std::path::{Path, PathBuf};
+
+use mlx_engine_models::{Decoder, Source};
+use serde_json::Value;
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/tiny")
+        .join(name)
+}
+
+fn load(name: &str) -> Decoder {
+    let source = Source::open(&folder(name)).expect("the fixture opens");
+    Decoder::load(&source, &mut |_| Ok(())).expect("the fixture loads")
+}
+
+fn numbers(value: &Value) -> Vec<f32> {
+    let numbers = value.as_array().expect("a list").iter();
+    numbers
+        .map(|number| number.as_f64().expect("a number") as f32)
+        .collect()
+}
+
+fn tokens(value: &Value) -> Vec<u32> {
+    numbers(value).into_iter().map(|number| number as u32).collect()
+}
+
+fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert!(
+            (found - expected).abs() <= 1e-4,
+            "{what}[{i}]: {found} is not {expected}"
+        );
+    }
+}
+
+/// The logits of the prompt at once, in two chunks, and of single steps with the cache.
+fn check(name: &str) {
+    let oracle = std::fs::read(folder(name).join("oracle.json")).expect("the fixture is there");
+    let oracle: Value = serde_json::from_slice(&oracle).expect("the fixture is JSON");
+    let prompt = tokens(&oracle["prompt"]);
+    let expected: Vec<Vec<f32>> = oracle["prompt_logits"]
+        .as_array()
+        .expect("rows")
+        .iter()
+        .map(numbers)
+        .collect();
+    let decoder = load(name);
+
+    let mut sequence = decoder.sequence();
+    let all = decoder
+        .forward_all(&prompt, &mut sequence)
+        .expect("the prompt runs");
+    assert_close(name, all.as_slice::<f32>(), &expected.concat());
+
+    let mut chunked = decoder.sequence();
+    decoder
+        .prefill(&prompt[..4], &mut chunked)
+        .expect("the first chunk runs");
+    let last = decoder
+        .forward(&prompt[4..], &mut chunked)
+        .expect("the second chunk runs");
+    assert_close(name, last.as_slice::<f32>(), expected.last().expect("rows"));
+
+    for sequence in [&mut sequence, &mut chunked] {
+        let steps = tokens(&oracle["steps"])
+            .into_iter()
+            .zip(oracle["step_logits"].as_array().expect("rows"));
+        for (token, expected) in steps {
+            let logits = decoder.forward(&[token], sequence).expect("a step runs");
+            assert_close(name, logits.as_slice::<f32>(), &numbers(expected));
+        }
+    }
+    // What was fed is forgotten and fed again.
+    sequence.truncate(4);
+    let last = decoder
+        .forward(&prompt[4..], &mut sequence)
+        .expect("the rest runs");
+    assert_close(name, last.as_slice::<f32>(), expected.last().expect("rows"));
+}
+
+#[test]
+fn llama() {
+    check("llama");
+}
+
+#[test]
+fn llama_3_with_its_rope_scaling_and_tied_embeddings() {
+    check("llama-3");
+}
+
+#[test]
+fn llama_with_linear_rope_scaling_and_biases() {
+    check("llama-linear");
+}
+
+#[test]
+fn mistral() {
+    check("mistral");
+}
+
+#[test]
+fn qwen2() {
+    check("qwen2");
+}
+
+#[test]
+fn qwen3() {
+    check("qwen3");
+}
+
+#[test]
+fn four_bits() {
+    check("llama-4bit");
+}
+
+#[test]
+fn layers_with_bits_and_groups_of_their_own() {
+    check("qwen3-mixed");
+}
+
+#[test]
+fn every_supported_type_has_a_fixture() {
+    let fixtures = std::fs::read_dir(folder("")).expect("the fixtures are there");
+    let mut types: Vec<String> = fixtures
+        .map(|entry| {
+            let config = entry.expect("an entry").path().join("config.json");
+            let config: Value =
+                serde_json::from_slice(&std::fs::read(config).expect("a file")).expect("JSON");
+            config["model_type"].as_str().expect("a string").to_owned()
+        })
+        .collect();
+    types.sort();
+    types.dedup();
+    assert_eq!(types, mlx_engine_models::supported_model_types());
+}
+
+#[test]
+fn a_cache_grows_by_blocks_and_stays_right() {
+    // 512 tokens of context are two blocks: the second is reached in steps, and in one chunk.
+    let decoder = load("llama");
+    let ids: Vec<u32> = (0..300).map(|i| i * 7 % 96).collect();
+    let mut at_once = decoder.sequence();
+    let whole = decoder.forward(&ids, &mut at_once).expect("the prompt runs");
+    let mut in_steps = decoder.sequence();
+    decoder.prefill(&ids[..250], &mut in_steps).expect("a chunk runs");
+    let mut last = None;
+    for &id in &ids[250..] {
+        last = Some(decoder.forward(&[id], &mut in_steps).expect("a step runs"));
+    }
+    assert_close(
+        "growth",
+        last.expect("steps").as_slice::<f32>(),
+        whole.as_slice::<f32>(),
+    );
+    assert_eq!((in_steps.len(), at_once.len()), (300, 300));
+    // 2 layers of keys and values, 2 heads of 8, 512 rows of float32.
+    assert_eq!(in_steps.bytes(), 2 * 2 * 2 * 8 * 512 * 4);
+    assert_eq!(decoder.kv_bytes_per_token(), 2 * 2 * 2 * 8 * 4);
+}
+
+#[test]
+fn what_cannot_be_fed_is_said() {
+    let decoder = load("llama");
+    let mut sequence = decoder.sequence();
+    let mut error = |tokens: &[u32]| {
+        decoder
+            .forward(tokens, &mut sequence)
+            .expect_err("it is refused")
+            .to_string()
+    };
+    assert_eq!(error(&[]), "no tokens were given");
+    assert_eq!(error(&[1, 96]), "token 96 is not in the vocabulary of 96");
+    assert_eq!(error(&[1; 513]), "513 tokens do not fit the context of 512");
+    assert!(sequence.is_empty());
+}
