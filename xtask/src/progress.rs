@@ -22,8 +22,9 @@ pub(crate) fn while_arriving<T>(folder: PathBuf, expected: u64, work: impl FnOnc
         return work();
     }
     let bar = ProgressBar::new(expected);
-    if let Ok(style) = ProgressStyle::with_template("  {bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec}")
-    {
+    if let Ok(style) = ProgressStyle::with_template(
+        "  {bar:40} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}",
+    ) {
         bar.set_style(style);
     }
     let (stop, stopped) = mpsc::channel::<()>();

@@ -41,8 +41,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let names: Vec<_> = suites.iter().map(|suite| suite.name).collect();
     let seconds = started.elapsed().as_secs();
+    let plural = if suites.len() == 1 { "" } else { "s" };
     println!(
-        "test: {} suites passed in {seconds} s ({})",
+        "test: {} suite{plural} passed in {seconds} s ({})",
         suites.len(),
         names.join(", ")
     );
@@ -97,10 +98,12 @@ fn runs(names: [&'static str; 2], nextest: bool, selected: &[String], selection:
     if !nextest {
         return vec![suite(tests, &["test"], selection)];
     }
-    let mut suites = vec![suite(tests, &["nextest", "run"], selection)];
+    // The documentation first: a crate without examples ends with "0 passed", which should not be the last word.
+    let mut suites = Vec::new();
     if selection.is_empty() {
         suites.push(suite(documentation, &["test", "--doc"], &[]));
     }
+    suites.push(suite(tests, &["nextest", "run"], selection));
     suites
 }
 
@@ -195,7 +198,7 @@ mod tests {
         };
         assert_eq!(
             spelled(runs(["a", "b"], true, &all, &[])),
-            ["cargo nextest run --workspace", "cargo test --doc --workspace"]
+            ["cargo test --doc --workspace", "cargo nextest run --workspace"]
         );
         assert_eq!(
             spelled(runs(["a", "b"], false, &all, &[])),
