@@ -5,19 +5,25 @@ use crate::Tokenizer;
 /// Gives the text of one sequence of tokens, piece by piece, and never half a character.
 ///
 /// A token's text may depend on the tokens before it (a space that is left out at the beginning, a character of
-/// several tokens), so a short window is decoded again with each token and the new end is given out: the method of
-/// Hugging Face's text-generation-inference.
+/// several tokens), so a short window is decoded again with each token and what is new is given out: the method of
+/// Hugging Face's text-generation-inference. Bytes that make no character yet show as U+FFFD at the end and are held
+/// back.
 #[derive(Clone, Debug)]
 pub struct Detokenizer {
     tokenizer: Tokenizer,
     skip_special: bool,
     window: Vec<u32>,
-    /// Tokens at the window's beginning whose text was given out.
+    /// Tokens at the window's beginning that are there for the sake of those after them.
+    context: usize,
+    /// Bytes of the window's text that were given out.
     given: usize,
 }
 
-/// Tokens after which a window that shows no whole character is given out as it is: no character has more bytes.
-const LONGEST_CHARACTER: usize = 8;
+/// Bytes of a character that may be missing its last: as many U+FFFD stand for them at most.
+const OPEN: usize = 3;
+
+/// Tokens after which a window without a whole character at its end is cut all the same.
+const LONGEST_WINDOW: usize = 32;
 
 impl Detokenizer {
     /// A detokenizer at the beginning of a sequence. With `skip_special`, special tokens have no text.
@@ -26,6 +32,7 @@ impl Detokenizer {
             tokenizer,
             skip_special,
             window: Vec::new(),
+            context: 0,
             given: 0,
         }
     }
@@ -33,35 +40,48 @@ impl Detokenizer {
     /// Takes the next token and returns the text that is whole now.
     pub fn push(&mut self, token: u32) -> String {
         self.window.push(token);
-        let before = self.text(self.given);
-        let after = self.text(self.window.len());
-        let open = after.ends_with(char::REPLACEMENT_CHARACTER)
-            && self.window.len() - self.given < LONGEST_CHARACTER;
-        if open || after.len() <= before.len() {
-            return String::new();
+        let text = self.text();
+        let whole = whole(&text);
+        let piece = text.get(self.given..whole).unwrap_or_default().to_owned();
+        self.given = self.given.max(whole);
+        if whole == text.len() && !piece.is_empty() {
+            self.shorten(self.context);
+        } else if self.window.len() - self.context > LONGEST_WINDOW {
+            // No character has more tokens than bytes, so what is open lies in the last of them.
+            self.shorten(self.window.len() - 2 * OPEN);
         }
-        let piece = tail(&before, &after);
-        self.window.drain(..self.given);
-        self.given = self.window.len();
         piece
     }
 
     /// The text that was held back, at the end of the sequence.
     pub fn finish(&mut self) -> String {
-        let piece = tail(&self.text(self.given), &self.text(self.window.len()));
+        let piece = self.text().get(self.given..).unwrap_or_default().to_owned();
         self.window.clear();
+        self.context = 0;
         self.given = 0;
         piece
     }
 
-    fn text(&self, len: usize) -> String {
-        self.tokenizer.decode(&self.window[..len], self.skip_special)
+    /// Drops tokens at the window's beginning; all that is left was given out, but for what is open.
+    fn shorten(&mut self, tokens: usize) {
+        self.window.drain(..tokens);
+        self.context = self.window.len();
+        self.given = whole(&self.text());
+    }
+
+    fn text(&self) -> String {
+        self.tokenizer.decode(&self.window, self.skip_special)
     }
 }
 
-/// What `after` has more than `before`.
-fn tail(before: &str, after: &str) -> String {
-    after.get(before.len()..).unwrap_or_default().to_owned()
+/// Length of a text without what may be the beginning of a character.
+fn whole(text: &str) -> usize {
+    let open = text
+        .chars()
+        .rev()
+        .take(OPEN)
+        .take_while(|&last| last == char::REPLACEMENT_CHARACTER);
+    text.len() - open.count() * char::REPLACEMENT_CHARACTER.len_utf8()
 }
 
 #[cfg(test)]
@@ -93,6 +113,30 @@ mod tests {
         let ids = tokenizer.encode("🦀", false).unwrap();
         let (text, _) = stream(&tokenizer, &ids[..2]);
         assert_eq!(text, tokenizer.decode(&ids[..2], false));
+    }
+
+    #[test]
+    fn bytes_without_end_do_not_pile_up() {
+        let tokenizer = byte_level();
+        let mut detokenizer = Detokenizer::new(tokenizer.clone(), false);
+        let ids = [tokenizer.encode("🦀", false).unwrap()[1]; 500];
+        let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+        assert!(detokenizer.window.len() <= 2 * LONGEST_WINDOW);
+        text += &detokenizer.finish();
+        assert_eq!(text, tokenizer.decode(&ids, false));
+    }
+
+    #[test]
+    fn replacement_characters_of_the_text_itself_are_kept() {
+        let tokenizer = byte_level();
+        for text in [
+            "\u{fffd}\u{fffd}🦀",
+            "a\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}ß",
+            "\u{fffd}",
+        ] {
+            let ids = tokenizer.encode(text, false).unwrap();
+            assert_eq!(stream(&tokenizer, &ids).0, text);
+        }
     }
 
     proptest! {

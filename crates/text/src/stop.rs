@@ -29,8 +29,8 @@ impl StopMatcher {
         }
     }
 
-    /// Takes the next piece and returns what is certain. The stop string that begins first wins; what follows it is
-    /// dropped with it.
+    /// Takes the next piece and returns what is certain. The stop string that is complete first wins, of several the
+    /// longest; it is dropped with what follows it.
     pub fn push(&mut self, piece: &str) -> StopOutcome {
         if self.stopped {
             return StopOutcome {
@@ -39,12 +39,7 @@ impl StopMatcher {
             };
         }
         self.held.push_str(piece);
-        if let Some(at) = self
-            .stops
-            .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()))
-            .min()
-        {
+        if let Some(at) = first_stop(&self.stops, &self.held) {
             self.stopped = true;
             self.held.truncate(at);
             return StopOutcome {
@@ -74,6 +69,14 @@ impl StopMatcher {
             .find(|&at| self.stops.iter().any(|stop| stop.starts_with(&self.held[at..])))
             .map_or(0, |at| self.held.len() - at)
     }
+}
+
+/// Where the stop string begins that is complete first.
+fn first_stop(stops: &[String], text: &str) -> Option<usize> {
+    let found = stops
+        .iter()
+        .filter_map(|stop| text.find(stop.as_str()).map(|start| (start + stop.len(), start)));
+    found.min().map(|(_, start)| start)
 }
 
 #[cfg(test)]
@@ -125,7 +128,13 @@ mod tests {
             pieces in prop::collection::vec("[abß]{0,3}", 0..12),
         ) {
             let whole = pieces.concat();
-            let first = stops.iter().filter_map(|stop| whole.find(stop.as_str())).min();
+            // One character after the other, as nobody could know more.
+            let ends = whole.char_indices().map(|(at, character)| at + character.len_utf8());
+            let mut first = ends.filter_map(|end| {
+                let starts = stops.iter().filter(|stop| whole[..end].ends_with(stop.as_str()));
+                starts.map(|stop| end - stop.len()).min()
+            });
+            let first = first.next();
             let expected = first.map_or((whole.clone(), false), |at| (whole[..at].to_owned(), true));
             prop_assert_eq!(run(&stops, &pieces), expected);
         }
