@@ -1,5 +1,6 @@
 #include "host_op.h"
 
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -9,7 +10,6 @@
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/c/error.h"
 #include "mlx/c/private/mlx.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
@@ -18,7 +18,7 @@ namespace {
 
 namespace mx = mlx::core;
 
-constexpr size_t error_bytes = 1024;
+constexpr size_t message_bytes = 1024;
 
 // Owns the context of one call; shared by the graph node and the tasks that it has dispatched.
 struct Call {
@@ -114,7 +114,7 @@ void run(const Call& call, std::vector<Slot>& inputs, std::vector<Slot>& outputs
       arrays.push_back({s.data, s.bytes, s.shape.data(), s.shape.size(), s.dtype});
     }
   }
-  char error[error_bytes] = {0};
+  char error[message_bytes] = {0};
   auto* first_output = arrays.data() + inputs.size();
   int status = call.function(
       call.context, arrays.data(), inputs.size(), first_output, outputs.size(), error, sizeof(error));
@@ -192,7 +192,9 @@ extern "C" int mlx_host_op(
     mlx_host_function function,
     void* context,
     void (*release)(void*),
-    const mlx_stream stream) {
+    const mlx_stream stream,
+    char* error,
+    size_t error_bytes) {
   auto call = std::make_shared<Call>(name, function, context, release);
   try {
     std::vector<mx::array> ins;
@@ -223,7 +225,7 @@ extern "C" int mlx_host_op(
     mlx_vector_array_set_(*res, mx::array::make_arrays(std::move(shapes), dtypes, primitive, ins));
     return 0;
   } catch (std::exception& e) {
-    mlx_error("%s", e.what());
+    std::snprintf(error, error_bytes, "%s", e.what());
     return 1;
   }
 }

@@ -41,7 +41,8 @@ typedef int (*mlx_host_function)(
     size_t error_bytes);
 
 // Builds the graph node. `name` must live forever. `release` is called once, with `context`, when the last array that
-// needs the function is gone or has been evaluated, or before this returns where it returns an error.
+// needs the function is gone or has been evaluated, or before this returns where it returns an error. Returns 0, or 1
+// after it has written a text to `error`: mlx-c's own way of telling errors ends the process where nobody has changed it.
 int mlx_host_op(
     mlx_vector_array* res,
     const char* name,
@@ -52,7 +53,9 @@ int mlx_host_op(
     mlx_host_function function,
     void* context,
     void (*release)(void*),
-    const mlx_stream stream);
+    const mlx_stream stream,
+    char* error,
+    size_t error_bytes);
 
 #ifdef __cplusplus
 }

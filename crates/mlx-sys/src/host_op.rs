@@ -208,6 +208,9 @@ fn check_type<T: HostElement>(dtype: mlx_dtype) -> Result<(), HostError> {
     }
 }
 
+/// Room for the text of an error.
+const ERROR_BYTES: usize = 1024;
+
 impl HostOp {
     /// Wraps `function` under a name, which errors begin with.
     pub fn new<F>(name: &'static CStr, function: F) -> Self
@@ -224,8 +227,7 @@ impl HostOp {
     ///
     /// # Errors
     ///
-    /// The status of the C call, whose text went to the error handler: an output that starts from an input of another
-    /// shape or type, a stream or an input that is empty.
+    /// An output that starts from an input of another shape or type, a stream or an input that is empty.
     ///
     /// # Safety
     ///
@@ -235,7 +237,7 @@ impl HostOp {
         inputs: &[mlx_array],
         outputs: &[HostOutput<'_>],
         stream: mlx_stream,
-    ) -> Result<Vec<mlx_array>, c_int> {
+    ) -> Result<Vec<mlx_array>, HostError> {
         let described: Vec<mlx_host_output> = outputs
             .iter()
             .map(|output| mlx_host_output {
@@ -246,6 +248,7 @@ impl HostOp {
             })
             .collect();
         let context = Arc::into_raw(Arc::clone(&self.function));
+        let mut error = [0_u8; ERROR_BYTES];
         // SAFETY: the handles are live by this function's contract, the arrays outlive the call, and the name is
         // static. `context` is a counted reference that `release` gives back once; `trampoline` takes it as such.
         unsafe {
@@ -261,11 +264,14 @@ impl HostOp {
                 context.cast_mut().cast(),
                 Some(release),
                 stream,
+                error.as_mut_ptr().cast(),
+                error.len(),
             );
             let results = if status == 0 {
                 take(vector, outputs.len())
             } else {
-                Err(status)
+                let text = CStr::from_bytes_until_nul(&error).unwrap_or_default();
+                Err(text.to_string_lossy().into_owned())
             };
             crate::mlx_vector_array_free(vector);
             results
@@ -278,14 +284,18 @@ impl HostOp {
 /// # Safety
 ///
 /// `vector` must be a live handle of at least `len` arrays.
-unsafe fn take(vector: mlx_vector_array, len: usize) -> Result<Vec<mlx_array>, c_int> {
+unsafe fn take(vector: mlx_vector_array, len: usize) -> Result<Vec<mlx_array>, HostError> {
     (0..len)
         .map(|index| {
             // SAFETY: the index is in range by this function's contract, and the handle written is owned by us.
             unsafe {
                 let mut array = crate::mlx_array_new();
                 let status = crate::mlx_vector_array_get(&raw mut array, vector, index);
-                if status == 0 { Ok(array) } else { Err(status) }
+                if status == 0 {
+                    Ok(array)
+                } else {
+                    Err(format!("output {index} could not be taken"))
+                }
             }
         })
         .collect()

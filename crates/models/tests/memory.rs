@@ -14,7 +14,11 @@ fn a_model_takes_little_more_than_its_checkpoint() {
     logits.eval().expect("evaluates");
     let peak = mlx_engine_models::peak_memory().expect("the counter is read");
     let limit = source.total_bytes() * 3 / 2 + sequence.bytes() as u64;
-    assert!(peak <= limit, "{peak} bytes for a checkpoint of {}", source.total_bytes());
+    assert!(
+        peak <= limit,
+        "{peak} bytes for a checkpoint of {}",
+        source.total_bytes()
+    );
     drop((logits, sequence, decoder));
     mlx_engine_models::clear_cache().expect("the cache is given back");
     let left = mlx_engine_models::active_memory().expect("the counter is read");

@@ -255,6 +255,5 @@ fn write_folder(gguf: &Path, folder: &Path) {
     });
     std::fs::write(folder.join("config.json"), config.to_string()).expect("the folder is written");
     let path = folder.join("model.safetensors");
-    safetensors::serialize_to_file(tensors.iter().map(|(name, tensor)| (name, tensor)), None, &path)
-        .expect("the folder is written");
+    safetensors::serialize_to_file(&tensors, None, &path).expect("the folder is written");
 }

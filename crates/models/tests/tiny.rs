@@ -12,7 +12,11 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn load(name: &str) -> Decoder {
-    let source = Source::open(&folder(name)).expect("the fixture opens");
+    load_path(&folder(name))
+}
+
+fn load_path(path: &Path) -> Decoder {
+    let source = Source::open(path).expect("the fixture opens");
     Decoder::load(&source, &mut |_| Ok(())).expect("the fixture loads")
 }
 
@@ -37,8 +41,17 @@ fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
     }
 }
 
-/// The logits of the prompt at once, in two chunks, and of single steps with the cache.
 fn check(name: &str) {
+    check_decoder(name, &load(name));
+}
+
+/// A GGUF file of the same weights.
+fn check_gguf(name: &str) {
+    check_decoder(name, &load_path(&folder(name).join("model.gguf")));
+}
+
+/// The logits of the prompt at once, in two chunks, and of single steps with the cache.
+fn check_decoder(name: &str, decoder: &Decoder) {
     let oracle = std::fs::read(folder(name).join("oracle.json")).expect("the fixture is there");
     let oracle: Value = serde_json::from_slice(&oracle).expect("the fixture is JSON");
     let prompt = tokens(&oracle["prompt"]);
@@ -48,7 +61,6 @@ fn check(name: &str) {
         .iter()
         .map(numbers)
         .collect();
-    let decoder = load(name);
 
     let mut sequence = decoder.sequence();
     let all = decoder
@@ -123,11 +135,24 @@ fn layers_with_bits_and_groups_of_their_own() {
 }
 
 #[test]
+fn gguf_files_of_each_architecture() {
+    for name in ["llama", "qwen2", "qwen3"] {
+        check_gguf(name);
+    }
+}
+
+#[test]
+fn a_gguf_file_whose_matrices_have_each_another_type() {
+    check_gguf("gguf-mixed");
+}
+
+#[test]
 fn every_supported_type_has_a_fixture() {
     let fixtures = std::fs::read_dir(folder("")).expect("the fixtures are there");
     let mut types: Vec<String> = fixtures
-        .map(|entry| {
-            let config = entry.expect("an entry").path().join("config.json");
+        .map(|entry| entry.expect("an entry").path().join("config.json"))
+        .filter(|config| config.is_file())
+        .map(|config| {
             let config: Value =
                 serde_json::from_slice(&std::fs::read(config).expect("a file")).expect("JSON");
             config["model_type"].as_str().expect("a string").to_owned()

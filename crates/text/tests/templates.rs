@@ -51,7 +51,7 @@ fn error(source: &str) -> String {
     let result = ChatTemplate::new(source).and_then(|template| {
         template.render(&TemplateContext::new(json!([{"role": "user", "content": "x"}])))
     });
-    result.unwrap_err().to_string()
+    result.expect_err("it fails").to_string()
 }
 
 #[test]
