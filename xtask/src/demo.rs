@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::Stdio;
+use std::thread;
 
 use crate::error::{Context, Error, Result};
 use crate::setup;
@@ -25,11 +26,24 @@ pub(crate) fn run() -> Result<()> {
         .args(["--", "generate", "--model"])
         .arg(cache.test_model());
     command.args(["--prompt", QUESTION, "--temperature", "0", "--max-tokens", "64"]);
-    command.stdout(Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| unstarted(&command, &error))?;
+    // What the program says about the answer comes after it, on lines of its own.
+    let remarks = child.stderr.take().map(|mut stderr| {
+        thread::spawn(move || {
+            let mut remarks = Vec::new();
+            stderr.read_to_end(&mut remarks).map(|_| remarks)
+        })
+    });
     let mut answer = Vec::new();
     if let Some(mut output) = child.stdout.take() {
         tee(&mut output, &mut io::stdout(), &mut answer).context("pass on", Path::new("the answer"))?;
+    }
+    if !answer.ends_with(b"\n") {
+        println!();
+    }
+    if let Some(Ok(Ok(remarks))) = remarks.map(thread::JoinHandle::join) {
+        println!("{}", String::from_utf8_lossy(&remarks).trim());
     }
     let status = child.wait().context("wait for", Path::new("the answer"))?;
     if !status.success() {

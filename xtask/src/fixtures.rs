@@ -15,14 +15,18 @@ pub(crate) struct Args {
     check: bool,
 }
 
-/// The oracle, at the version of MLX that this workspace links.
-const ORACLE: [&str; 2] = [
+/// The oracles: mlx-lm, at the version of MLX that this workspace links, and what the scripts import besides.
+const ORACLES: [&str; 6] = [
     "mlx-lm==0.32.2",
     if cfg!(target_os = "macos") {
         "mlx==0.32.2"
     } else {
         "mlx[cpu]==0.32.2"
     },
+    "gguf==0.19.0",
+    "jinja2==3.1.6",
+    "numpy==2.4.6",
+    "safetensors==0.8.0",
 ];
 
 const FIXTURES: &str = "tests/fixtures";
@@ -93,12 +97,12 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
         .collect()
 }
 
-/// A Python with the oracle in it, made on the first call.
+/// A Python with the oracles in it, made on the first call.
 fn oracle(target: &Path) -> Result<PathBuf> {
     let venv = target.join("oracle-venv");
     let python = venv.join("bin/python3");
     let stamp = venv.join("installed");
-    let wanted = ORACLE.join(" ");
+    let wanted = ORACLES.join(" ");
     if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
         return Ok(python);
     }
@@ -115,7 +119,7 @@ fn oracle(target: &Path) -> Result<PathBuf> {
     }
     go(Command::new(&python)
         .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
-        .args(ORACLE))?;
+        .args(ORACLES))?;
     fs::write(&stamp, wanted).context("write", &stamp)?;
     Ok(python)
 }
