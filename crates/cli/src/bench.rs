@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::args::Bench;
 use crate::failure::Failure;
 use crate::load;
+use crate::output::outln;
 
 pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
     let engine = load::load(&args.model).await?;
@@ -49,24 +50,24 @@ pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
         .map(|output| output.backend.to_string())
         .unwrap_or_default();
     if args.json {
-        println!(
+        outln!(
             "{}",
             json!({"backend": backend, "prompt_tps": prompt_tps, "generation_tps": generation_tps, "ttft_s": ttft_s,
                    "load_s": load_s, "peak_memory_bytes": peak})
         );
     } else {
-        println!("backend       {backend}");
-        println!(
+        outln!("backend       {backend}");
+        outln!(
             "prompt        {prompt_tps:.1} tok/s ({} tokens)",
             args.prompt_tokens
         );
-        println!(
+        outln!(
             "generation    {generation_tps:.1} tok/s ({} tokens)",
             args.generate_tokens
         );
-        println!("first token   {ttft_s:.3} s");
-        println!("load          {load_s:.2} s");
-        println!("peak memory   {:.1} MB", peak as f64 / 1e6);
+        outln!("first token   {ttft_s:.3} s");
+        outln!("load          {load_s:.2} s");
+        outln!("peak memory   {:.1} MB", peak as f64 / 1e6);
     }
     Ok(())
 }

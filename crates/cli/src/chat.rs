@@ -9,8 +9,9 @@ use rustyline::error::ReadlineError;
 
 use crate::args::Chat;
 use crate::failure::Failure;
-use crate::generate::{report, write_now};
+use crate::generate::report;
 use crate::load;
+use crate::output::{outln, write};
 
 const HELP: &str = "\
 /help     this list
@@ -39,7 +40,7 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
             "/clear" => session.clear(),
             "/history" => {
                 for message in session.history() {
-                    println!("{}: {}", message.role, message.content);
+                    outln!("{}: {}", message.role, message.content);
                 }
             }
             command if command.starts_with('/') => eprintln!("`{command}` is no command; /help lists them"),
@@ -67,14 +68,14 @@ async fn answer(session: &mut ChatSession, text: &str) -> Result<(), Failure> {
             }
         };
         match event {
-            Some(Ok(GenerationEvent::Text { text, .. })) => write_now(&text)?,
+            Some(Ok(GenerationEvent::Text { text, .. })) => write(format_args!("{text}"))?,
             Some(Ok(GenerationEvent::Finished(summary))) => {
-                println!();
+                outln!("");
                 report(&summary);
             }
             Some(Ok(_)) => {}
             Some(Err(error)) => {
-                println!();
+                outln!("");
                 Failure::from(error).report();
             }
             None => return Ok(()),

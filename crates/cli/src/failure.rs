@@ -16,6 +16,8 @@ pub(crate) enum Failure {
     Usage(String),
     /// Ctrl-C.
     Interrupted,
+    /// Nobody reads stdout any more, which is no failure.
+    ReaderGone,
 }
 
 impl Failure {
@@ -51,6 +53,7 @@ impl Failure {
                 ExitCode::from(2)
             }
             Self::Interrupted => ExitCode::from(130),
+            Self::ReaderGone => ExitCode::SUCCESS,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `mlx-engine generate`.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 use futures::StreamExt;
 use mlx_engine::{
@@ -10,6 +10,7 @@ use mlx_engine::{
 
 use crate::args::Generate;
 use crate::failure::Failure;
+use crate::output::{outln, write};
 use crate::{input, load};
 
 pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
@@ -58,9 +59,9 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
         let summary = summary.map_or_else(|| answer.cancelled(&engine), Ok)?;
         let output = GenerateOutput::new(answer.text, answer.tokens, summary);
         let json = serde_json::to_string(&output).map_err(|error| Failure::other(error.to_string()))?;
-        println!("{json}");
+        outln!("{json}");
     } else {
-        println!();
+        outln!("");
         if let Some(summary) = &summary {
             report(summary);
         }
@@ -94,7 +95,7 @@ impl Answer {
             }
             GenerationEvent::Text { text, tokens } => {
                 if print {
-                    write_now(&text)?;
+                    write(format_args!("{text}"))?;
                 }
                 self.text.push_str(&text);
                 self.tokens.extend(tokens);
@@ -128,13 +129,6 @@ impl Answer {
             peak_memory_bytes: 0,
         })
     }
-}
-
-/// Writes to stdout and does not wait for a line to be whole.
-pub(crate) fn write_now(text: &str) -> Result<(), Failure> {
-    let mut out = std::io::stdout().lock();
-    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    written.map_err(|error| Failure::other(format!("stdout could not be written: {error}")))
 }
 
 /// One line on who answered and how fast.

@@ -11,6 +11,7 @@ mod generate;
 mod input;
 mod load;
 mod models;
+mod output;
 mod score;
 mod tokenize;
 
@@ -39,10 +40,7 @@ fn main() -> ExitCode {
             Command::Tokenize(args) => tokenize::run(&args),
             Command::Bench(args) => bench::run(args).await,
             Command::Models(args) => models::run(&args),
-            Command::Doctor(args) => {
-                doctor::run(&args);
-                Ok(())
-            }
+            Command::Doctor(args) => doctor::run(&args),
         }
     });
     // A read of stdin that nobody waits for must not hold the process up.

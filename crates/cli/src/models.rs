@@ -4,6 +4,7 @@ use mlx_engine::{EngineError, ModelConfiguration, ModelRegistry};
 
 use crate::args::{Models, ModelsCommand};
 use crate::failure::Failure;
+use crate::output::outln;
 
 pub(crate) fn run(args: &Models) -> Result<(), Failure> {
     let registry = ModelRegistry::builtin();
@@ -16,9 +17,10 @@ pub(crate) fn run(args: &Models) -> Result<(), Failure> {
             for model in models {
                 let size = model.size_bytes as f64 / 1e9;
                 let parameters = model.parameters as f64 / 1e9;
-                println!(
+                outln!(
                     "{:55} {parameters:7.2} B {size:7.2} GB  {}",
-                    model.id, model.description
+                    model.id,
+                    model.description
                 );
             }
         }
@@ -27,25 +29,25 @@ pub(crate) fn run(args: &Models) -> Result<(), Failure> {
             if *json {
                 return print_json(model);
             }
-            println!("{} ({})", model.name, model.id);
-            println!("{}", model.description);
-            println!("family      {}", model.family);
-            println!("type        {}", model.model_type);
-            println!("parameters  {}", model.parameters);
+            outln!("{} ({})", model.name, model.id);
+            outln!("{}", model.description);
+            outln!("family      {}", model.family);
+            outln!("type        {}", model.model_type);
+            outln!("parameters  {}", model.parameters);
             match &model.quantization {
                 Some(quantization) => {
-                    println!(
+                    outln!(
                         "weights     {} bits, groups of {}",
                         quantization.bits(),
                         quantization.group_size()
                     );
                 }
-                None => println!("weights     floating point"),
+                None => outln!("weights     floating point"),
             }
-            println!("context     {} tokens", model.context_length);
-            println!("size        {} bytes", model.size_bytes);
+            outln!("context     {} tokens", model.context_length);
+            outln!("size        {} bytes", model.size_bytes);
             if !model.aliases.is_empty() {
-                println!("aliases     {}", model.aliases.join(", "));
+                outln!("aliases     {}", model.aliases.join(", "));
             }
         }
     }
@@ -54,6 +56,6 @@ pub(crate) fn run(args: &Models) -> Result<(), Failure> {
 
 fn print_json<T: serde::Serialize + ?Sized>(value: &T) -> Result<(), Failure> {
     let json = serde_json::to_string(value).map_err(|error| Failure::other(error.to_string()))?;
-    println!("{json}");
+    outln!("{json}");
     Ok(())
 }

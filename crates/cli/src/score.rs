@@ -4,6 +4,7 @@ use serde_json::json;
 
 use crate::args::Score;
 use crate::failure::Failure;
+use crate::output::outln;
 use crate::{input, load};
 
 pub(crate) async fn run(args: Score) -> Result<(), Failure> {
@@ -15,18 +16,18 @@ pub(crate) async fn run(args: Score) -> Result<(), Failure> {
     };
     let perplexity = score.perplexity();
     if args.json {
-        println!(
+        outln!(
             "{}",
             json!({"tokens": score.tokens, "logprobs": score.logprobs, "perplexity": perplexity})
         );
     } else {
         for (token, logprob) in score.tokens.iter().zip(&score.logprobs) {
             match logprob {
-                Some(logprob) => println!("{token}\t{logprob:.6}"),
-                None => println!("{token}\t-"),
+                Some(logprob) => outln!("{token}\t{logprob:.6}"),
+                None => outln!("{token}\t-"),
             }
         }
-        println!("perplexity\t{perplexity:.4}");
+        outln!("perplexity\t{perplexity:.4}");
     }
     Ok(())
 }

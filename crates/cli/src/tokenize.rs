@@ -6,6 +6,7 @@ use serde_json::json;
 use crate::args::Tokenize;
 use crate::failure::Failure;
 use crate::input;
+use crate::output::outln;
 
 pub(crate) fn run(args: &Tokenize) -> Result<(), Failure> {
     let text = input::stdin()?;
@@ -20,10 +21,10 @@ pub(crate) fn run(args: &Tokenize) -> Result<(), Failure> {
     let rendered = encoder.text(&prompt)?.unwrap_or_default();
     let ids = encoder.encode(&prompt)?;
     if args.json {
-        println!("{}", json!({"ids": ids, "text": rendered}));
+        outln!("{}", json!({"ids": ids, "text": rendered}));
     } else {
         let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
-        println!("{}", ids.join(" "));
+        outln!("{}", ids.join(" "));
     }
     Ok(())
 }

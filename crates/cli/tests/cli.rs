@@ -186,6 +186,23 @@ fn doctor_says_what_there_is() {
     assert_eq!(json(&out)["mlx"], cfg!(feature = "mlx"));
 }
 
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_is_no_failure() {
+    use std::process::{Command, Stdio};
+
+    let program = assert_cmd::cargo::cargo_bin("mlx-engine");
+    let mut child = Command::new(program)
+        .args(["models", "list", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command runs");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0));
+}
+
 #[test]
 fn chat_reads_lines_from_a_pipe() {
     let args = [

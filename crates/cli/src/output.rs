@@ -1,0 +1,25 @@
+//! Results on stdout.
+
+use std::fmt;
+use std::io::{ErrorKind, Write};
+
+use crate::failure::Failure;
+
+/// Prints a line to stdout. A reader that is gone, as `head` is after its lines, ends the command and is no failure.
+macro_rules! outln {
+    ($($argument:tt)*) => {
+        crate::output::write(format_args!("{}\n", format_args!($($argument)*)))?
+    };
+}
+
+pub(crate) use outln;
+
+/// Writes to stdout and does not wait for a line to be whole.
+pub(crate) fn write(text: fmt::Arguments<'_>) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    let written = out.write_fmt(text).and_then(|()| out.flush());
+    written.map_err(|error| match error.kind() {
+        ErrorKind::BrokenPipe => Failure::ReaderGone,
+        _ => Failure::other(format!("stdout could not be written: {error}")),
+    })
+}
