@@ -28,7 +28,7 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
     if let Some(system) = args.system {
         session = session.with_system(system);
     }
-    let mut lines = Lines::new()?;
+    let mut lines = Lines::new();
     if lines.is_interactive() {
         eprintln!("Type a message, or /help.");
     }
@@ -85,22 +85,22 @@ async fn answer(session: &mut ChatSession, text: &str) -> Result<(), Failure> {
 
 /// Where messages come from: an editor with history on a terminal, lines elsewhere.
 enum Lines {
-    Editor(Box<DefaultEditor>),
+    /// What was typed so far. The editor takes Ctrl-C for itself as long as it lives, so each line has one of its own.
+    Terminal(Vec<String>),
     Pipe(std::io::Lines<std::io::StdinLock<'static>>),
 }
 
 impl Lines {
-    fn new() -> Result<Self, Failure> {
-        if !std::io::stdin().is_terminal() {
-            return Ok(Self::Pipe(std::io::stdin().lock().lines()));
+    fn new() -> Self {
+        if std::io::stdin().is_terminal() {
+            Self::Terminal(Vec::new())
+        } else {
+            Self::Pipe(std::io::stdin().lock().lines())
         }
-        let editor = DefaultEditor::new()
-            .map_err(|error| Failure::other(format!("the terminal could not be set up: {error}")))?;
-        Ok(Self::Editor(Box::new(editor)))
     }
 
     fn is_interactive(&self) -> bool {
-        matches!(self, Self::Editor(_))
+        matches!(self, Self::Terminal(_))
     }
 
     /// The next line, or `None` at the end.
@@ -110,10 +110,9 @@ impl Lines {
                 .next()
                 .transpose()
                 .map_err(|error| Failure::other(format!("stdin could not be read: {error}"))),
-            Self::Editor(editor) => match editor.readline("> ") {
+            Self::Terminal(typed) => match edit(typed) {
                 Ok(line) => {
-                    // A line that the history refuses is only not offered again.
-                    let _ = editor.add_history_entry(&line);
+                    typed.push(line.clone());
                     Ok(Some(line))
                 }
                 Err(ReadlineError::Eof | ReadlineError::Interrupted) => Ok(None),
@@ -121,4 +120,13 @@ impl Lines {
             },
         }
     }
+}
+
+/// Lets the user type a line, with the earlier ones at hand.
+fn edit(typed: &[String]) -> Result<String, ReadlineError> {
+    let mut editor = DefaultEditor::new()?;
+    for line in typed {
+        editor.add_history_entry(line)?;
+    }
+    editor.readline("> ")
 }
