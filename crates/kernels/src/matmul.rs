@@ -1,0 +1,569 @@
+//! Products of activations with matrices of weights.
+//!
+//! A task takes some tiles of sixteen rows of weights and all rows of activations, up to sixteen of them at a time, so
+//! that a tile is unpacked once for sixteen rows and stays in the first cache meanwhile.
+
+use std::cell::RefCell;
+
+use crate::activations::{Activations, Block};
+use crate::disjoint::Disjoint;
+use crate::error::check_len;
+use crate::isa::Isa;
+use crate::matrix::{BLOCK, Matrix, Quantized, Weights, unpack};
+use crate::simd::{Kernel, LANES, Line, Simd, dispatch, exp};
+use crate::{KernelError, Pool};
+
+/// Where a product goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Write,
+    Add,
+}
+
+/// A projection of some activations: `x * matrix^T + bias`.
+#[derive(Debug)]
+pub struct Product<'a> {
+    matrix: &'a Matrix,
+    bias: Option<&'a [f32]>,
+    out: &'a mut [f32],
+    mode: Mode,
+}
+
+impl<'a> Product<'a> {
+    /// Writes to `out`, `[rows of activations, rows of the matrix]`.
+    pub fn write(matrix: &'a Matrix, bias: Option<&'a [f32]>, out: &'a mut [f32]) -> Self {
+        Self {
+            matrix,
+            bias,
+            out,
+            mode: Mode::Write,
+        }
+    }
+
+    /// Adds to what `out` holds: the residual stream.
+    pub fn add(matrix: &'a Matrix, bias: Option<&'a [f32]>, out: &'a mut [f32]) -> Self {
+        Self {
+            mode: Mode::Add,
+            ..Self::write(matrix, bias, out)
+        }
+    }
+
+    fn check(&self, x: &Activations) -> Result<(), KernelError> {
+        x.check(self.matrix.columns)?;
+        if let Some(bias) = self.bias {
+            check_len("the bias", bias.len(), self.matrix.rows)?;
+        }
+        check_len("the product", self.out.len(), x.rows() * self.matrix.rows)
+    }
+}
+
+/// The function between the two halves of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Gate {
+    /// `x * sigmoid(x)`, of SwiGLU.
+    Silu,
+    /// The Gaussian error linear unit in its approximation by `tanh`, of GeGLU.
+    GeluTanh,
+}
+
+/// Computes several projections of the same activations.
+///
+/// # Errors
+///
+/// Where a length does not fit the shapes; nothing is written then.
+pub fn project(
+    isa: Isa,
+    pool: &Pool,
+    x: &Activations,
+    products: &mut [Product<'_>],
+) -> Result<(), KernelError> {
+    for product in products.iter() {
+        product.check(x)?;
+    }
+    let tiles: Vec<usize> = products.iter().map(|product| product.matrix.tiles()).collect();
+    let parts: Vec<_> = products
+        .iter_mut()
+        .map(|product| Part {
+            matrix: product.matrix,
+            bias: product.bias,
+            out: Disjoint::new(product.out),
+            mode: product.mode,
+        })
+        .collect();
+    pool.split(tiles.iter().sum(), 1, |range| {
+        let mut first = 0;
+        for (part, &tiles) in parts.iter().zip(&tiles) {
+            let (start, end) = (range.start.max(first), range.end.min(first + tiles));
+            if start < end {
+                let tiles = start - first..end - first;
+                dispatch(isa, Project { part, x, tiles });
+            }
+            first += tiles;
+        }
+    });
+    Ok(())
+}
+
+/// Computes `gate(x * gate_matrix^T) * (x * up_matrix^T)`, the first half of a gated MLP, into `out`,
+/// `[rows of activations, rows of a matrix]`.
+///
+/// # Errors
+///
+/// Where a length does not fit the shapes; nothing is written then.
+pub fn gated(
+    isa: Isa,
+    pool: &Pool,
+    x: &Activations,
+    gate: Gate,
+    [gate_matrix, up_matrix]: [&Matrix; 2],
+    [gate_bias, up_bias]: [Option<&[f32]>; 2],
+    out: &mut [f32],
+) -> Result<(), KernelError> {
+    let mut nothing: [f32; 0] = [];
+    check_len("the rows of the gate's matrix", gate_matrix.rows, up_matrix.rows)?;
+    Product::write(gate_matrix, gate_bias, out).check(x)?;
+    let up_fits = Product::write(up_matrix, up_bias, &mut nothing);
+    x.check(up_fits.matrix.columns)?;
+    if let Some(bias) = up_bias {
+        check_len("the bias", bias.len(), up_matrix.rows)?;
+    }
+    let out = Disjoint::new(out);
+    let matrices = [(gate_matrix, gate_bias), (up_matrix, up_bias)];
+    pool.split(gate_matrix.tiles(), 1, |tiles| {
+        dispatch(
+            isa,
+            Gated {
+                matrices,
+                x,
+                gate,
+                out: &out,
+                tiles,
+            },
+        );
+    });
+    Ok(())
+}
+
+/// The function of a gate, of every element.
+///
+/// # Errors
+///
+/// Where the lengths differ.
+pub fn apply_gate(isa: Isa, gate: Gate, x: &[f32], up: &[f32], out: &mut [f32]) -> Result<(), KernelError> {
+    check_len("the second half", up.len(), x.len())?;
+    check_len("the output", out.len(), x.len())?;
+    dispatch(isa, ApplyGate { gate, x, up, out });
+    Ok(())
+}
+
+struct Part<'a> {
+    matrix: &'a Matrix,
+    bias: Option<&'a [f32]>,
+    out: Disjoint<'a, f32>,
+    mode: Mode,
+}
+
+struct Project<'a> {
+    part: &'a Part<'a>,
+    x: &'a Activations,
+    tiles: std::ops::Range<usize>,
+}
+
+impl Kernel for Project<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { part, x, tiles } = self;
+        let rows = part.matrix.rows;
+        for tile in tiles {
+            let lanes = LANES.min(rows - tile * LANES);
+            let bias = bias_of(part.bias, tile);
+            tile_rows(s, part.matrix, tile, x, &mut |first, sums| {
+                for (row, sums) in (first..).zip(sums.iter()) {
+                    let sums = s.add(s.load(sums), s.load(&bias));
+                    #[expect(unsafe_code, reason = "each task writes its own tiles of each row")]
+                    // SAFETY: tasks have different tiles, so that what they write of a row does not overlap.
+                    let out = unsafe { part.out.part(row * rows + tile * LANES, lanes) };
+                    match (out.as_mut_array::<LANES>(), part.mode) {
+                        (Some(out), Mode::Write) => s.store(sums, out),
+                        (Some(out), Mode::Add) => s.store(s.add(s.load(out), sums), out),
+                        (None, mode) => {
+                            let mut all = [0.0; LANES];
+                            s.store(sums, &mut all);
+                            // SAFETY: as above.
+                            #[expect(unsafe_code, reason = "as above")]
+                            let out = unsafe { part.out.part(row * rows + tile * LANES, lanes) };
+                            for (out, sum) in out.iter_mut().zip(all) {
+                                *out = if mode == Mode::Add { *out + sum } else { sum };
+                            }
+                        }
+                    }
+                }
+            });
+        }
+    }
+}
+
+struct Gated<'a> {
+    matrices: [(&'a Matrix, Option<&'a [f32]>); 2],
+    x: &'a Activations,
+    gate: Gate,
+    out: &'a Disjoint<'a, f32>,
+    tiles: std::ops::Range<usize>,
+}
+
+impl Kernel for Gated<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let [(gate_matrix, gate_bias), (up_matrix, up_bias)] = self.matrices;
+        let rows = gate_matrix.rows;
+        // The gate's products of all rows of a tile, until the other half is there.
+        let mut kept = vec![[0.0; LANES]; self.x.rows()];
+        for tile in self.tiles {
+            let bias = bias_of(gate_bias, tile);
+            tile_rows(s, gate_matrix, tile, self.x, &mut |first, sums| {
+                for (kept, sums) in kept[first..].iter_mut().zip(sums.iter()) {
+                    s.store(
+                        gate_function(s, self.gate, s.add(s.load(sums), s.load(&bias))),
+                        kept,
+                    );
+                }
+            });
+            let bias = bias_of(up_bias, tile);
+            let lanes = LANES.min(rows - tile * LANES);
+            tile_rows(s, up_matrix, tile, self.x, &mut |first, sums| {
+                for (row, sums) in (first..).zip(sums.iter()) {
+                    let value = s.mul(s.add(s.load(sums), s.load(&bias)), s.load(&kept[row]));
+                    let mut all = [0.0; LANES];
+                    s.store(value, &mut all);
+                    #[expect(unsafe_code, reason = "each task writes its own tiles of each row")]
+                    // SAFETY: tasks have different tiles, so that what they write of a row does not overlap.
+                    let out = unsafe { self.out.part(row * rows + tile * LANES, lanes) };
+                    out.copy_from_slice(&all[..lanes]);
+                }
+            });
+        }
+    }
+}
+
+struct ApplyGate<'a> {
+    gate: Gate,
+    x: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for ApplyGate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let padded = |part: &[f32]| {
+            let mut lanes = [0.0; LANES];
+            lanes[..part.len()].copy_from_slice(part);
+            lanes
+        };
+        let parts = self.x.chunks(LANES).zip(self.up.chunks(LANES));
+        for (out, (x, up)) in self.out.chunks_mut(LANES).zip(parts) {
+            let (x, up) = (s.load(&padded(x)), s.load(&padded(up)));
+            let mut all = [0.0; LANES];
+            s.store(s.mul(gate_function(s, self.gate, x), up), &mut all);
+            out.copy_from_slice(&all[..out.len()]);
+        }
+    }
+}
+
+/// The bias of a tile's rows, 0 where there is none.
+#[inline(always)]
+fn bias_of(bias: Option<&[f32]>, tile: usize) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    if let Some(bias) = bias {
+        for (lane, value) in lanes.iter_mut().zip(&bias[tile * LANES..]) {
+            *lane = *value;
+        }
+    }
+    lanes
+}
+
+#[inline(always)]
+fn gate_function<S: Simd>(s: S, gate: Gate, x: S::F) -> S::F {
+    let one = s.splat(1.0);
+    let sigmoid = |x: S::F| s.div(one, s.add(one, exp(s, s.mul(x, s.splat(-1.0)))));
+    match gate {
+        Gate::Silu => s.mul(x, sigmoid(x)),
+        // tanh(y) is 2 sigmoid(2 y) - 1, so that x (1 + tanh y) / 2 is x sigmoid(2 y).
+        Gate::GeluTanh => {
+            let cube = s.mul(s.mul(x, x), x);
+            let inner = s.fma(cube, s.splat(0.044_715), x);
+            s.mul(x, sigmoid(s.mul(inner, s.splat(1.595_769_2))))
+        }
+    }
+}
+
+/// Multiplies a tile of weights with all rows, and hands the sums of some rows at a time to `done`, with the number of
+/// the first.
+#[inline(always)]
+fn tile_rows<S: Simd>(
+    s: S,
+    matrix: &Matrix,
+    tile: usize,
+    x: &Activations,
+    done: &mut impl FnMut(usize, &[[f32; LANES]]),
+) {
+    match &matrix.weights {
+        Weights::Quantized(q) if x.is_int8() => match q.bits {
+            2 => int8_rows::<S, 2>(s, q, tile, x, done),
+            3 => int8_rows::<S, 3>(s, q, tile, x, done),
+            4 => int8_rows::<S, 4>(s, q, tile, x, done),
+            5 => int8_rows::<S, 5>(s, q, tile, x, done),
+            6 => int8_rows::<S, 6>(s, q, tile, x, done),
+            _ => int8_rows::<S, 8>(s, q, tile, x, done),
+        },
+        weights => PANEL.with_borrow_mut(|panel| {
+            let columns = matrix.columns;
+            let panel = match weights {
+                Weights::F32(values) => &values[tile * columns..][..columns],
+                Weights::F16(values) => {
+                    panel.resize(columns, [0.0; LANES]);
+                    for (to, from) in panel.iter_mut().zip(&values[tile * columns..]) {
+                        s.store(s.load_f16(from), to);
+                    }
+                    &panel[..columns]
+                }
+                Weights::Bf16(values) => {
+                    panel.resize(columns, [0.0; LANES]);
+                    for (to, from) in panel.iter_mut().zip(&values[tile * columns..]) {
+                        s.store(s.load_bf16(bytemuck::cast_ref(from)), to);
+                    }
+                    &panel[..columns]
+                }
+                Weights::Quantized(q) => {
+                    panel.resize(columns, [0.0; LANES]);
+                    match q.bits {
+                        2 => s.call(Dequantize::<2> {
+                            weights: q,
+                            tile,
+                            panel,
+                        }),
+                        3 => s.call(Dequantize::<3> {
+                            weights: q,
+                            tile,
+                            panel,
+                        }),
+                        4 => s.call(Dequantize::<4> {
+                            weights: q,
+                            tile,
+                            panel,
+                        }),
+                        5 => s.call(Dequantize::<5> {
+                            weights: q,
+                            tile,
+                            panel,
+                        }),
+                        6 => s.call(Dequantize::<6> {
+                            weights: q,
+                            tile,
+                            panel,
+                        }),
+                        _ => s.call(Dequantize::<8> {
+                            weights: q,
+                            tile,
+                            panel,
+                        }),
+                    }
+                    &panel[..columns]
+                }
+            };
+            float_rows(s, panel, x, done);
+        }),
+    }
+}
+
+thread_local! {
+    /// A tile of weights as float32.
+    static PANEL: RefCell<Vec<[f32; LANES]>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs a body with a constant number of rows, sixteen as long as there are as many, then 8, 4, 2 and 1.
+macro_rules! in_groups {
+    ($rows:expr, $first:ident, $count:ident => $body:expr) => {
+        let mut $first = 0;
+        in_groups!(@ $rows, $first, $count => $body; 16, 8, 4, 2, 1);
+    };
+    (@ $rows:expr, $first:ident, $count:ident => $body:expr; $($size:literal),*) => {
+        $(
+            while $rows - $first >= $size {
+                const $count: usize = $size;
+                $body;
+                $first += $size;
+            }
+        )*
+    };
+}
+
+#[inline(always)]
+fn int8_rows<S: Simd, const BITS: usize>(
+    s: S,
+    weights: &Quantized,
+    tile: usize,
+    x: &Activations,
+    done: &mut impl FnMut(usize, &[[f32; LANES]]),
+) {
+    let blocks = x.columns() / BLOCK;
+    let lines = weights.tile(tile, blocks);
+    in_groups!(x.rows(), first, M => {
+        let rows: [&[Block]; M] = std::array::from_fn(|row| &x.blocks[(first + row) * blocks..][..blocks]);
+        done(first, &s.call(Int8Block::<BITS, M> { weights, lines, tile, rows }));
+    });
+}
+
+/// One tile times `M` rows of int8 activations.
+///
+/// With `w = scale_w * q_w + bias` and `x = scale_x * q_x`, the product over a block is
+/// `scale_w * scale_x * sum(q_w * q_x) + bias * scale_x * sum(q_x)`.
+struct Int8Block<'a, const BITS: usize, const M: usize> {
+    weights: &'a Quantized,
+    /// Those of the tile.
+    lines: &'a [Line],
+    tile: usize,
+    rows: [&'a [Block]; M],
+}
+
+impl<const BITS: usize, const M: usize> Kernel for Int8Block<'_, BITS, M> {
+    type Output = [[f32; LANES]; M];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let Self {
+            weights,
+            lines,
+            tile,
+            rows,
+        } = self;
+        let blocks = rows.first().map_or(0, |row| row.len());
+        let per_group = weights.group_size / BLOCK;
+        let first_group = tile * (blocks / per_group);
+        let mut sums = [s.splat(0.0); M];
+        for (index, block) in lines.chunks_exact(BITS).enumerate() {
+            let numbers = unpack::<S, BITS>(s, block);
+            let (scale, bias) = weights.scales.load::<S, BITS>(s, first_group + index / per_group);
+            for (sum, row) in sums.iter_mut().zip(&rows) {
+                let Some(x) = row.get(index) else { continue };
+                let mut a = s.zero();
+                let mut b = s.zero();
+                for step in 0..4 {
+                    a = s.dot4(a, numbers[step], x.q[step]);
+                    b = s.dot4(b, numbers[step + 4], x.q[step + 4]);
+                }
+                let dot = s.to_float(s.add_i(a, b));
+                *sum = s.fma(dot, s.mul(scale, s.splat(x.scale)), *sum);
+                *sum = s.fma(bias, s.splat(x.sum), *sum);
+            }
+        }
+        stored(s, sums)
+    }
+}
+
+#[inline(always)]
+fn stored<S: Simd, const M: usize>(s: S, sums: [S::F; M]) -> [[f32; LANES]; M] {
+    let mut out = [[0.0; LANES]; M];
+    for (out, sum) in out.iter_mut().zip(sums) {
+        s.store(sum, out);
+    }
+    out
+}
+
+/// A tile of weights as float32.
+struct Dequantize<'a, const BITS: usize> {
+    weights: &'a Quantized,
+    tile: usize,
+    panel: &'a mut [[f32; LANES]],
+}
+
+impl<const BITS: usize> Kernel for Dequantize<'_, BITS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { weights, tile, panel } = self;
+        let blocks = panel.len() / BLOCK;
+        let per_group = weights.group_size / BLOCK;
+        let byte = s.splat_i(0xff);
+        let lines = weights.tile(tile, blocks);
+        for (index, (block, out)) in lines
+            .chunks_exact(BITS)
+            .zip(panel.chunks_exact_mut(BLOCK))
+            .enumerate()
+        {
+            let numbers = unpack::<S, BITS>(s, block);
+            let (scale, bias) = weights
+                .scales
+                .load::<S, BITS>(s, tile * (blocks / per_group) + index / per_group);
+            for (four, out) in numbers.into_iter().zip(out.chunks_exact_mut(4)) {
+                let columns = [
+                    s.and(four, byte),
+                    s.and(s.shr::<8>(four), byte),
+                    s.and(s.shr::<16>(four), byte),
+                    s.shr::<24>(four),
+                ];
+                for (column, out) in columns.into_iter().zip(out) {
+                    s.store(s.fma(scale, s.to_float(column), bias), out);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn float_rows<S: Simd>(
+    s: S,
+    panel: &[[f32; LANES]],
+    x: &Activations,
+    done: &mut impl FnMut(usize, &[[f32; LANES]]),
+) {
+    let columns = panel.len();
+    in_groups!(x.rows(), first, M => {
+        let rows: [&[f32]; M] = std::array::from_fn(|row| &x.floats[(first + row) * columns..][..columns]);
+        done(first, &s.call(FloatBlock::<M> { panel, rows }));
+    });
+}
+
+/// One tile times `M` rows of float32.
+struct FloatBlock<'a, const M: usize> {
+    panel: &'a [[f32; LANES]],
+    rows: [&'a [f32]; M],
+}
+
+impl<const M: usize> Kernel for FloatBlock<'_, M> {
+    type Output = [[f32; LANES]; M];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Self::Output {
+        let Self { panel, rows } = self;
+        // Even and odd columns apart where the rows are few, so that these do not wait for each sum; many rows fill the
+        // registers with one sum each.
+        let mut sums = [[s.splat(0.0); 2]; M];
+        let pairs = panel.len() / 2;
+        for pair in 0..pairs {
+            let (even, odd) = (s.load(&panel[2 * pair]), s.load(&panel[2 * pair + 1]));
+            for (sums, row) in sums.iter_mut().zip(&rows) {
+                let Some(&[x, y]) = row[2 * pair..].first_chunk::<2>() else {
+                    continue;
+                };
+                sums[0] = s.fma(even, s.splat(x), sums[0]);
+                let second = usize::from(M <= 4);
+                sums[second] = s.fma(odd, s.splat(y), sums[second]);
+            }
+        }
+        if panel.len() % 2 == 1 {
+            let last = s.load(&panel[panel.len() - 1]);
+            for (sums, row) in sums.iter_mut().zip(&rows) {
+                sums[0] = s.fma(last, s.splat(row[panel.len() - 1]), sums[0]);
+            }
+        }
+        stored(s, sums.map(|[a, b]| s.add(a, b)))
+    }
+}

@@ -1,0 +1,337 @@
+//! Threads that share the work of one kernel after another.
+//!
+//! A token takes some hundred kernels of a few microseconds. Between two of them the threads spin, for a fraction of a
+//! millisecond, and then sleep, so that an idle engine costs nothing.
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+
+/// Rounds of waiting before a thread sleeps, about 0.2 ms.
+const SPINS: u32 = 4000;
+
+/// Bits of the gate that count the workers inside a job.
+const INSIDE: u64 = 0xffff;
+/// The bit of the gate that lets workers in.
+const OPEN: u64 = 1 << 16;
+/// What numbers jobs in the gate.
+const NEXT: u64 = 1 << 17;
+
+/// A pool of threads. Work is done by the thread that asks for it and by the others; one job runs at a time, and jobs
+/// from several threads wait for each other.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    sleepers: Vec<Arc<Sleeper>>,
+    turn: Mutex<()>,
+}
+
+/// A job: what to call with the number of each task.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    call: &'a (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+struct Shared {
+    /// The number of the job, whether workers may still join it, and how many are inside.
+    gate: AtomicU64,
+    /// The job while the gate is open or somebody is inside.
+    job: AtomicPtr<Job<'static>>,
+    next: AtomicUsize,
+    stop: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// A worker as the pool wakes it.
+struct Sleeper {
+    asleep: AtomicBool,
+    thread: Mutex<Option<Thread>>,
+}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller of [`run`](Self::run) included. A thread that the system does not give
+    /// is done without.
+    pub fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            gate: AtomicU64::new(0),
+            job: AtomicPtr::new(std::ptr::null_mut()),
+            next: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        let mut workers = Vec::new();
+        let mut sleepers = Vec::new();
+        for number in 1..threads.clamp(1, INSIDE as usize) {
+            let sleeper = Arc::new(Sleeper {
+                asleep: AtomicBool::new(false),
+                thread: Mutex::new(None),
+            });
+            let (shared, own) = (Arc::clone(&shared), Arc::clone(&sleeper));
+            let spawned = thread::Builder::new()
+                .name(format!("mlx-engine-cpu-{number}"))
+                .spawn(move || work(&shared, &own));
+            let Ok(worker) = spawned else { break };
+            *lock(&sleeper.thread) = Some(worker.thread().clone());
+            workers.push(worker);
+            sleepers.push(sleeper);
+        }
+        Self {
+            shared,
+            workers,
+            sleepers,
+            turn: Mutex::new(()),
+        }
+    }
+
+    /// One thread for each physical core that this process may use.
+    pub fn physical_cores() -> usize {
+        let allowed = thread::available_parallelism().map_or(1, usize::from);
+        physical_cores()
+            .map_or(allowed, |cores| cores.min(allowed))
+            .max(1)
+    }
+
+    /// Threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `task` with each number below `tasks`, in any order, on any thread, and returns when all calls have.
+    ///
+    /// # Panics
+    ///
+    /// Where a task panics, with its panic, after all others have ended.
+    pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        if tasks <= 1 || self.workers.is_empty() {
+            (0..tasks).for_each(task);
+            return;
+        }
+        let _turn = lock(&self.turn);
+        let job = Job { call: &task, tasks };
+        let shared = &*self.shared;
+        shared.next.store(0, Ordering::Relaxed);
+        shared
+            .job
+            .store((&raw const job).cast_mut().cast(), Ordering::Relaxed);
+        // The count inside is 0: the last job ended only when everybody had left it.
+        let number = shared.gate.load(Ordering::Relaxed) & !(NEXT - 1);
+        shared
+            .gate
+            .store(number.wrapping_add(NEXT) | OPEN, Ordering::SeqCst);
+        for sleeper in &self.sleepers {
+            if sleeper.asleep.load(Ordering::SeqCst)
+                && let Some(thread) = &*lock(&sleeper.thread)
+            {
+                thread.unpark();
+            }
+        }
+        shared.take_part(job);
+        shared.gate.fetch_and(!OPEN, Ordering::AcqRel);
+        while shared.gate.load(Ordering::Acquire) & INSIDE != 0 {
+            std::hint::spin_loop();
+        }
+        if let Some(panic) = lock(&shared.panic).take() {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Splits `0..len` into ranges of a multiple of `step`, a few for each thread, and calls `task` with each.
+    pub fn split(&self, len: usize, step: usize, task: impl Fn(std::ops::Range<usize>) + Sync) {
+        let step = step.max(1);
+        let steps = len.div_ceil(step);
+        // More pieces than threads even out what the system takes away from one of them.
+        let pieces = if self.threads() == 1 {
+            1
+        } else {
+            (self.threads() * 4).min(steps)
+        };
+        self.run(pieces, |piece| {
+            let at = |piece: usize| (steps * piece / pieces.max(1) * step).min(len);
+            task(at(piece)..at(piece + 1));
+        });
+    }
+}
+
+impl Shared {
+    /// Runs tasks until none is left. A panic is kept for the caller, and the tasks that nobody began are dropped.
+    fn take_part(&self, job: Job<'_>) {
+        let ran = catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                let task = self.next.fetch_add(1, Ordering::Relaxed);
+                if task >= job.tasks {
+                    return;
+                }
+                (job.call)(task);
+            }
+        }));
+        if let Err(panic) = ran {
+            self.next.store(job.tasks, Ordering::Relaxed);
+            lock(&self.panic).get_or_insert(panic);
+        }
+    }
+}
+
+fn work(shared: &Shared, own: &Sleeper) {
+    let mut seen = 0;
+    loop {
+        let Some(gate) = wait(shared, own, seen) else {
+            return;
+        };
+        seen = gate & !(NEXT - 1);
+        // Joins only while the caller still waits for whoever is inside.
+        let joined = shared
+            .gate
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |gate| {
+                (gate & !(NEXT - 1) == seen && gate & OPEN != 0).then_some(gate + 1)
+            });
+        if joined.is_err() {
+            continue;
+        }
+        #[expect(unsafe_code, reason = "the job borrows from the stack of the caller of `run`")]
+        // SAFETY: the gate was open for the job when this thread was counted in, so that `run` has stored the pointer
+        // before (the gate's release and acquire order it) and does not return before the count is given back.
+        let job = unsafe { *shared.job.load(Ordering::Relaxed) };
+        shared.take_part(job);
+        shared.gate.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Waits for a job that this worker has not seen. `None` at the end.
+fn wait(shared: &Shared, own: &Sleeper, seen: u64) -> Option<u64> {
+    let new = |gate: u64| gate & OPEN != 0 && gate & !(NEXT - 1) != seen;
+    for _ in 0..SPINS {
+        let gate = shared.gate.load(Ordering::Acquire);
+        if new(gate) {
+            return Some(gate);
+        }
+        std::hint::spin_loop();
+    }
+    loop {
+        own.asleep.store(true, Ordering::SeqCst);
+        // Looked at after the flag was set: whoever opens the gate later sees the flag and wakes this thread.
+        let gate = shared.gate.load(Ordering::SeqCst);
+        let stop = shared.stop.load(Ordering::SeqCst);
+        if stop || new(gate) {
+            own.asleep.store(false, Ordering::SeqCst);
+            return (!stop).then_some(gate);
+        }
+        thread::park();
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of its tasks.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool")
+            .field("threads", &self.threads())
+            .finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts the cores of which the system numbers the hardware threads. `None` where it does not say.
+fn physical_cores() -> Option<usize> {
+    let mut cores = std::collections::HashSet::new();
+    for entry in std::fs::read_dir("/sys/devices/system/cpu").ok()?.flatten() {
+        let topology = entry.path().join("topology");
+        let read = |name: &str| std::fs::read_to_string(topology.join(name)).ok();
+        if let Some(id) = read("physical_package_id").zip(read("core_id")) {
+            cores.insert(id);
+        }
+    }
+    (!cores.is_empty()).then_some(cores.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_whatever_the_threads() {
+        for threads in [1, 2, 3, 8] {
+            let pool = Pool::new(threads);
+            assert_eq!(pool.threads(), threads);
+            for tasks in [0, 1, 2, 7, 1000] {
+                let counts: Vec<AtomicU32> = (0..tasks).map(|_| AtomicU32::new(0)).collect();
+                for _ in 0..50 {
+                    pool.run(tasks, |task| {
+                        counts[task].fetch_add(1, Ordering::Relaxed);
+                    });
+                }
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 50));
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_cover_the_whole_once() {
+        for threads in [1, 3] {
+            let pool = Pool::new(threads);
+            for (len, step) in [(0, 4), (1, 4), (3, 4), (64, 4), (1001, 16), (5, 0)] {
+                let counts: Vec<AtomicU32> = (0..len).map(|_| AtomicU32::new(0)).collect();
+                pool.split(len, step, |range| {
+                    assert!(range.is_empty() || range.start % step.max(1) == 0);
+                    for index in range {
+                        counts[index].fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+                assert!(
+                    counts.iter().all(|count| count.load(Ordering::Relaxed) == 1),
+                    "{len} {step}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        let pool = Pool::new(2);
+        let panic = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(100, |task| assert_ne!(task, 50, "task"));
+        }))
+        .unwrap_err();
+        assert!(panic.downcast_ref::<String>().unwrap().contains("task"));
+        let sum = AtomicUsize::new(0);
+        pool.run(100, |task| {
+            sum.fetch_add(task, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 4950);
+    }
+
+    #[test]
+    fn jobs_of_several_threads_do_not_mix() {
+        let pool = Pool::new(2);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..500 {
+                        let sum = AtomicUsize::new(0);
+                        pool.run(20, |task| {
+                            sum.fetch_add(task, Ordering::Relaxed);
+                        });
+                        assert_eq!(sum.into_inner(), 190);
+                    }
+                });
+            }
+        });
+    }
+}

@@ -1,0 +1,137 @@
+//! Sixteen lanes of arithmetic, once for each instruction set.
+//!
+//! A kernel is written once, as a [`Kernel`] over any [`Simd`], and compiled for each instruction set by [`dispatch`].
+//! A token of type `S: Simd` proves that the processor has the instructions, so that its methods are safe.
+
+#[cfg(target_arch = "x86_64")]
+#[expect(
+    unsafe_code,
+    reason = "intrinsics of an instruction set that is found at run time"
+)]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+#[expect(
+    unsafe_code,
+    reason = "intrinsics of an instruction set that is found at run time"
+)]
+mod avx512;
+mod portable;
+
+use bytemuck::{Pod, Zeroable};
+use half::f16;
+
+use crate::isa::{Isa, Level};
+pub(crate) use portable::Portable;
+
+/// Lanes of a vector, and rows of a tile of weights.
+pub(crate) const LANES: usize = 16;
+
+/// A cache line: four columns of sixteen rows as bytes, or sixteen numbers of 32 bits.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub(crate) struct Line(pub(crate) [u8; 64]);
+
+impl Line {
+    pub(crate) const ZERO: Self = Self([0; 64]);
+}
+
+/// An instruction set as sixteen lanes. The value is the proof that the processor has it.
+pub(crate) trait Simd: Copy {
+    /// Sixteen float32.
+    type F: Copy;
+    /// Sixteen 32-bit integers, or 64 bytes.
+    type I: Copy;
+
+    /// Runs a kernel with this instruction set as a function of its own. A kernel of several parts calls them so: all
+    /// in one function would need more stack than a thread has where nothing is optimised.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
+
+    fn splat(self, x: f32) -> Self::F;
+    fn load(self, x: &[f32; LANES]) -> Self::F;
+    fn load_f16(self, x: &[f16; LANES]) -> Self::F;
+    fn store(self, x: Self::F, to: &mut [f32; LANES]);
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, rounded once where the processor can.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    fn abs(self, a: Self::F) -> Self::F;
+    /// The sum of the lanes.
+    fn sum(self, a: Self::F) -> f32;
+    /// The largest lane.
+    fn largest(self, a: Self::F) -> f32;
+    /// The nearest integers, ties to even. The lanes must be within the 32-bit integers.
+    fn round(self, a: Self::F) -> Self::I;
+
+    fn zero(self) -> Self::I;
+    fn line(self, x: &Line) -> Self::I;
+    fn store_line(self, x: Self::I, to: &mut Line);
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    fn splat_i(self, x: i32) -> Self::I;
+    fn and(self, a: Self::I, b: Self::I) -> Self::I;
+    fn or(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Each 32-bit lane moved right, zeros from the left.
+    fn shr<const N: u32>(self, a: Self::I) -> Self::I;
+    /// Each 32-bit lane moved left.
+    fn shl<const N: u32>(self, a: Self::I) -> Self::I;
+    fn to_float(self, a: Self::I) -> Self::F;
+    /// The 32 bits of each lane as a float32.
+    fn as_float(self, a: Self::I) -> Self::F;
+    /// Adds to each lane the products of its four unsigned bytes with four signed ones, the same for all lanes.
+    fn dot4(self, acc: Self::I, weights: Self::I, x: [i8; 4]) -> Self::I;
+
+    /// Float16 of sixteen lanes, or bfloat16, as they lie in half a line.
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::F {
+        let mut wide = Line::ZERO;
+        for (to, &half) in bytemuck::cast_mut::<Line, [u32; LANES]>(&mut wide)
+            .iter_mut()
+            .zip(x)
+        {
+            *to = u32::from(half) << 16;
+        }
+        self.as_float(self.line(&wide))
+    }
+}
+
+/// Something that is computed the same way on every instruction set.
+pub(crate) trait Kernel {
+    type Output;
+
+    /// Implementations are `#[inline(always)]`, so that they are compiled with the features of their caller.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Runs a kernel with an instruction set, which the processor has.
+#[inline]
+pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    match isa.level() {
+        Level::Portable => Portable.call(kernel),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => avx2::run(kernel),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Vnni => avx512::run(kernel),
+    }
+}
+
+/// The exponential of -87.3 to 88, within 2 units in the last place; what lies beyond counts as the limit.
+///
+/// The argument is split into whole powers of two and a rest of at most `ln 2 / 2` (with `ln 2` in two parts, after Cody
+/// and Waite), and the rest goes through the Taylor polynomial of degree 7.
+#[inline(always)]
+pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
+    let x = s.min(s.max(x, s.splat(-87.3)), s.splat(88.0));
+    let n = s.round(s.mul(x, s.splat(std::f32::consts::LOG2_E)));
+    let whole = s.to_float(n);
+    let rest = s.fma(whole, s.splat(-0.693_359_4), x);
+    let rest = s.fma(whole, s.splat(2.121_944_4e-4), rest);
+    let mut y = s.splat(1.0 / 5040.0);
+    for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        y = s.fma(y, rest, s.splat(factor));
+    }
+    let power = s.shl::<23>(s.add_i(n, s.splat_i(127)));
+    s.mul(y, s.as_float(power))
+}

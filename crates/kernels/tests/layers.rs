@@ -1,0 +1,277 @@
+//! Norms, rotations and attention against float64.
+
+use half::f16;
+use mlx_engine_kernels::{
+    AttentionSpec, Isa, KvElement, KvLayout, PAGE, Pool, Queries, RopeLayout, Rotation, attend, layer_norm,
+    rms_norm, rotate,
+};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+/// Numbers between -1 and 1 that look random.
+fn noise(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1_u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+/// Causal attention of one sequence: `q [rows, heads, dim]` from `position`, `k` and `v` `[positions, kv_heads, dim]`.
+struct Attention<'a> {
+    q: &'a [f32],
+    k: &'a [f64],
+    v: &'a [f64],
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    position: usize,
+    scale: f64,
+    window: Option<usize>,
+}
+
+impl Attention<'_> {
+    fn compute(&self) -> Vec<f64> {
+        let mut out = Vec::new();
+        for (row, q) in self.q.chunks_exact(self.heads * self.dim).enumerate() {
+            let end = self.position + row + 1;
+            let start = self.window.map_or(0, |window| end.saturating_sub(window));
+            for (head, q) in q.chunks_exact(self.dim).enumerate() {
+                let kv = head / (self.heads / self.kv_heads);
+                let at = |position: usize| (position * self.kv_heads + kv) * self.dim;
+                let scores: Vec<f64> = (start..end)
+                    .map(|position| {
+                        let k = &self.k[at(position)..][..self.dim];
+                        self.scale * q.iter().zip(k).map(|(q, k)| f64::from(*q) * k).sum::<f64>()
+                    })
+                    .collect();
+                let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for d in 0..self.dim {
+                    let sum: f64 = (start..end)
+                        .zip(&weights)
+                        .map(|(position, w)| w * self.v[at(position) + d])
+                        .sum();
+                    out.push(sum / total);
+                }
+            }
+        }
+        out
+    }
+}
+
+/// Lays keys and values out in pages, as float64 they are what the pages hold.
+struct Kept<E> {
+    pages: Vec<Vec<E>>,
+    keys: Vec<f64>,
+    values: Vec<f64>,
+}
+
+fn kept<E: KvElement>(layout: KvLayout, positions: usize, seed: u64, to_f64: impl Fn(f32) -> f64) -> Kept<E> {
+    let row = layout.heads * layout.head_dim;
+    let (keys, values) = (noise(positions * row, seed), noise(positions * row, seed + 1));
+    let mut pages = vec![vec![E::default(); layout.page_len()]; positions.div_ceil(PAGE)];
+    for position in 0..positions {
+        let at = position * row..(position + 1) * row;
+        layout
+            .write(
+                &mut pages[position / PAGE],
+                position % PAGE,
+                &keys[at.clone()],
+                &values[at],
+            )
+            .expect("a row of the page");
+    }
+    Kept {
+        pages,
+        keys: keys.into_iter().map(&to_f64).collect(),
+        values: values.into_iter().map(&to_f64).collect(),
+    }
+}
+
+fn check_attention<E: KvElement>(
+    spec: AttentionSpec,
+    sequences: &[(usize, usize)],
+    threads: usize,
+    to_f64: impl Fn(f32) -> f64 + Copy,
+) -> Result<(), TestCaseError> {
+    let row = spec.heads * spec.layout.head_dim;
+    let total: usize = sequences.iter().map(|(_, rows)| rows).sum();
+    let q: Vec<f32> = noise(total * row, 99).iter().map(|x| 3.0 * x).collect();
+    let held: Vec<Kept<E>> = sequences
+        .iter()
+        .enumerate()
+        .map(|(index, (position, rows))| kept(spec.layout, position + rows, index as u64 * 7 + 5, to_f64))
+        .collect();
+    let pages: Vec<Vec<&[E]>> = held
+        .iter()
+        .map(|held| held.pages.iter().map(Vec::as_slice).collect())
+        .collect();
+    let mut first = 0;
+    let mut queries = Vec::new();
+    let mut expected = Vec::new();
+    for ((&(position, rows), held), pages) in sequences.iter().zip(&held).zip(&pages) {
+        queries.push(Queries {
+            pages,
+            position,
+            first,
+            rows,
+        });
+        let reference = Attention {
+            q: &q[first * row..][..rows * row],
+            k: &held.keys,
+            v: &held.values,
+            heads: spec.heads,
+            kv_heads: spec.layout.heads,
+            dim: spec.layout.head_dim,
+            position,
+            scale: f64::from(spec.scale),
+            window: spec.window,
+        };
+        expected.extend(reference.compute());
+        first += rows;
+    }
+    let pool = Pool::new(threads);
+    for isa in Isa::available() {
+        let mut out = vec![f32::NAN; total * row];
+        attend(isa, &pool, spec, &q, &queries, &mut out).expect("shapes that fit");
+        for (index, (out, expected)) in out.iter().zip(&expected).enumerate() {
+            prop_assert!(
+                (f64::from(*out) - expected).abs() < 3e-6,
+                "{isa} {index}: {out} {expected}"
+            );
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn attention_is_that_of_float64(
+        kv_heads in 1..4_usize,
+        group in select(vec![1_usize, 2, 3, 5, 7, 13]),
+        head_dim in select(vec![2_usize, 8, 16, 24, 64]),
+        sequences in prop::collection::vec((0..400_usize, 1..20_usize), 1..4),
+        window in select(vec![None, Some(1), Some(7), Some(100)]),
+        threads in 1..4_usize,
+        half in any::<bool>(),
+    ) {
+        let layout = KvLayout { heads: kv_heads, head_dim };
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let spec = AttentionSpec { layout, heads: kv_heads * group, scale, window };
+        if half {
+            check_attention::<f16>(spec, &sequences, threads, |x| f16::from_f32(x).to_f64())?;
+        } else {
+            check_attention::<f32>(spec, &sequences, threads, f64::from)?;
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn norms_are_those_of_float64(rows in 1..20_usize, width in 1..100_usize, scale in 0.01_f32..100.0, seed in any::<u32>()) {
+        let x: Vec<f32> = noise(rows * width, u64::from(seed)).iter().map(|x| (x + 0.3) * scale).collect();
+        let weight: Vec<f32> = (0..width).map(|i| 1.0 + i as f32 / 50.0).collect();
+        let bias: Vec<f32> = (0..width).map(|i| i as f32 / 9.0).collect();
+        let pool = Pool::new(2);
+        for isa in Isa::available() {
+            let (mut rms, mut layer) = (vec![f32::NAN; x.len()], vec![f32::NAN; x.len()]);
+            rms_norm(isa, &pool, &x, &weight, 1e-5, &mut rms).unwrap();
+            layer_norm(isa, &pool, &x, &weight, Some(&bias), 1e-5, &mut layer).unwrap();
+            for (row, x) in x.chunks_exact(width).enumerate() {
+                let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+                let n = width as f64;
+                let square = x.iter().map(|x| x * x).sum::<f64>() / n;
+                let mean = x.iter().sum::<f64>() / n;
+                let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n;
+                // One element alone has no variance, and then the root of eps divides the rounding of the mean.
+                let slack = if variance < 1e-4 { 1e-2 } else { 1e-4 };
+                for (i, x) in x.iter().enumerate() {
+                    let expected = x / (square + 1e-5).sqrt() * f64::from(weight[i]);
+                    prop_assert!((f64::from(rms[row * width + i]) - expected).abs() < 1e-5 * (1.0 + expected.abs()));
+                    let expected = (x - mean) / (variance + 1e-5).sqrt() * f64::from(weight[i]) + f64::from(bias[i]);
+                    prop_assert!((f64::from(layer[row * width + i]) - expected).abs() < slack * (1.0 + expected.abs()));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rotations_are_those_of_complex_numbers(heads in 1..4_usize, pairs in 1..40_usize, extra in 0..5_usize, position in 0..5000_u32) {
+        let head_dim = 2 * pairs + extra;
+        let x = noise(heads * head_dim, 3);
+        let wavelengths: Vec<f32> = (0..pairs).map(|i| 10_000_f32.powf(i as f32 / pairs as f32)).collect();
+        let rotation = Rotation::new(position as f32, &wavelengths);
+        for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
+            let mut out = x.clone();
+            rotate(Isa::fastest(), layout, &rotation, head_dim, &mut out).unwrap();
+            for (head, (x, out)) in x.chunks_exact(head_dim).zip(out.chunks_exact(head_dim)).enumerate() {
+                for (pair, wavelength) in wavelengths.iter().enumerate() {
+                    let (a, b) = match layout {
+                        RopeLayout::Halves => (pair, pair + pairs),
+                        RopeLayout::Interleaved => (2 * pair, 2 * pair + 1),
+                    };
+                    let angle = f64::from(position as f32 / wavelength);
+                    let (sine, cosine) = angle.sin_cos();
+                    let expected = (
+                        f64::from(x[a]) * cosine - f64::from(x[b]) * sine,
+                        f64::from(x[a]) * sine + f64::from(x[b]) * cosine,
+                    );
+                    prop_assert!((f64::from(out[a]) - expected.0).abs() < 1e-6, "{head} {pair}");
+                    prop_assert!((f64::from(out[b]) - expected.1).abs() < 1e-6, "{head} {pair}");
+                }
+                prop_assert_eq!(&x[2 * pairs..], &out[2 * pairs..]);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let pool = Pool::new(1);
+    let isa = Isa::fastest();
+    let layout = KvLayout {
+        heads: 2,
+        head_dim: 4,
+    };
+    let mut page = vec![0.0_f32; layout.page_len()];
+    assert!(layout.write(&mut page, PAGE, &[0.0; 8], &[0.0; 8]).is_err());
+    assert!(layout.write(&mut page[1..], 0, &[0.0; 8], &[0.0; 8]).is_err());
+    assert!(layout.write(&mut page, 0, &[0.0; 7], &[0.0; 8]).is_err());
+    let spec = AttentionSpec {
+        layout,
+        heads: 4,
+        scale: 1.0,
+        window: None,
+    };
+    let pages = [page.as_slice()];
+    let queries = |position, first, rows| Queries {
+        pages: &pages,
+        position,
+        first,
+        rows,
+    };
+    let mut out = [0.0; 16];
+    let mut run = |spec, queries| attend(isa, &pool, spec, &[0.0; 16], &[queries], &mut out);
+    assert!(run(spec, queries(0, 0, 1)).is_ok());
+    let error = run(spec, queries(PAGE, 0, 1)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the pages of a sequence has 1 elements where the shapes make 2"
+    );
+    assert!(run(spec, queries(0, 0, 2)).is_err());
+    assert!(run(spec, queries(0, 1, 1)).is_err());
+    assert!(run(AttentionSpec { heads: 3, ..spec }, queries(0, 0, 1)).is_err());
+    let rotation = Rotation::new(1.0, &[1.0, 2.0]);
+    assert!(rotate(isa, RopeLayout::Halves, &rotation, 3, &mut [0.0; 3]).is_err());
+    assert!(rotate(isa, RopeLayout::Halves, &rotation, 4, &mut [0.0; 6]).is_err());
+    assert!(rms_norm(isa, &pool, &[0.0; 5], &[1.0; 2], 0.0, &mut [0.0; 5]).is_err());
+    assert!(layer_norm(isa, &pool, &[0.0; 4], &[1.0; 2], Some(&[0.0]), 0.0, &mut [0.0; 4]).is_err());
+}
