@@ -372,6 +372,23 @@ fn join<E>(
     }
 }
 
+/// Runs a body with a constant number of rows: 12, 8, 4, 3, 2 or 1 at a time.
+macro_rules! in_groups {
+    ($rows:expr, $first:ident, $count:ident => $body:expr) => {
+        let mut $first = 0;
+        in_groups!(@ $rows, $first, $count => $body; 12, 8, 4, 3, 2, 1);
+    };
+    (@ $rows:expr, $first:ident, $count:ident => $body:expr; $($size:literal),*) => {
+        $(
+            while $rows - $first >= $size {
+                const $count: usize = $size;
+                $body;
+                $first += $size;
+            }
+        )*
+    };
+}
+
 struct Attend<'a, E> {
     spec: AttentionSpec,
     queries: &'a [f32],
@@ -406,85 +423,65 @@ impl<E: KvElement> Kernel for Attend<'_, E> {
             out,
         } = self;
         let (head_dim, width) = (spec.layout.head_dim, spec.layout.width());
-        SCRATCH.with_borrow_mut(|scratch| {
-            scratch.queries.resize(ROWS * head_dim, 0.0);
-            scratch.sums.clear();
-            scratch.sums.resize(ROWS * width, 0.0);
-            for (row, to) in scratch
-                .queries
-                .chunks_exact_mut(head_dim)
-                .take(unit.rows)
-                .enumerate()
-            {
-                let (at, _) = place(spec, sequence, unit, row);
-                for (to, from) in to.iter_mut().zip(&queries[at..]) {
-                    *to = from * spec.scale;
-                }
-            }
-            let mut largest = [f32::NEG_INFINITY; ROWS];
-            let mut totals = [0.0; ROWS];
-            let mut weights = [[0.0; PAGE]; ROWS];
-            for page in unit.pages.clone() {
-                let (keys, values) = spec.layout.head(sequence.pages[page], unit.kv_head);
-                scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
-                let mut seen = 0;
-                for row in 0..unit.rows {
-                    let (_, position) = place(spec, sequence, unit, row);
-                    let start = spec
-                        .window
-                        .map_or(0, |window| (position + 1).saturating_sub(window));
-                    let start = start.saturating_sub(page * PAGE).min(PAGE);
-                    let end = (position + 1).saturating_sub(page * PAGE).min(PAGE);
-                    seen = seen.max(end);
-                    let sums = &mut scratch.sums[row * width..][..width];
-                    soften(
-                        s,
-                        &mut weights[row],
-                        start..end,
-                        &mut largest[row],
-                        &mut totals[row],
-                        sums,
-                    );
-                }
-                add_values(s, values, width, &weights, unit.rows, seen, &mut scratch.sums);
-            }
-            for row in 0..unit.rows {
-                let sums = &scratch.sums[row * width..][..width];
-                #[expect(unsafe_code, reason = "each task writes its own rows")]
-                if let Some(first) = unit.partial {
-                    // SAFETY: units have different rows of the parts.
-                    let part = unsafe { partials.part((first + row) * (width + 2), width + 2) };
-                    part[0] = largest[row];
-                    part[1] = totals[row];
-                    part[2..].copy_from_slice(sums);
-                } else {
-                    let (at, _) = place(spec, sequence, unit, row);
-                    // SAFETY: units that see all have different rows of the output.
-                    let out = unsafe { out.part(at, head_dim) };
-                    for (out, sum) in out.iter_mut().zip(sums) {
-                        *out = sum / totals[row];
-                    }
-                }
+        // Taken out and put back: in a closure for `with` the code would lose the features of the caller.
+        let mut scratch = SCRATCH.take();
+        scratch.sums.clear();
+        scratch.sums.resize(ROWS * width, 0.0);
+        // The rows that are multiplied together lie side by side, element by element.
+        scratch.queries.clear();
+        in_groups!(unit.rows, first, R => {
+            let rows: [usize; R] = std::array::from_fn(|row| place(spec, sequence, unit, first + row).0);
+            for element in 0..head_dim {
+                scratch.queries.extend(rows.map(|at| queries[at + element] * spec.scale));
             }
         });
-    }
-}
-
-/// Runs a body with a constant number of rows: 12, 8, 4, 3, 2 or 1 at a time.
-macro_rules! in_groups {
-    ($rows:expr, $first:ident, $count:ident => $body:expr) => {
-        let mut $first = 0;
-        in_groups!(@ $rows, $first, $count => $body; 12, 8, 4, 3, 2, 1);
-    };
-    (@ $rows:expr, $first:ident, $count:ident => $body:expr; $($size:literal),*) => {
-        $(
-            while $rows - $first >= $size {
-                const $count: usize = $size;
-                $body;
-                $first += $size;
+        let mut largest = [f32::NEG_INFINITY; ROWS];
+        let mut totals = [0.0; ROWS];
+        let mut weights = [[0.0; PAGE]; ROWS];
+        for page in unit.pages.clone() {
+            let (keys, values) = spec.layout.head(sequence.pages[page], unit.kv_head);
+            scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
+            let mut seen = 0;
+            for row in 0..unit.rows {
+                let (_, position) = place(spec, sequence, unit, row);
+                let start = spec
+                    .window
+                    .map_or(0, |window| (position + 1).saturating_sub(window));
+                let start = start.saturating_sub(page * PAGE).min(PAGE);
+                let end = (position + 1).saturating_sub(page * PAGE).min(PAGE);
+                seen = seen.max(end);
+                let sums = &mut scratch.sums[row * width..][..width];
+                soften(
+                    s,
+                    &mut weights[row],
+                    start..end,
+                    &mut largest[row],
+                    &mut totals[row],
+                    sums,
+                );
             }
-        )*
-    };
+            add_values(s, values, width, &weights, unit.rows, seen, &mut scratch.sums);
+        }
+        for row in 0..unit.rows {
+            let sums = &scratch.sums[row * width..][..width];
+            #[expect(unsafe_code, reason = "each task writes its own rows")]
+            if let Some(first) = unit.partial {
+                // SAFETY: units have different rows of the parts.
+                let part = unsafe { partials.part((first + row) * (width + 2), width + 2) };
+                part[0] = largest[row];
+                part[1] = totals[row];
+                part[2..].copy_from_slice(sums);
+            } else {
+                let (at, _) = place(spec, sequence, unit, row);
+                // SAFETY: units that see all have different rows of the output.
+                let out = unsafe { out.part(at, head_dim) };
+                for (out, sum) in out.iter_mut().zip(sums) {
+                    *out = sum / totals[row];
+                }
+            }
+        }
+        SCRATCH.set(scratch);
+    }
 }
 
 /// The scores of a page's positions, for each row.
@@ -498,15 +495,18 @@ fn scores_of<S: Simd, E: KvElement>(
     out: &mut [[f32; PAGE]; ROWS],
 ) {
     in_groups!(rows, first, R => {
-        let queries: [&[f32]; R] = std::array::from_fn(|row| &queries[(first + row) * head_dim..][..head_dim]);
-        s.call(Scores::<E, R> { keys, queries, out: &mut out[first..] });
+        let (queries, _) = queries[first * head_dim..][..R * head_dim].as_chunks::<R>();
+        if let Some(out) = out[first..].first_chunk_mut::<R>() {
+            s.call(Scores::<E, R> { keys, queries, out });
+        }
     });
 }
 
 struct Scores<'a, E, const R: usize> {
     keys: &'a [E],
-    queries: [&'a [f32]; R],
-    out: &'a mut [[f32; PAGE]],
+    /// For each element of a head, that of each row.
+    queries: &'a [[f32; R]],
+    out: &'a mut [[f32; PAGE]; R],
 }
 
 impl<E: KvElement, const R: usize> Kernel for Scores<'_, E, R> {
@@ -519,10 +519,10 @@ impl<E: KvElement, const R: usize> Kernel for Scores<'_, E, R> {
         for slice in 0..SLICES {
             let (keys, _) = keys[slice * head_dim * LANES..][..head_dim * LANES].as_chunks::<LANES>();
             let mut scores = [s.splat(0.0); R];
-            for (index, keys) in keys.iter().enumerate() {
+            for (keys, queries) in keys.iter().zip(queries) {
                 let keys = E::load(s, keys);
-                for (score, queries) in scores.iter_mut().zip(&queries) {
-                    *score = s.fma(keys, s.splat(queries[index]), *score);
+                for (score, query) in scores.iter_mut().zip(queries) {
+                    *score = s.fma(keys, s.splat(*query), *score);
                 }
             }
             for (out, score) in out.iter_mut().zip(scores) {
@@ -593,14 +593,16 @@ fn add_values<S: Simd, E: KvElement>(
     let vectors = width / LANES;
     in_groups!(rows, first, R => {
         let sums = &mut sums[first * vectors..][..R * vectors];
-        s.call(AddValues::<E, R> { values, vectors, weights: &weights[first..], seen, sums });
+        if let Some(weights) = weights[first..].first_chunk::<R>() {
+            s.call(AddValues::<E, R> { values, vectors, weights, seen, sums });
+        }
     });
 }
 
 struct AddValues<'a, E, const R: usize> {
     values: &'a [[E; LANES]],
     vectors: usize,
-    weights: &'a [[f32; PAGE]],
+    weights: &'a [[f32; PAGE]; R],
     seen: usize,
     sums: &'a mut [[f32; LANES]],
 }
@@ -619,7 +621,7 @@ impl<E: KvElement, const R: usize> Kernel for AddValues<'_, E, R> {
         } = self;
         for vector in 0..vectors {
             let mut own: [S::F; R] = std::array::from_fn(|row| s.load(&sums[row * vectors + vector]));
-            for (position, values) in values.iter().skip(vector).step_by(vectors).take(seen).enumerate() {
+            for (position, values) in (0..seen.min(PAGE)).zip(values[vector..].iter().step_by(vectors)) {
                 let values = E::load(s, values);
                 for (own, weights) in own.iter_mut().zip(weights) {
                     *own = s.fma(values, s.splat(weights[position]), *own);

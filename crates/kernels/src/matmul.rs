@@ -176,32 +176,24 @@ impl Kernel for Project<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { part, x, tiles } = self;
         let rows = part.matrix.rows;
+        let mut scratch = SCRATCH.take();
         for tile in tiles {
             let lanes = LANES.min(rows - tile * LANES);
             let bias = bias_of(part.bias, tile);
-            tile_rows(s, part.matrix, tile, x, &mut |first, sums| {
-                for (row, sums) in (first..).zip(sums.iter()) {
-                    let sums = s.add(s.load(sums), s.load(&bias));
-                    #[expect(unsafe_code, reason = "each task writes its own tiles of each row")]
-                    // SAFETY: tasks have different tiles, so that what they write of a row does not overlap.
-                    let out = unsafe { part.out.part(row * rows + tile * LANES, lanes) };
-                    match (out.as_mut_array::<LANES>(), part.mode) {
-                        (Some(out), Mode::Write) => s.store(sums, out),
-                        (Some(out), Mode::Add) => s.store(s.add(s.load(out), sums), out),
-                        (None, mode) => {
-                            let mut all = [0.0; LANES];
-                            s.store(sums, &mut all);
-                            // SAFETY: as above.
-                            #[expect(unsafe_code, reason = "as above")]
-                            let out = unsafe { part.out.part(row * rows + tile * LANES, lanes) };
-                            for (out, sum) in out.iter_mut().zip(all) {
-                                *out = if mode == Mode::Add { *out + sum } else { sum };
-                            }
-                        }
-                    }
-                }
-            });
+            tile_rows(s, part.matrix, tile, x, &mut scratch);
+            for (row, sums) in scratch.sums.iter().enumerate() {
+                let sums = s.add(s.load(sums), s.load(&bias));
+                #[expect(unsafe_code, reason = "each task writes its own tiles of each row")]
+                // SAFETY: tasks have different tiles, so that what they write of a row does not overlap.
+                let out = unsafe { part.out.part(row * rows + tile * LANES, lanes) };
+                let before = match part.mode {
+                    Mode::Write => [0.0; LANES],
+                    Mode::Add => padded(out),
+                };
+                put(s, s.add(s.load(&before), sums), out);
+            }
         }
+        SCRATCH.set(scratch);
     }
 }
 
@@ -220,32 +212,26 @@ impl Kernel for Gated<'_> {
     fn run<S: Simd>(self, s: S) {
         let [(gate_matrix, gate_bias), (up_matrix, up_bias)] = self.matrices;
         let rows = gate_matrix.rows;
-        // The gate's products of all rows of a tile, until the other half is there.
-        let mut kept = vec![[0.0; LANES]; self.x.rows()];
+        let mut scratch = SCRATCH.take();
         for tile in self.tiles {
             let bias = bias_of(gate_bias, tile);
-            tile_rows(s, gate_matrix, tile, self.x, &mut |first, sums| {
-                for (kept, sums) in kept[first..].iter_mut().zip(sums.iter()) {
-                    s.store(
-                        gate_function(s, self.gate, s.add(s.load(sums), s.load(&bias))),
-                        kept,
-                    );
-                }
-            });
+            tile_rows(s, gate_matrix, tile, self.x, &mut scratch);
+            for sums in &mut scratch.sums {
+                let gate = s.add(s.load(sums), s.load(&bias));
+                s.store(gate_function(s, self.gate, gate), sums);
+            }
+            std::mem::swap(&mut scratch.sums, &mut scratch.gates);
             let bias = bias_of(up_bias, tile);
             let lanes = LANES.min(rows - tile * LANES);
-            tile_rows(s, up_matrix, tile, self.x, &mut |first, sums| {
-                for (row, sums) in (first..).zip(sums.iter()) {
-                    let value = s.mul(s.add(s.load(sums), s.load(&bias)), s.load(&kept[row]));
-                    let mut all = [0.0; LANES];
-                    s.store(value, &mut all);
-                    #[expect(unsafe_code, reason = "each task writes its own tiles of each row")]
-                    // SAFETY: tasks have different tiles, so that what they write of a row does not overlap.
-                    let out = unsafe { self.out.part(row * rows + tile * LANES, lanes) };
-                    out.copy_from_slice(&all[..lanes]);
-                }
-            });
+            tile_rows(s, up_matrix, tile, self.x, &mut scratch);
+            for (row, (sums, gate)) in scratch.sums.iter().zip(&scratch.gates).enumerate() {
+                #[expect(unsafe_code, reason = "each task writes its own tiles of each row")]
+                // SAFETY: tasks have different tiles, so that what they write of a row does not overlap.
+                let out = unsafe { self.out.part(row * rows + tile * LANES, lanes) };
+                put(s, s.mul(s.add(s.load(sums), s.load(&bias)), s.load(gate)), out);
+            }
         }
+        SCRATCH.set(scratch);
     }
 }
 
@@ -261,17 +247,37 @@ impl Kernel for ApplyGate<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let padded = |part: &[f32]| {
-            let mut lanes = [0.0; LANES];
-            lanes[..part.len()].copy_from_slice(part);
-            lanes
-        };
         let parts = self.x.chunks(LANES).zip(self.up.chunks(LANES));
         for (out, (x, up)) in self.out.chunks_mut(LANES).zip(parts) {
             let (x, up) = (s.load(&padded(x)), s.load(&padded(up)));
-            let mut all = [0.0; LANES];
-            s.store(s.mul(gate_function(s, self.gate, x), up), &mut all);
-            out.copy_from_slice(&all[..out.len()]);
+            put(s, s.mul(gate_function(s, self.gate, x), up), out);
+        }
+    }
+}
+
+/// Up to sixteen numbers, with zeros behind.
+#[inline(always)]
+fn padded(values: &[f32]) -> [f32; LANES] {
+    if let Some(all) = values.as_array::<LANES>() {
+        return *all;
+    }
+    let mut lanes = [0.0; LANES];
+    for (lane, value) in lanes.iter_mut().zip(values) {
+        *lane = *value;
+    }
+    lanes
+}
+
+/// Stores as many lanes as there is room for.
+#[inline(always)]
+fn put<S: Simd>(s: S, x: S::F, out: &mut [f32]) {
+    if let Some(out) = out.as_mut_array::<LANES>() {
+        s.store(x, out);
+    } else {
+        let mut all = [0.0; LANES];
+        s.store(x, &mut all);
+        for (out, lane) in out.iter_mut().zip(all) {
+            *out = lane;
         }
     }
 }
@@ -279,13 +285,9 @@ impl Kernel for ApplyGate<'_> {
 /// The bias of a tile's rows, 0 where there is none.
 #[inline(always)]
 fn bias_of(bias: Option<&[f32]>, tile: usize) -> [f32; LANES] {
-    let mut lanes = [0.0; LANES];
-    if let Some(bias) = bias {
-        for (lane, value) in lanes.iter_mut().zip(&bias[tile * LANES..]) {
-            *lane = *value;
-        }
-    }
-    lanes
+    bias.map_or([0.0; LANES], |bias| {
+        padded(&bias[tile * LANES..(tile * LANES + LANES).min(bias.len())])
+    })
 }
 
 #[inline(always)]
@@ -303,88 +305,69 @@ fn gate_function<S: Simd>(s: S, gate: Gate, x: S::F) -> S::F {
     }
 }
 
-/// Multiplies a tile of weights with all rows, and hands the sums of some rows at a time to `done`, with the number of
-/// the first.
+/// Multiplies a tile of weights with all rows of activations, into as many rows of sums.
 #[inline(always)]
-fn tile_rows<S: Simd>(
-    s: S,
-    matrix: &Matrix,
-    tile: usize,
-    x: &Activations,
-    done: &mut impl FnMut(usize, &[[f32; LANES]]),
-) {
-    match &matrix.weights {
-        Weights::Quantized(q) if x.is_int8() => match q.bits {
-            2 => int8_rows::<S, 2>(s, q, tile, x, done),
-            3 => int8_rows::<S, 3>(s, q, tile, x, done),
-            4 => int8_rows::<S, 4>(s, q, tile, x, done),
-            5 => int8_rows::<S, 5>(s, q, tile, x, done),
-            6 => int8_rows::<S, 6>(s, q, tile, x, done),
-            _ => int8_rows::<S, 8>(s, q, tile, x, done),
-        },
-        weights => PANEL.with_borrow_mut(|panel| {
-            let columns = matrix.columns;
-            let panel = match weights {
-                Weights::F32(values) => &values[tile * columns..][..columns],
+fn tile_rows<S: Simd>(s: S, matrix: &Matrix, tile: usize, x: &Activations, scratch: &mut Scratch) {
+    scratch.sums.resize(x.rows(), [0.0; LANES]);
+    let sums = &mut *scratch.sums;
+    let columns = matrix.columns;
+    let panel = match &matrix.weights {
+        Weights::Quantized(q) if x.is_int8() => {
+            match q.bits {
+                2 => int8_rows::<S, 2>(s, q, tile, x, sums),
+                3 => int8_rows::<S, 3>(s, q, tile, x, sums),
+                4 => int8_rows::<S, 4>(s, q, tile, x, sums),
+                5 => int8_rows::<S, 5>(s, q, tile, x, sums),
+                6 => int8_rows::<S, 6>(s, q, tile, x, sums),
+                _ => int8_rows::<S, 8>(s, q, tile, x, sums),
+            }
+            return;
+        }
+        Weights::F32(values) => &values[tile * columns..][..columns],
+        weights => {
+            scratch.panel.resize(columns, [0.0; LANES]);
+            let panel = &mut *scratch.panel;
+            match weights {
                 Weights::F16(values) => {
-                    panel.resize(columns, [0.0; LANES]);
                     for (to, from) in panel.iter_mut().zip(&values[tile * columns..]) {
                         s.store(s.load_f16(from), to);
                     }
-                    &panel[..columns]
                 }
                 Weights::Bf16(values) => {
-                    panel.resize(columns, [0.0; LANES]);
                     for (to, from) in panel.iter_mut().zip(&values[tile * columns..]) {
                         s.store(s.load_bf16(bytemuck::cast_ref(from)), to);
                     }
-                    &panel[..columns]
                 }
-                Weights::Quantized(q) => {
-                    panel.resize(columns, [0.0; LANES]);
-                    match q.bits {
-                        2 => s.call(Dequantize::<2> {
-                            weights: q,
-                            tile,
-                            panel,
-                        }),
-                        3 => s.call(Dequantize::<3> {
-                            weights: q,
-                            tile,
-                            panel,
-                        }),
-                        4 => s.call(Dequantize::<4> {
-                            weights: q,
-                            tile,
-                            panel,
-                        }),
-                        5 => s.call(Dequantize::<5> {
-                            weights: q,
-                            tile,
-                            panel,
-                        }),
-                        6 => s.call(Dequantize::<6> {
-                            weights: q,
-                            tile,
-                            panel,
-                        }),
-                        _ => s.call(Dequantize::<8> {
-                            weights: q,
-                            tile,
-                            panel,
-                        }),
-                    }
-                    &panel[..columns]
-                }
-            };
-            float_rows(s, panel, x, done);
-        }),
-    }
+                Weights::F32(_) => {}
+                Weights::Quantized(weights) => match weights.bits {
+                    2 => s.call(Dequantize::<2> { weights, tile, panel }),
+                    3 => s.call(Dequantize::<3> { weights, tile, panel }),
+                    4 => s.call(Dequantize::<4> { weights, tile, panel }),
+                    5 => s.call(Dequantize::<5> { weights, tile, panel }),
+                    6 => s.call(Dequantize::<6> { weights, tile, panel }),
+                    _ => s.call(Dequantize::<8> { weights, tile, panel }),
+                },
+            }
+            &*scratch.panel
+        }
+    };
+    float_rows(s, panel, x, sums);
+}
+
+/// What a thread keeps between tasks.
+#[derive(Default)]
+struct Scratch {
+    /// A tile of weights as float32.
+    panel: Vec<[f32; LANES]>,
+    /// The products of a tile with each row of activations.
+    sums: Vec<[f32; LANES]>,
+    /// Those with the gate's matrix, until the other half is there.
+    gates: Vec<[f32; LANES]>,
 }
 
 thread_local! {
-    /// A tile of weights as float32.
-    static PANEL: RefCell<Vec<[f32; LANES]>> = const { RefCell::new(Vec::new()) };
+    /// Taken out while it is used: code in a closure for `with` would lose the instruction set of the caller.
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
 
 /// Runs a body with a constant number of rows, sixteen as long as there are as many, then 8, 4, 2 and 1.
@@ -410,13 +393,13 @@ fn int8_rows<S: Simd, const BITS: usize>(
     weights: &Quantized,
     tile: usize,
     x: &Activations,
-    done: &mut impl FnMut(usize, &[[f32; LANES]]),
+    sums: &mut [[f32; LANES]],
 ) {
     let blocks = x.columns() / BLOCK;
     let lines = weights.tile(tile, blocks);
     in_groups!(x.rows(), first, M => {
         let rows: [&[Block]; M] = std::array::from_fn(|row| &x.blocks[(first + row) * blocks..][..blocks]);
-        done(first, &s.call(Int8Block::<BITS, M> { weights, lines, tile, rows }));
+        sums[first..][..M].copy_from_slice(&s.call(Int8Block::<BITS, M> { weights, lines, tile, rows }));
     });
 }
 
@@ -518,16 +501,11 @@ impl<const BITS: usize> Kernel for Dequantize<'_, BITS> {
 }
 
 #[inline(always)]
-fn float_rows<S: Simd>(
-    s: S,
-    panel: &[[f32; LANES]],
-    x: &Activations,
-    done: &mut impl FnMut(usize, &[[f32; LANES]]),
-) {
+fn float_rows<S: Simd>(s: S, panel: &[[f32; LANES]], x: &Activations, sums: &mut [[f32; LANES]]) {
     let columns = panel.len();
     in_groups!(x.rows(), first, M => {
         let rows: [&[f32]; M] = std::array::from_fn(|row| &x.floats[(first + row) * columns..][..columns]);
-        done(first, &s.call(FloatBlock::<M> { panel, rows }));
+        sums[first..][..M].copy_from_slice(&s.call(FloatBlock::<M> { panel, rows }));
     });
 }
 
