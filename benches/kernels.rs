@@ -52,7 +52,7 @@ fn decode(criterion: &mut Criterion) {
     ] {
         let matrices: Vec<Matrix> = (0..count).map(|_| matrix(&pool, rows, columns, bits)).collect();
         let bytes: usize = matrices.iter().map(Matrix::bytes).sum();
-        for precision in [Precision::Int8, Precision::Exact] {
+        for precision in [Precision::Integer, Precision::Exact] {
             let x = activations(isa, &pool, 1, columns, precision);
             let mut out = vec![0.0; rows];
             group.throughput(Throughput::Bytes(bytes as u64));
@@ -76,7 +76,7 @@ fn prefill(criterion: &mut Criterion) {
     let (rows, columns) = (1536, 576);
     let matrix = matrix(&pool, rows, columns, 4);
     for m in [8, 512] {
-        for precision in [Precision::Int8, Precision::Exact] {
+        for precision in [Precision::Integer, Precision::Exact] {
             let x = activations(isa, &pool, m, columns, precision);
             let mut out = vec![0.0; m * rows];
             group.throughput(Throughput::Elements((2 * m * rows * columns) as u64));

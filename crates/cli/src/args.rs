@@ -53,6 +53,7 @@ impl From<Backend> for BackendChoice {
 }
 
 /// Which model to load, and where.
+#[expect(clippy::struct_field_names, reason = "the option is called `--model`")]
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Model {
     /// A model folder, a .gguf file, a name of the registry, or a hub id that is in the local cache
@@ -62,6 +63,10 @@ pub(crate) struct Model {
     /// What computes the tokens
     #[arg(long, value_enum, default_value_t)]
     pub(crate) backend: Backend,
+
+    /// Compute all in float32 on a CPU, several times slower, in place of 16-bit numbers
+    #[arg(long)]
+    pub(crate) exact: bool,
 }
 
 /// How to sample.

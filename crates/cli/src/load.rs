@@ -3,14 +3,20 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use mlx_engine::{InferenceEngine, LoadProgress, ProgressFn};
+use mlx_engine::{EngineOptions, InferenceEngine, LoadProgress, ProgressFn};
 
 use crate::args::Model;
 use crate::failure::Failure;
 
 /// Loads a model. Ctrl-C gives the load up.
 pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
-    let engine = InferenceEngine::new().with_backend(model.backend.into());
+    let options = EngineOptions {
+        exact: model.exact,
+        ..EngineOptions::default()
+    };
+    let engine = InferenceEngine::new()
+        .with_backend(model.backend.into())
+        .with_options(options);
     // indicatif draws on a terminal alone.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}") {

@@ -23,7 +23,7 @@ use crate::{PromptEncoder, TokenModel};
 /// Hears how far a load has come, on the worker thread.
 pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
 
-/// How an engine schedules.
+/// How an engine schedules and computes.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     /// Requests that may wait; one more is refused with [`EngineError::QueueFull`].
@@ -34,6 +34,9 @@ pub struct EngineOptions {
     pub prefill_chunk: usize,
     /// Sequences that are kept after their request, for requests that begin alike.
     pub kept_sequences: usize,
+    /// Whether a CPU computes all in float32, several times slower, where it would use 16-bit integers for
+    /// activations and float16 for keys and values. A GPU computes in the type of the checkpoint either way.
+    pub exact: bool,
 }
 
 impl Default for EngineOptions {
@@ -43,6 +46,7 @@ impl Default for EngineOptions {
             max_active: 4,
             prefill_chunk: 512,
             kept_sequences: 2,
+            exact: false,
         }
     }
 }

@@ -8,7 +8,7 @@ use mlx_engine_checkpoint::Metadata;
 use mlx_engine_core::{
     Backend, Device, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
 };
-use mlx_engine_models::{self as models, Decoder, ModelError, Sampler, Source, Step};
+use mlx_engine_models::{self as models, Compute, Decoder, ModelError, Sampler, Source, Step};
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 
 use crate::engine::{Engine, EngineOptions, Loaded, ProgressFn};
@@ -47,8 +47,13 @@ pub async fn load_mlx(
     options: EngineOptions,
     progress: Option<ProgressFn>,
 ) -> Result<Engine, EngineError> {
+    let compute = if options.exact {
+        Compute::Exact
+    } else {
+        Compute::Fastest
+    };
     Engine::load(options, progress, move |cancelled, progress| {
-        load(&path, configuration, cancelled, progress)
+        load(&path, configuration, compute, cancelled, progress)
     })
     .await
 }
@@ -56,6 +61,7 @@ pub async fn load_mlx(
 fn load(
     path: &Path,
     configuration: Option<ModelConfiguration>,
+    compute: Compute,
     cancelled: &AtomicBool,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<MlxModel>, EngineError> {
@@ -69,7 +75,7 @@ fn load(
     let mut configuration = configuration.unwrap_or_else(|| described(path, &source, &tokenizer));
     configuration.context_length = source.spec().context_length as u32;
     let encoder = PromptEncoder::new(tokenizer, configuration.default_system_prompt.clone())?;
-    let decoder = Decoder::load(&source, &mut |stage| {
+    let decoder = Decoder::load(&source, compute, &mut |stage| {
         progress(stage);
         if cancelled.load(Ordering::Relaxed) {
             Err(ModelError::Cancelled)

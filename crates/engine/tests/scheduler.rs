@@ -279,7 +279,7 @@ proptest! {
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
-            let options = EngineOptions { queue_capacity: 64, max_active, prefill_chunk, kept_sequences };
+            let options = EngineOptions { queue_capacity: 64, max_active, prefill_chunk, kept_sequences, ..EngineOptions::default() };
             let engine = Engine::mock("tiny", MockScript::default(), options).await.unwrap();
             let runs = requests.iter().map(|(text, max_tokens, cancel_after)| {
                 let stream = engine.stream(Prompt::text(text.clone()), params().with_max_tokens(*max_tokens));

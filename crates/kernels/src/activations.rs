@@ -1,12 +1,12 @@
-//! Rows of activations, as float32 and, for products with quantized weights, as int8.
+//! Rows of activations, as float32 and, for products with quantized weights, as integers.
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
-use crate::matrix::{BLOCK, STEPS};
-use crate::simd::{Kernel, LANES, Line, Simd, dispatch};
+use crate::matrix::BLOCK;
+use crate::simd::{Halves, Kernel, LANES, Simd, dispatch};
 use crate::{KernelError, Pool};
 
 /// How products with quantized weights are computed.
@@ -14,26 +14,32 @@ use crate::{KernelError, Pool};
 pub enum Precision {
     /// Weights become float32 and everything is summed in float32.
     Exact,
-    /// Activations become int8, with a scale for each 32 of a row, and integers are summed within these. The error of
-    /// an activation is at most 1/254 of the largest of its 32.
-    Int8,
+    /// Activations become integers of 16 bits with a scale for each 32 of a row, and integers are summed within these.
+    /// The error of an activation is at most 1/65024 of the largest of its 32: less than that of float16.
+    Integer,
 }
 
-/// 32 activations as int8: `x = scale * q`.
+/// 32 activations as integers of 16 bits, `x = scale * q`, in the halves that the instruction set multiplies bytes of
+/// weights with.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub(crate) struct Block {
-    pub(crate) q: [[i8; 4]; STEPS],
+    pub(crate) halves: Halves,
     pub(crate) scale: f32,
     /// `scale` times the sum of `q`, which the bias of the weights multiplies.
     pub(crate) sum: f32,
 }
+
+/// The largest integer: its upper byte, rounded, is at most 127.
+const LARGEST: f32 = 32512.0;
 
 /// Rows of activations `[rows, columns]` that go into projections.
 #[derive(Debug, Default)]
 pub struct Activations {
     rows: usize,
     columns: usize,
+    /// For which the integers are laid out.
+    isa: Option<Isa>,
     pub(crate) floats: Vec<f32>,
     pub(crate) blocks: Vec<Block>,
 }
@@ -82,6 +88,7 @@ impl Activations {
     /// exact products: no quantized matrix has such columns.
     pub fn prepare(&mut self, isa: Isa, pool: &Pool, precision: Precision) {
         self.blocks.clear();
+        self.isa = Some(isa);
         if precision == Precision::Exact || !self.columns.is_multiple_of(BLOCK) {
             return;
         }
@@ -108,12 +115,15 @@ impl Activations {
         });
     }
 
-    /// Whether int8 blocks are there.
-    pub(crate) fn is_int8(&self) -> bool {
+    /// Whether integers are there.
+    pub(crate) fn is_integer(&self) -> bool {
         !self.blocks.is_empty()
     }
 
-    pub(crate) fn check(&self, columns: usize) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, isa: Isa, columns: usize) -> Result<(), KernelError> {
+        if self.is_integer() && self.isa != Some(isa) {
+            return Err(KernelError::OtherIsa);
+        }
         check_len("the activations", self.columns, columns)
     }
 }
@@ -132,8 +142,8 @@ impl Kernel for Quantize<'_> {
         for (block, pair) in self.blocks.iter_mut().zip(halves.chunks_exact(2)) {
             let (a, b) = (s.load(&pair[0]), s.load(&pair[1]));
             let largest = s.largest(s.max(s.abs(a), s.abs(b)));
-            let scale = largest / 127.0;
-            // A row of zeros, or of numbers so small that the inverse is not finite, is zeros.
+            let scale = largest / LARGEST;
+            // Zeros, and numbers so small that the inverse is not finite, are zeros.
             let inverse = if scale > f32::MIN_POSITIVE {
                 1.0 / scale
             } else {
@@ -142,14 +152,7 @@ impl Kernel for Quantize<'_> {
             let inverse = s.splat(inverse);
             let (a, b) = (s.round(s.mul(a, inverse)), s.round(s.mul(b, inverse)));
             let sum = s.sum(s.to_float(s.add_i(a, b)));
-            let mut lines = [Line::ZERO; 2];
-            s.store_line(a, &mut lines[0]);
-            s.store_line(b, &mut lines[1]);
-            let wide: &[i32; BLOCK] = bytemuck::cast_ref(&lines);
-            let q: &mut [i8; BLOCK] = bytemuck::cast_mut(&mut block.q);
-            for (q, wide) in q.iter_mut().zip(wide) {
-                *q = *wide as i8;
-            }
+            block.halves = s.halves(a, b);
             block.scale = scale;
             block.sum = scale * sum;
         }

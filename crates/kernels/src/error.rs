@@ -34,6 +34,9 @@ pub enum KernelError {
         /// How many there are.
         len: usize,
     },
+    /// Activations were made ready for another instruction set.
+    #[error("the activations were prepared for another instruction set")]
+    OtherIsa,
     /// The environment names an instruction set that this processor does not have.
     #[error("{} names the instruction set `{name}`, this processor has: {}", crate::ISA_VARIABLE, available.join(", "))]
     UnknownIsa {

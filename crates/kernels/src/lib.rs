@@ -14,7 +14,7 @@
 //! let matrix = Matrix::dense(2, 3, DenseSource::F32(&[1.0, 0.0, 0.0, 0.0, 1.0, 1.0]))?;
 //! let mut x = Activations::new();
 //! x.resize(1, 3).copy_from_slice(&[1.0, 2.0, 3.0]);
-//! x.prepare(isa, &pool, Precision::Int8);
+//! x.prepare(isa, &pool, Precision::Integer);
 //! let mut out = [0.0; 2];
 //! project(isa, &pool, &x, &mut [Product::write(&matrix, None, &mut out)])?;
 //! assert_eq!(out, [1.0, 5.0]);

@@ -48,8 +48,8 @@ impl<'a> Product<'a> {
         }
     }
 
-    fn check(&self, x: &Activations) -> Result<(), KernelError> {
-        x.check(self.matrix.columns)?;
+    fn check(&self, isa: Isa, x: &Activations) -> Result<(), KernelError> {
+        x.check(isa, self.matrix.columns)?;
         if let Some(bias) = self.bias {
             check_len("the bias", bias.len(), self.matrix.rows)?;
         }
@@ -78,7 +78,7 @@ pub fn project(
     products: &mut [Product<'_>],
 ) -> Result<(), KernelError> {
     for product in products.iter() {
-        product.check(x)?;
+        product.check(isa, x)?;
     }
     let tiles: Vec<usize> = products.iter().map(|product| product.matrix.tiles()).collect();
     let parts: Vec<_> = products
@@ -121,9 +121,9 @@ pub fn gated(
 ) -> Result<(), KernelError> {
     let mut nothing: [f32; 0] = [];
     check_len("the rows of the gate's matrix", gate_matrix.rows, up_matrix.rows)?;
-    Product::write(gate_matrix, gate_bias, out).check(x)?;
+    Product::write(gate_matrix, gate_bias, out).check(isa, x)?;
     let up_fits = Product::write(up_matrix, up_bias, &mut nothing);
-    x.check(up_fits.matrix.columns)?;
+    x.check(isa, up_fits.matrix.columns)?;
     if let Some(bias) = up_bias {
         check_len("the bias", bias.len(), up_matrix.rows)?;
     }
@@ -312,14 +312,14 @@ fn tile_rows<S: Simd>(s: S, matrix: &Matrix, tile: usize, x: &Activations, scrat
     let sums = &mut *scratch.sums;
     let columns = matrix.columns;
     let panel = match &matrix.weights {
-        Weights::Quantized(q) if x.is_int8() => {
+        Weights::Quantized(q) if x.is_integer() => {
             match q.bits {
-                2 => int8_rows::<S, 2>(s, q, tile, x, sums),
-                3 => int8_rows::<S, 3>(s, q, tile, x, sums),
-                4 => int8_rows::<S, 4>(s, q, tile, x, sums),
-                5 => int8_rows::<S, 5>(s, q, tile, x, sums),
-                6 => int8_rows::<S, 6>(s, q, tile, x, sums),
-                _ => int8_rows::<S, 8>(s, q, tile, x, sums),
+                2 => integer_rows::<S, 2>(s, q, tile, x, sums),
+                3 => integer_rows::<S, 3>(s, q, tile, x, sums),
+                4 => integer_rows::<S, 4>(s, q, tile, x, sums),
+                5 => integer_rows::<S, 5>(s, q, tile, x, sums),
+                6 => integer_rows::<S, 6>(s, q, tile, x, sums),
+                _ => integer_rows::<S, 8>(s, q, tile, x, sums),
             }
             return;
         }
@@ -388,7 +388,7 @@ macro_rules! in_groups {
 }
 
 #[inline(always)]
-fn int8_rows<S: Simd, const BITS: usize>(
+fn integer_rows<S: Simd, const BITS: usize>(
     s: S,
     weights: &Quantized,
     tile: usize,
@@ -399,15 +399,15 @@ fn int8_rows<S: Simd, const BITS: usize>(
     let lines = weights.tile(tile, blocks);
     in_groups!(x.rows(), first, M => {
         let rows: [&[Block]; M] = std::array::from_fn(|row| &x.blocks[(first + row) * blocks..][..blocks]);
-        sums[first..][..M].copy_from_slice(&s.call(Int8Block::<BITS, M> { weights, lines, tile, rows }));
+        sums[first..][..M].copy_from_slice(&s.call(IntegerBlock::<BITS, M> { weights, lines, tile, rows }));
     });
 }
 
-/// One tile times `M` rows of int8 activations.
+/// One tile times `M` rows of integer activations.
 ///
 /// With `w = scale_w * q_w + bias` and `x = scale_x * q_x`, the product over a block is
 /// `scale_w * scale_x * sum(q_w * q_x) + bias * scale_x * sum(q_x)`.
-struct Int8Block<'a, const BITS: usize, const M: usize> {
+struct IntegerBlock<'a, const BITS: usize, const M: usize> {
     weights: &'a Quantized,
     /// Those of the tile.
     lines: &'a [Line],
@@ -415,7 +415,7 @@ struct Int8Block<'a, const BITS: usize, const M: usize> {
     rows: [&'a [Block]; M],
 }
 
-impl<const BITS: usize, const M: usize> Kernel for Int8Block<'_, BITS, M> {
+impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
     type Output = [[f32; LANES]; M];
 
     #[inline(always)]
@@ -435,13 +435,7 @@ impl<const BITS: usize, const M: usize> Kernel for Int8Block<'_, BITS, M> {
             let (scale, bias) = weights.scales.load::<S, BITS>(s, first_group + index / per_group);
             for (sum, row) in sums.iter_mut().zip(&rows) {
                 let Some(x) = row.get(index) else { continue };
-                let mut a = s.zero();
-                let mut b = s.zero();
-                for step in 0..4 {
-                    a = s.dot4(a, numbers[step], x.q[step]);
-                    b = s.dot4(b, numbers[step + 4], x.q[step + 4]);
-                }
-                let dot = s.to_float(s.add_i(a, b));
+                let dot = s.to_float(s.dot(&numbers, &x.halves));
                 *sum = s.fma(dot, s.mul(scale, s.splat(x.scale)), *sum);
                 *sum = s.fma(bias, s.splat(x.sum), *sum);
             }

@@ -1,9 +1,13 @@
 //! The rotary position embedding (Su and others, 2021).
 
-use crate::KernelError;
+use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
 use crate::simd::{Kernel, Simd, dispatch};
+use crate::{KernelError, Pool};
+
+/// Tokens below which one thread does them all.
+const FEW: usize = 8;
 
 /// Which elements of a head are rotated together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -38,36 +42,52 @@ impl Rotation {
     }
 }
 
-/// Rotates the heads of one token, `[heads, head_dim]`, in place; what lies behind the rotated elements of a head stays.
+/// Rotates the heads of some tokens in place: `x` is `[tokens, heads, head_dim]`, with one rotation a token. What lies
+/// behind the rotated elements of a head stays.
 ///
 /// # Errors
 ///
-/// Where the rotation is wider than a head, and where `x` is not whole heads.
+/// Where a rotation is wider than a head, and where `x` is not whole heads of each token.
 pub fn rotate(
     isa: Isa,
+    pool: &Pool,
     layout: RopeLayout,
-    rotation: &Rotation,
+    rotations: &[Rotation],
     head_dim: usize,
     x: &mut [f32],
 ) -> Result<(), KernelError> {
-    let head = head_dim.max(1);
-    check_len("the heads to rotate", x.len(), x.len() / head * head_dim)?;
-    if rotation.dimensions() > head_dim {
-        return Err(KernelError::Length {
-            what: "a rotation",
-            found: rotation.dimensions(),
-            expected: head_dim,
-        });
+    let per_token = x.len() / rotations.len().max(1);
+    let whole = per_token / head_dim.max(1) * head_dim * rotations.len();
+    check_len("the heads to rotate", x.len(), whole)?;
+    for rotation in rotations {
+        if rotation.dimensions() > head_dim {
+            return Err(KernelError::Length {
+                what: "a rotation",
+                found: rotation.dimensions(),
+                expected: head_dim,
+            });
+        }
     }
-    dispatch(
-        isa,
-        Rotate {
-            layout,
-            rotation,
-            head,
-            x,
-        },
-    );
+    let x = Disjoint::new(x);
+    let token = |token: usize| {
+        #[expect(unsafe_code, reason = "each task rotates its own tokens")]
+        // SAFETY: every token is given to one task, once.
+        let x = unsafe { x.part(token * per_token, per_token) };
+        dispatch(
+            isa,
+            Rotate {
+                layout,
+                rotation: &rotations[token],
+                head: head_dim,
+                x,
+            },
+        );
+    };
+    if rotations.len() < FEW {
+        (0..rotations.len()).for_each(token);
+    } else {
+        pool.split(rotations.len(), 1, |range| range.for_each(&token));
+    }
     Ok(())
 }
 

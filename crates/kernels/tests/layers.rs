@@ -210,8 +210,11 @@ proptest! {
         let wavelengths: Vec<f32> = (0..pairs).map(|i| 10_000_f32.powf(i as f32 / pairs as f32)).collect();
         let rotation = Rotation::new(position as f32, &wavelengths);
         for layout in [RopeLayout::Halves, RopeLayout::Interleaved] {
-            let mut out = x.clone();
-            rotate(Isa::fastest(), layout, &rotation, head_dim, &mut out).unwrap();
+            let rotations = vec![rotation.clone(); 9];
+            let mut out = x.repeat(9);
+            rotate(Isa::fastest(), &Pool::new(2), layout, &rotations, head_dim, &mut out).unwrap();
+            let (first, rest) = out.split_at(x.len());
+            prop_assert!(rest.chunks_exact(x.len()).all(|token| token == first));
             for (head, (x, out)) in x.chunks_exact(head_dim).zip(out.chunks_exact(head_dim)).enumerate() {
                 for (pair, wavelength) in wavelengths.iter().enumerate() {
                     let (a, b) = match layout {
@@ -270,8 +273,18 @@ fn what_does_not_fit_is_refused() {
     assert!(run(spec, queries(0, 1, 1)).is_err());
     assert!(run(AttentionSpec { heads: 3, ..spec }, queries(0, 0, 1)).is_err());
     let rotation = Rotation::new(1.0, &[1.0, 2.0]);
-    assert!(rotate(isa, RopeLayout::Halves, &rotation, 3, &mut [0.0; 3]).is_err());
-    assert!(rotate(isa, RopeLayout::Halves, &rotation, 4, &mut [0.0; 6]).is_err());
+    assert!(
+        rotate(
+            isa,
+            &pool,
+            RopeLayout::Halves,
+            std::slice::from_ref(&rotation),
+            3,
+            &mut [0.0; 3]
+        )
+        .is_err()
+    );
+    assert!(rotate(isa, &pool, RopeLayout::Halves, &[rotation], 4, &mut [0.0; 6]).is_err());
     assert!(rms_norm(isa, &pool, &[0.0; 5], &[1.0; 2], 0.0, &mut [0.0; 5]).is_err());
     assert!(layer_norm(isa, &pool, &[0.0; 4], &[1.0; 2], Some(&[0.0]), 0.0, &mut [0.0; 4]).is_err());
 }

@@ -1,98 +1,104 @@
-//! The decoder: one implementation for every family.
+//! The decoder: one implementation for every family, and the one place that decides where it runs.
 
-use mlx_engine_core::LoadProgress;
-use mlx_rs::fast::{ScaledDotProductAttentionMask, scaled_dot_product_attention};
-use mlx_rs::ops::indexing::IndexOp;
-use mlx_rs::{Array, Dtype, nn, ops, transforms};
+use std::fmt;
 
-use crate::cache::{KvCache, Sequence};
+use mlx_engine_core::{Device, LoadProgress};
+use mlx_rs::{Array, transforms};
+
 use crate::device::{self, DeviceInfo};
-use crate::layers::{Linear, Matrix, Norm, Rope};
-use crate::names::{Part, Place};
+use crate::graph::{GraphDecoder, KvCache};
+use crate::host::{HostCache, HostDecoder, Precision};
 use crate::sampling::log_softmax;
 use crate::weights::Loader;
 use crate::{DecoderSpec, ModelError, Source};
+
+/// What computes a decoder.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Compute {
+    /// Our kernels on a CPU, with activations as 16-bit integers and keys and values in float16; MLX's operations on a GPU.
+    #[default]
+    Fastest,
+    /// Our kernels on a CPU, all in float32; MLX's operations on a GPU.
+    Exact,
+    /// MLX's operations, on a CPU too, where they are slow.
+    Mlx,
+}
+
+impl Compute {
+    /// The name, as options spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Fastest => "fastest",
+            Self::Exact => "exact",
+            Self::Mlx => "mlx",
+        }
+    }
+}
+
+impl fmt::Display for Compute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Which positions logits are wanted of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Logits {
+    None,
+    Last,
+    All,
+}
 
 /// A decoder whose weights are in memory.
 #[derive(Debug)]
 pub struct Decoder {
     spec: DecoderSpec,
     device: DeviceInfo,
-    dtype: Dtype,
-    embedding: Matrix,
-    blocks: Vec<Block>,
-    norm: Norm,
-    /// `None` where the logits use the embedding.
-    output: Option<Matrix>,
+    body: Body,
 }
 
 #[derive(Debug)]
-struct Block {
-    attention_norm: Norm,
-    attention: Attention,
-    mlp_norm: Norm,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+enum Body {
+    Graph(GraphDecoder),
+    Host(HostDecoder),
+}
+
+/// What a decoder remembers of one sequence: how many tokens it has seen, and their keys and values.
+#[derive(Debug)]
+pub struct Sequence {
+    cache: Cache,
+    offset: usize,
 }
 
 #[derive(Debug)]
-struct Attention {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
-    /// Norms of queries and keys, where the family has them.
-    norms: Option<(Norm, Norm)>,
-    rope: Rope,
-    heads: i32,
-    kv_heads: i32,
-    head_dim: i32,
+enum Cache {
+    Graph(Vec<KvCache>),
+    Host(HostCache),
 }
 
-impl Attention {
-    /// `[1, tokens, heads * head_dim]` to `[1, heads, tokens, head_dim]`.
-    fn split(&self, x: &Array, heads: i32) -> Result<Array, ModelError> {
-        let tokens = x.shape()[1];
-        Ok(x.reshape(&[1, tokens, heads, self.head_dim])?)
+impl Sequence {
+    /// Tokens seen.
+    pub fn len(&self) -> usize {
+        self.offset
     }
 
-    fn forward(&self, x: &Array, cache: &mut KvCache, offset: usize) -> Result<Array, ModelError> {
-        let tokens = x.shape()[1];
-        let mut queries = self.split(&self.query.forward(x)?, self.heads)?;
-        let mut keys = self.split(&self.key.forward(x)?, self.kv_heads)?;
-        let values = self.split(&self.value.forward(x)?, self.kv_heads)?;
-        if let Some((query_norm, key_norm)) = &self.norms {
-            queries = query_norm.forward(&queries)?;
-            keys = key_norm.forward(&keys)?;
+    /// Whether nothing was seen yet.
+    pub fn is_empty(&self) -> bool {
+        self.offset == 0
+    }
+
+    /// Forgets all but the first `len` tokens. The memory is kept for the tokens that follow.
+    pub fn truncate(&mut self, len: usize) {
+        self.offset = self.offset.min(len);
+    }
+
+    /// Bytes that the keys and values take, with what is reserved.
+    pub fn bytes(&self) -> usize {
+        match &self.cache {
+            Cache::Graph(layers) => layers.iter().flat_map(KvCache::arrays).map(Array::nbytes).sum(),
+            Cache::Host(cache) => cache.bytes(),
         }
-        let heads_first = [0, 2, 1, 3];
-        let queries = self
-            .rope
-            .forward(&queries.transpose_axes(&heads_first)?, offset)?;
-        let keys = self.rope.forward(&keys.transpose_axes(&heads_first)?, offset)?;
-        let (keys, values) = cache.update(offset, &keys, &values.transpose_axes(&heads_first)?)?;
-        let scale = (self.head_dim as f32).sqrt().recip();
-        let mask = (tokens > 1).then_some(ScaledDotProductAttentionMask::Causal);
-        let attended = scaled_dot_product_attention(queries, keys, values, scale, mask, None)?;
-        let attended =
-            attended
-                .transpose_axes(&heads_first)?
-                .reshape(&[1, tokens, self.heads * self.head_dim])?;
-        self.output.forward(&attended)
-    }
-}
-
-impl Block {
-    fn forward(&self, x: &Array, cache: &mut KvCache, offset: usize) -> Result<Array, ModelError> {
-        let x = ops::add(
-            x,
-            self.attention
-                .forward(&self.attention_norm.forward(x)?, cache, offset)?,
-        )?;
-        let normed = self.mlp_norm.forward(&x)?;
-        let gated = ops::multiply(nn::silu(self.gate.forward(&normed)?)?, self.up.forward(&normed)?)?;
-        Ok(ops::add(&x, self.down.forward(&gated)?)?)
     }
 }
 
@@ -105,89 +111,30 @@ impl Decoder {
     /// missing or fails, and what `progress` returns.
     pub fn load(
         source: &Source,
+        compute: Compute,
         progress: &mut dyn FnMut(LoadProgress) -> Result<(), ModelError>,
     ) -> Result<Self, ModelError> {
         let device = device::detect()?;
-        let loader = Loader::new(source, device)?;
+        let loader = Loader::new(source)?;
         let spec = source.spec().clone();
-        let norm = |place, len| -> Result<Norm, ModelError> {
-            Ok(Norm {
-                weight: loader.vector(place, "weight", len)?,
-                eps: spec.norm_eps,
-            })
-        };
         let total = source.total_bytes();
         progress(LoadProgress::Bytes { done: 0, total })?;
-        let embedding = loader.matrix(Place::Embedding, spec.vocab_size, spec.hidden_size)?;
-        let output = (!spec.tied_embeddings)
-            .then(|| loader.matrix(Place::Output, spec.vocab_size, spec.hidden_size))
-            .transpose()?;
-        let final_norm = norm(Place::FinalNorm, spec.hidden_size)?;
-        transforms::eval(embedding.arrays())?;
-        let wavelengths = spec
-            .rope
-            .wavelengths(spec.head_dim)
-            .map(|values| Array::from_slice(&values, &[values.len() as i32]));
+        let precision = match (device.device, compute) {
+            (Device::Cpu, Compute::Fastest) => Some(Precision::Integer),
+            (Device::Cpu, Compute::Exact) => Some(Precision::Exact),
+            _ => None,
+        };
+        let body = match precision {
+            Some(precision) => Body::Host(HostDecoder::load(&spec, &loader, precision, progress)?),
+            None => Body::Graph(GraphDecoder::load(&spec, &loader, device, progress)?),
+        };
         let layers = spec.layers as u32;
-        let mut blocks = Vec::with_capacity(spec.layers);
-        for layer in 0..spec.layers {
-            progress(LoadProgress::Layers {
-                done: layer as u32,
-                total: layers,
-            })?;
-            let at = |part| Place::InLayer(layer, part);
-            let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-            let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
-            let norms = if spec.qk_norm {
-                Some((
-                    norm(at(Part::QueryNorm), spec.head_dim)?,
-                    norm(at(Part::KeyNorm), spec.head_dim)?,
-                ))
-            } else {
-                None
-            };
-            let block = Block {
-                attention_norm: norm(at(Part::AttentionNorm), hidden)?,
-                attention: Attention {
-                    query: loader.linear(at(Part::Query), q_width, hidden, spec.qkv_bias)?,
-                    key: loader.linear(at(Part::Key), kv_width, hidden, spec.qkv_bias)?,
-                    value: loader.linear(at(Part::Value), kv_width, hidden, spec.qkv_bias)?,
-                    output: loader.linear(at(Part::AttentionOutput), hidden, q_width, spec.output_bias)?,
-                    norms,
-                    rope: Rope {
-                        dimensions: spec.head_dim as i32,
-                        interleaved: spec.rope.interleaved,
-                        theta: spec.rope.theta,
-                        scale: spec.rope.scale(),
-                        wavelengths: wavelengths.clone(),
-                    },
-                    heads: spec.heads as i32,
-                    kv_heads: spec.kv_heads as i32,
-                    head_dim: spec.head_dim as i32,
-                },
-                mlp_norm: norm(at(Part::MlpNorm), hidden)?,
-                gate: loader.linear(at(Part::Gate), wide, hidden, spec.mlp_bias)?,
-                up: loader.linear(at(Part::Up), wide, hidden, spec.mlp_bias)?,
-                down: loader.linear(at(Part::Down), hidden, wide, spec.mlp_bias)?,
-            };
-            transforms::eval(block.arrays())?;
-            blocks.push(block);
-        }
         progress(LoadProgress::Layers {
             done: layers,
             total: layers,
         })?;
         progress(LoadProgress::Bytes { done: total, total })?;
-        let (device, dtype) = (loader.device(), loader.dtype);
-        Ok(Self {
-            spec,
-            device,
-            dtype,
-            embedding,
-            blocks,
-            norm: final_norm,
-            output,
-        })
+        Ok(Self { spec, device, body })
     }
 
     /// What the decoder looks like.
@@ -202,13 +149,21 @@ impl Decoder {
 
     /// Bytes of keys and values that a token takes.
     pub fn kv_bytes_per_token(&self) -> usize {
-        self.spec
-            .kv_bytes_per_token(if self.dtype == Dtype::Float32 { 4 } else { 2 })
+        match &self.body {
+            Body::Graph(graph) => self.spec.kv_bytes_per_token(graph.kv_element_bytes()),
+            Body::Host(host) => host.kv_bytes_per_token(),
+        }
     }
 
     /// A sequence that has seen nothing.
     pub fn sequence(&self) -> Sequence {
-        Sequence::new(self.spec.layers)
+        Sequence {
+            cache: match &self.body {
+                Body::Graph(_) => Cache::Graph((0..self.spec.layers).map(|_| KvCache::default()).collect()),
+                Body::Host(host) => Cache::Host(host.cache()),
+            },
+            offset: 0,
+        }
     }
 
     /// Feeds tokens and returns the logits after the last, `[1, vocab_size]` float32, not evaluated yet.
@@ -217,8 +172,7 @@ impl Decoder {
     ///
     /// For no tokens, a token out of the vocabulary, and a sequence longer than the context.
     pub fn forward(&self, tokens: &[u32], sequence: &mut Sequence) -> Result<Array, ModelError> {
-        let hidden = self.hidden(&self.ids(tokens)?, sequence)?;
-        self.logits(&hidden.index((.., -1, ..)))
+        self.feed(&self.ids(tokens)?, sequence, Logits::Last)
     }
 
     /// Feeds tokens and returns the logits after each, `[tokens, vocab_size]` float32, not evaluated yet.
@@ -227,8 +181,7 @@ impl Decoder {
     ///
     /// As [`forward`](Self::forward).
     pub fn forward_all(&self, tokens: &[u32], sequence: &mut Sequence) -> Result<Array, ModelError> {
-        let hidden = self.hidden(&self.ids(tokens)?, sequence)?;
-        self.logits(&hidden.index((0, .., ..)))
+        self.feed(&self.ids(tokens)?, sequence, Logits::All)
     }
 
     /// Feeds tokens for their keys and values alone, and waits until those are there.
@@ -237,8 +190,12 @@ impl Decoder {
     ///
     /// As [`forward`](Self::forward), and where MLX fails.
     pub fn prefill(&self, tokens: &[u32], sequence: &mut Sequence) -> Result<(), ModelError> {
-        self.hidden(&self.ids(tokens)?, sequence)?;
-        Ok(transforms::eval(sequence.arrays())?)
+        let done = self.feed(&self.ids(tokens)?, sequence, Logits::None)?;
+        let mut arrays = vec![&done];
+        if let Cache::Graph(layers) = &sequence.cache {
+            arrays.extend(layers.iter().flat_map(KvCache::arrays));
+        }
+        Ok(transforms::eval(arrays)?)
     }
 
     /// Feeds a token that has not been read yet, an array of one `u32`, and returns the logits after it.
@@ -247,8 +204,7 @@ impl Decoder {
     ///
     /// Where the sequence would be longer than the context.
     pub fn forward_unread(&self, token: &Array, sequence: &mut Sequence) -> Result<Array, ModelError> {
-        let hidden = self.hidden(&token.reshape(&[1, 1])?, sequence)?;
-        self.logits(&hidden.index((.., -1, ..)))
+        self.feed(token, sequence, Logits::Last)
     }
 
     /// Feeds tokens and returns the log-probability of each of `next`, which are the tokens that follow each of them.
@@ -283,56 +239,31 @@ impl Decoder {
         if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
             return Err(ModelError::Token { token, vocabulary });
         }
-        Ok(Array::from_slice(tokens, &[1, tokens.len() as i32]))
+        Ok(Array::from_slice(tokens, &[tokens.len() as i32]))
     }
 
-    /// The residual stream after the last block, `[1, tokens, hidden_size]`.
-    fn hidden(&self, ids: &Array, sequence: &mut Sequence) -> Result<Array, ModelError> {
-        let tokens = ids.shape()[1] as usize;
-        let (end, context_length) = (sequence.offset + tokens, self.spec.context_length);
+    /// Where no logits are wanted, the array is small and there once the keys and values are.
+    fn feed(&self, ids: &Array, sequence: &mut Sequence, logits: Logits) -> Result<Array, ModelError> {
+        let (end, context_length) = (sequence.offset + ids.size(), self.spec.context_length);
         if end > context_length {
             return Err(ModelError::ContextExceeded {
                 tokens: end,
                 context_length,
             });
         }
-        let mut x = self.embedding.rows(ids, self.dtype)?;
-        for (block, cache) in self.blocks.iter().zip(&mut sequence.layers) {
-            x = block.forward(&x, cache, sequence.offset)?;
-        }
+        let offset = sequence.offset;
+        let result = match (&self.body, &mut sequence.cache) {
+            (Body::Graph(graph), Cache::Graph(layers)) => graph
+                .forward(ids, layers, offset, logits)?
+                .unwrap_or_else(|| ids.clone()),
+            (Body::Host(host), Cache::Host(cache)) => host.forward(ids, cache, offset, logits)?,
+            _ => {
+                return Err(ModelError::config(
+                    "the sequence is of another decoder".to_owned(),
+                ));
+            }
+        };
         sequence.offset = end;
-        Ok(x)
-    }
-
-    fn logits(&self, hidden: &Array) -> Result<Array, ModelError> {
-        let logits = self
-            .output
-            .as_ref()
-            .unwrap_or(&self.embedding)
-            .project(&self.norm.forward(hidden)?)?;
-        Ok(if logits.dtype() == Dtype::Float32 {
-            logits
-        } else {
-            logits.as_dtype(Dtype::Float32)?
-        })
-    }
-}
-
-impl Block {
-    fn arrays(&self) -> Vec<&Array> {
-        let attention = &self.attention;
-        let linears = [
-            &attention.query,
-            &attention.key,
-            &attention.value,
-            &attention.output,
-            &self.gate,
-            &self.up,
-            &self.down,
-        ];
-        let mut arrays: Vec<&Array> = linears.iter().flat_map(|linear| linear.matrix.arrays()).collect();
-        arrays.extend(linears.iter().filter_map(|linear| linear.bias.as_ref()));
-        arrays.extend([&self.attention_norm.weight, &self.mlp_norm.weight]);
-        arrays
+        Ok(result)
     }
 }

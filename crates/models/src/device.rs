@@ -1,7 +1,6 @@
-//! What MLX computes on, and how much memory it uses.
+//! What MLX computes on.
 
 use mlx_engine_core::Device;
-use mlx_rs::{Dtype, memory};
 
 use crate::ModelError;
 
@@ -10,17 +9,6 @@ use crate::ModelError;
 pub struct DeviceInfo {
     /// The device.
     pub device: Device,
-}
-
-impl DeviceInfo {
-    /// The type of activations for weights of type `stored`: float32 on a CPU, where MLX emulates the halves.
-    pub(crate) fn compute_type(self, stored: Dtype) -> Dtype {
-        match (self.device, stored) {
-            (Device::Cpu, _) => Dtype::Float32,
-            (_, Dtype::Float16 | Dtype::Bfloat16) => stored,
-            _ => Dtype::Float32,
-        }
-    }
 }
 
 /// Finds out what MLX computes on in this process.
@@ -47,40 +35,4 @@ pub fn detect() -> Result<DeviceInfo, ModelError> {
         Device::Cpu
     };
     Ok(DeviceInfo { device })
-}
-
-/// The most bytes that MLX had allocated at once since [`reset_peak_memory`].
-///
-/// # Errors
-///
-/// None that MLX documents.
-pub fn peak_memory() -> Result<u64, ModelError> {
-    Ok(memory::peak_memory()? as u64)
-}
-
-/// Bytes that MLX's arrays take now.
-///
-/// # Errors
-///
-/// None that MLX documents.
-pub fn active_memory() -> Result<u64, ModelError> {
-    Ok(memory::active_memory()? as u64)
-}
-
-/// Lets [`peak_memory`] start again.
-///
-/// # Errors
-///
-/// None that MLX documents.
-pub fn reset_peak_memory() -> Result<(), ModelError> {
-    Ok(memory::reset_peak_memory()?)
-}
-
-/// Gives memory back to the system that MLX keeps for later arrays.
-///
-/// # Errors
-///
-/// None that MLX documents.
-pub fn clear_cache() -> Result<(), ModelError> {
-    Ok(memory::clear_cache()?)
 }

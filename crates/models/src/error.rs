@@ -94,6 +94,9 @@ pub enum ModelError {
     /// There was nothing to feed.
     #[error("no tokens were given")]
     NoTokens,
+    /// The kernels of the CPU refused.
+    #[error(transparent)]
+    Kernel(mlx_engine_kernels::KernelError),
     /// The load was given up by the caller.
     #[error("loading was cancelled")]
     Cancelled,

@@ -7,14 +7,15 @@
 //! Everything here belongs to one thread, the one that loads the model. There are no requests and no text: token ids
 //! go in, token ids and log-probabilities come out.
 //!
-//! On a CPU the compute type is float32, MLX's fastest there; on a GPU it is that of the checkpoint.
+//! On a CPU a decoder is one node of MLX's graph, computed by the kernels of `mlx-engine-kernels`; on a GPU it is a graph of
+//! MLX's operations, in the type of the checkpoint. [`Compute`] chooses.
 //!
 //! ```no_run
-//! use mlx_engine_models::{Decoder, Sampler, Source};
+//! use mlx_engine_models::{Compute, Decoder, Sampler, Source};
 //! use mlx_engine_core::GenerateParams;
 //!
 //! let source = Source::open("model.gguf".as_ref())?;
-//! let decoder = Decoder::load(&source, &mut |_progress| Ok(()))?;
+//! let decoder = Decoder::load(&source, Compute::Fastest, &mut |_progress| Ok(()))?;
 //! let mut sequence = decoder.sequence();
 //! let sampler = Sampler::new(&GenerateParams::default().with_temperature(0.0), 0);
 //! let logits = decoder.forward(&[1, 2, 3], &mut sequence)?;
@@ -23,23 +24,24 @@
 //! # Ok::<(), mlx_engine_models::ModelError>(())
 //! ```
 
-mod cache;
 mod decoder;
 mod device;
 mod error;
 mod family;
-mod layers;
+mod graph;
+mod host;
+mod memory;
 mod names;
 mod sampling;
 mod source;
 mod spec;
 mod weights;
 
-pub use cache::{KvCache, Sequence};
-pub use decoder::Decoder;
-pub use device::{DeviceInfo, active_memory, clear_cache, detect, peak_memory, reset_peak_memory};
+pub use decoder::{Compute, Decoder, Sequence};
+pub use device::{DeviceInfo, detect};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};
+pub use memory::{active_memory, clear_cache, peak_memory, reset_peak_memory};
 pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax};
 pub use source::Source;
 pub use spec::{DecoderSpec, RopeScaling, RopeSpec};

@@ -75,7 +75,7 @@ impl RopeSpec {
     ///
     /// The formula is that of Llama 3.1's reference code, which mlx-lm follows in `rope_utils.py`.
     pub(crate) fn wavelengths(&self, head_dim: usize) -> Option<Vec<f32>> {
-        let base = (0..head_dim / 2).map(|i| self.theta.powf(2.0 * i as f32 / head_dim as f32));
+        let base = self.plain_wavelengths(head_dim).into_iter();
         match &self.scaling {
             RopeScaling::None | RopeScaling::Linear(_) => None,
             RopeScaling::Factors(factors) => {
@@ -104,6 +104,13 @@ impl RopeSpec {
                 Some(scaled.collect())
             }
         }
+    }
+
+    /// The wavelengths that the base alone makes, one for each pair.
+    pub(crate) fn plain_wavelengths(&self, head_dim: usize) -> Vec<f32> {
+        (0..head_dim / 2)
+            .map(|i| self.theta.powf(2.0 * i as f32 / head_dim as f32))
+            .collect()
     }
 
     /// What positions are multiplied by.

@@ -1,14 +1,11 @@
-//! From tensors in files to arrays on the device, strictly.
+//! From tensors in files to numbers in memory, strictly.
 
 use std::collections::HashSet;
 
 use half::{bf16, f16};
 use mlx_engine_checkpoint::{AffineTensor, CheckpointError, Dtype as FileType, GgmlType, TensorView};
-use mlx_rs::{Array, Dtype};
 use serde_json::Value;
 
-use crate::device::DeviceInfo;
-use crate::layers::{Linear, Matrix};
 use crate::names::{Part, Place};
 use crate::source::{Source, Weights};
 use crate::{DecoderSpec, ModelError};
@@ -47,19 +44,43 @@ fn places(spec: &DecoderSpec) -> impl Iterator<Item = (Place, bool)> {
 /// Reads a checkpoint's tensors for a decoder.
 pub(crate) struct Loader<'a> {
     source: &'a Source,
-    device: DeviceInfo,
-    /// The type of activations.
-    pub(crate) dtype: Dtype,
+}
+
+/// A matrix as a checkpoint has it, row-major.
+pub(crate) enum RawMatrix {
+    Dense(Floats),
+    Affine(AffineTensor),
+}
+
+/// Floats in their own type.
+pub(crate) enum Floats {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Floats {
+    pub(crate) fn into_f32(self) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values,
+            Self::F16(values) => values.into_iter().map(f16::to_f32).collect(),
+            Self::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
+        }
+    }
+}
+
+/// The type that a model was saved in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StoredType {
+    F32,
+    F16,
+    Bf16,
 }
 
 impl<'a> Loader<'a> {
     /// Compares the names in the checkpoint with those that the decoder needs, before anything is read.
-    pub(crate) fn new(source: &'a Source, device: DeviceInfo) -> Result<Self, ModelError> {
-        let mut loader = Self {
-            source,
-            device,
-            dtype: Dtype::Float32,
-        };
+    pub(crate) fn new(source: &'a Source) -> Result<Self, ModelError> {
+        let loader = Self { source };
         let mut needed = HashSet::new();
         let mut companions = HashSet::new();
         for (place, bias) in places(&source.spec) {
@@ -97,7 +118,6 @@ impl<'a> Loader<'a> {
                 tensors: unused,
             });
         }
-        loader.dtype = device.compute_type(loader.stored_type());
         Ok(loader)
     }
 
@@ -122,28 +142,28 @@ impl<'a> Loader<'a> {
     }
 
     /// The type of the norms' weights, which is the type that the model was saved in.
-    fn stored_type(&self) -> Dtype {
+    pub(crate) fn stored_type(&self) -> StoredType {
         match &self.source.weights {
             Weights::Folder(checkpoint, _) => {
                 let norm = checkpoint.tensor(&format!("{}.weight", Place::FinalNorm.hugging_face()));
                 match norm.map(|tensor| tensor.dtype) {
-                    Some(FileType::F16) => Dtype::Float16,
-                    Some(FileType::BF16) => Dtype::Bfloat16,
-                    _ => Dtype::Float32,
+                    Some(FileType::F16) => StoredType::F16,
+                    Some(FileType::BF16) => StoredType::Bf16,
+                    _ => StoredType::F32,
                 }
             }
             // GGUF keeps norms in float32 whatever the rest is.
-            Weights::Gguf(_) => Dtype::Float16,
+            Weights::Gguf(_) => StoredType::F16,
         }
     }
 
     /// A vector of weights: a norm's or a bias.
-    pub(crate) fn vector(&self, place: Place, suffix: &str, len: usize) -> Result<Array, ModelError> {
+    pub(crate) fn vector(&self, place: Place, suffix: &str, len: usize) -> Result<Vec<f32>, ModelError> {
         let name = format!("{}.{suffix}", self.name(place));
         let (values, shape) = match &self.source.weights {
             Weights::Folder(checkpoint, _) => {
                 let tensor = checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))?;
-                (floats(tensor)?, tensor.shape.to_vec())
+                (floats(tensor)?.into_f32(), tensor.shape.to_vec())
             }
             Weights::Gguf(file) => {
                 let tensor = file.tensor(&name).ok_or_else(|| self.missing(&name))?;
@@ -151,26 +171,11 @@ impl<'a> Loader<'a> {
             }
         };
         check_shape(&name, &shape, &[len])?;
-        self.float_array(&values, &[len])
-    }
-
-    /// A projection from `columns` to `rows`.
-    pub(crate) fn linear(
-        &self,
-        place: Place,
-        rows: usize,
-        columns: usize,
-        bias: bool,
-    ) -> Result<Linear, ModelError> {
-        let bias = bias.then(|| self.vector(place, "bias", rows)).transpose()?;
-        Ok(Linear {
-            matrix: self.matrix(place, rows, columns)?,
-            bias,
-        })
+        Ok(values)
     }
 
     /// A matrix of weights.
-    pub(crate) fn matrix(&self, place: Place, rows: usize, columns: usize) -> Result<Matrix, ModelError> {
+    pub(crate) fn matrix(&self, place: Place, rows: usize, columns: usize) -> Result<RawMatrix, ModelError> {
         let base = self.name(place);
         let name = format!("{base}.weight");
         match &self.source.weights {
@@ -178,9 +183,7 @@ impl<'a> Loader<'a> {
                 let tensor = checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))?;
                 if tensor.dtype != FileType::U32 {
                     check_shape(&name, tensor.shape, &[rows, columns])?;
-                    return Ok(Matrix::Dense(
-                        self.float_array(&floats(tensor)?, &[rows, columns])?,
-                    ));
+                    return Ok(RawMatrix::Dense(floats(tensor)?));
                 }
                 let (bits, group_size) = quantization(config, &base, &name)?;
                 let companion = |suffix: &str| {
@@ -197,55 +200,22 @@ impl<'a> Loader<'a> {
                     group_size,
                 )?;
                 check_shape(biases.name, biases.shape, scales.shape)?;
-                let groups = [rows, columns / group_size as usize];
-                Ok(Matrix::Quantized {
-                    packed: words(tensor.data, &[rows, columns * bits as usize / 32])?,
-                    scales: self.float_array(&floats(scales)?, &groups)?,
-                    biases: self.float_array(&floats(biases)?, &groups)?,
-                    group_size: group_size as i32,
-                    bits: bits as i32,
-                })
+                Ok(RawMatrix::Affine(AffineTensor {
+                    packed: words(tensor.data),
+                    scales: floats(scales)?.into_f32(),
+                    biases: floats(biases)?.into_f32(),
+                    bits,
+                    group_size,
+                    rows,
+                    columns,
+                }))
             }
             Weights::Gguf(file) => {
                 let tensor = file.tensor(&name).ok_or_else(|| self.missing(&name))?;
                 check_shape(&name, tensor.shape, &[rows, columns])?;
-                self.ggml_matrix(tensor.ggml_type, tensor.data, rows, columns)
+                ggml_matrix(tensor.ggml_type, tensor.data, rows, columns)
             }
         }
-    }
-
-    fn ggml_matrix(
-        &self,
-        ggml_type: GgmlType,
-        data: &[u8],
-        rows: usize,
-        columns: usize,
-    ) -> Result<Matrix, ModelError> {
-        let Some(affine) = AffineTensor::from_ggml(ggml_type, data, rows, columns)? else {
-            return Ok(Matrix::Dense(
-                self.float_array(&ggml_type.dequantize(data)?, &[rows, columns])?,
-            ));
-        };
-        let groups = [rows, columns / affine.group_size as usize];
-        Ok(Matrix::Quantized {
-            packed: Array::from_slice(
-                &affine.packed,
-                &shape_of(&[rows, columns * affine.bits as usize / 32])?,
-            ),
-            scales: self.float_array(&affine.scales, &groups)?,
-            biases: self.float_array(&affine.biases, &groups)?,
-            group_size: affine.group_size as i32,
-            bits: affine.bits as i32,
-        })
-    }
-
-    fn float_array(&self, values: &[f32], shape: &[usize]) -> Result<Array, ModelError> {
-        let array = Array::from_slice(values, &shape_of(shape)?);
-        Ok(if self.dtype == Dtype::Float32 {
-            array
-        } else {
-            array.as_dtype(self.dtype)?
-        })
     }
 
     fn missing(&self, name: &str) -> ModelError {
@@ -255,10 +225,23 @@ impl<'a> Loader<'a> {
             tensors: vec![name.to_owned()],
         }
     }
+}
 
-    pub(crate) fn device(&self) -> DeviceInfo {
-        self.device
+fn ggml_matrix(
+    ggml_type: GgmlType,
+    data: &[u8],
+    rows: usize,
+    columns: usize,
+) -> Result<RawMatrix, ModelError> {
+    if let Some(affine) = AffineTensor::from_ggml(ggml_type, data, rows, columns)? {
+        return Ok(RawMatrix::Affine(affine));
     }
+    let values = ggml_type.dequantize(data)?;
+    Ok(RawMatrix::Dense(match ggml_type {
+        GgmlType::F16 => Floats::F16(values.into_iter().map(f16::from_f32).collect()),
+        GgmlType::BF16 => Floats::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+        _ => Floats::F32(values),
+    }))
 }
 
 /// The bits and the group size of a tensor: its own where the configuration has some, else those of the model.
@@ -331,26 +314,19 @@ fn check_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<(), Mo
     })
 }
 
-fn shape_of(shape: &[usize]) -> Result<Vec<i32>, ModelError> {
-    shape
-        .iter()
-        .map(|&len| {
-            i32::try_from(len).map_err(|_| ModelError::config(format!("an axis of {len} is too long")))
-        })
-        .collect()
-}
-
-/// A tensor of floats as float32.
-fn floats(tensor: TensorView<'_>) -> Result<Vec<f32>, ModelError> {
+/// A tensor of floats.
+fn floats(tensor: TensorView<'_>) -> Result<Floats, ModelError> {
     let two = || tensor.data.chunks_exact(2).map(|two| [two[0], two[1]]);
     Ok(match tensor.dtype {
-        FileType::F32 => tensor
-            .data
-            .chunks_exact(4)
-            .map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]))
-            .collect(),
-        FileType::F16 => two().map(|bytes| f16::from_le_bytes(bytes).to_f32()).collect(),
-        FileType::BF16 => two().map(|bytes| bf16::from_le_bytes(bytes).to_f32()).collect(),
+        FileType::F32 => Floats::F32(
+            tensor
+                .data
+                .chunks_exact(4)
+                .map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]))
+                .collect(),
+        ),
+        FileType::F16 => Floats::F16(two().map(f16::from_le_bytes).collect()),
+        FileType::BF16 => Floats::Bf16(two().map(bf16::from_le_bytes).collect()),
         other => {
             return Err(ModelError::Checkpoint(CheckpointError::UnsupportedType {
                 tensor: tensor.name.to_owned(),
@@ -361,11 +337,9 @@ fn floats(tensor: TensorView<'_>) -> Result<Vec<f32>, ModelError> {
     })
 }
 
-/// Packed numbers as an array of 32-bit words.
-fn words(data: &[u8], shape: &[usize]) -> Result<Array, ModelError> {
-    let words: Vec<u32> = data
-        .chunks_exact(4)
+/// Packed numbers as 32-bit words.
+fn words(data: &[u8]) -> Vec<u32> {
+    data.chunks_exact(4)
         .map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]]))
-        .collect();
-    Ok(Array::from_slice(&words, &shape_of(shape)?))
+        .collect()
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use mlx_engine_models::{Decoder, ModelError, Source};
+use mlx_engine_models::{Compute, Decoder, ModelError, Source};
 use serde_json::{Value, json};
 
 /// A copy of a tiny checkpoint with its `config.json` changed, and its tensors, where `tensors` does so.
@@ -23,7 +23,7 @@ fn changed(
     tensors(&mut bytes);
     std::fs::write(folder.path().join("model.safetensors"), bytes).expect("a file");
     let source = Source::open(folder.path())?;
-    Decoder::load(&source, &mut |_| Ok(()))
+    Decoder::load(&source, Compute::Fastest, &mut |_| Ok(()))
 }
 
 fn config_error(name: &str, config: impl FnOnce(&mut Value)) -> String {
@@ -191,7 +191,7 @@ fn a_load_is_given_up_at_the_next_layer() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny/llama");
     let source = Source::open(&folder).expect("the fixture opens");
     let mut calls = 0;
-    let result = Decoder::load(&source, &mut |_| {
+    let result = Decoder::load(&source, Compute::Fastest, &mut |_| {
         calls += 1;
         if calls == 2 {
             Err(ModelError::Cancelled)

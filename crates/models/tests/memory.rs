@@ -1,6 +1,6 @@
 //! How much memory a model takes. MLX counts for the whole process, so this test is alone in its own.
 
-use mlx_engine_models::{Decoder, Source};
+use mlx_engine_models::{Compute, Decoder, Source};
 
 #[test]
 fn a_model_takes_little_more_than_its_checkpoint() {
@@ -8,7 +8,7 @@ fn a_model_takes_little_more_than_its_checkpoint() {
     let path = path.expect("MLX_ENGINE_TEST_MODEL names the test model; run the tests by `cargo xtask test`");
     let source = Source::open(path.as_ref()).expect("the model opens");
     mlx_engine_models::reset_peak_memory().expect("the counter starts");
-    let decoder = Decoder::load(&source, &mut |_| Ok(())).expect("the model loads");
+    let decoder = Decoder::load(&source, Compute::Fastest, &mut |_| Ok(())).expect("the model loads");
     let mut sequence = decoder.sequence();
     let logits = decoder.forward(&[1; 64], &mut sequence).expect("the prompt runs");
     logits.eval().expect("evaluates");

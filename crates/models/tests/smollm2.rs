@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mlx_engine_checkpoint::{AffineTensor, GgufFile};
 use mlx_engine_core::GenerateParams;
-use mlx_engine_models::{Decoder, Sampler, Source};
+use mlx_engine_models::{Compute, Decoder, Sampler, Source};
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Value, json};
 
@@ -16,9 +16,9 @@ fn gguf_path() -> PathBuf {
         .into()
 }
 
-fn load(path: &Path) -> Decoder {
+fn load(path: &Path, compute: Compute) -> Decoder {
     let source = Source::open(path).expect("the model opens");
-    Decoder::load(&source, &mut |_| Ok(())).expect("the model loads")
+    Decoder::load(&source, compute, &mut |_| Ok(())).expect("the model loads")
 }
 
 fn oracle() -> Value {
@@ -61,26 +61,27 @@ fn check_greedy(decoder: &Decoder, prompts: &[Value]) {
     }
 }
 
-fn check_score(decoder: &Decoder, tokens: usize) {
-    let oracle = oracle();
-    let ids = &ids(&oracle["score"]["ids"])[..tokens];
+fn logprobs(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
     let mut sequence = decoder.sequence();
     let mut found = Vec::new();
     for (chunk, at) in ids.chunks(100).zip((0..).step_by(100)) {
         let next = &ids[at + 1..(at + 101).min(ids.len())];
-        found.extend(
-            decoder
-                .score(chunk, next, &mut sequence)
-                .expect("the text is scored"),
-        );
+        let scored = decoder.score(chunk, next, &mut sequence);
+        found.extend(scored.expect("the text is scored"));
     }
-    assert_eq!(found.len(), tokens - 1);
-    for (i, (found, expected)) in found
-        .iter()
-        .zip(oracle["score"]["logprobs"].as_array().expect("a list"))
-        .enumerate()
-    {
-        let expected = expected.as_f64().expect("a number");
+    assert_eq!(found.len(), ids.len() - 1);
+    found
+}
+
+fn expected_logprobs(oracle: &Value) -> Vec<f64> {
+    let expected = oracle["score"]["logprobs"].as_array().expect("a list").iter();
+    expected.map(|value| value.as_f64().expect("a number")).collect()
+}
+
+fn check_score(decoder: &Decoder, tokens: usize) {
+    let oracle = oracle();
+    let found = logprobs(decoder, &ids(&oracle["score"]["ids"])[..tokens]);
+    for (i, (found, expected)) in found.iter().zip(expected_logprobs(&oracle)).enumerate() {
         assert!(
             (f64::from(*found) - expected).abs() < 1e-3,
             "token {}: {found} is not {expected}",
@@ -92,21 +93,54 @@ fn check_score(decoder: &Decoder, tokens: usize) {
 #[test]
 fn greedy_tokens_are_those_of_mlx_lm() {
     check_greedy(
-        &load(&gguf_path()),
+        &load(&gguf_path(), Compute::Exact),
         oracle()["prompts"].as_array().expect("prompts"),
     );
 }
 
 #[test]
 fn log_probabilities_of_500_tokens_are_those_of_mlx_lm() {
-    check_score(&load(&gguf_path()), 500);
+    check_score(&load(&gguf_path(), Compute::Exact), 500);
+}
+
+#[test]
+fn sixteen_bits_change_the_perplexity_by_less_than_a_thousandth() {
+    let oracle = oracle();
+    let found = logprobs(
+        &load(&gguf_path(), Compute::Fastest),
+        &ids(&oracle["score"]["ids"]),
+    );
+    let expected = expected_logprobs(&oracle);
+    let perplexity = |logprobs: &[f64]| (-logprobs.iter().sum::<f64>() / logprobs.len() as f64).exp();
+    let found: Vec<f64> = found.into_iter().map(f64::from).collect();
+    let ratio = perplexity(&found) / perplexity(&expected);
+    assert!((ratio - 1.0).abs() < 0.001, "{ratio}");
+}
+
+#[test]
+fn sixteen_bits_choose_nearly_always_the_same_tokens() {
+    let decoder = load(&gguf_path(), Compute::Fastest);
+    let oracle = oracle();
+    let prompts = oracle["prompts"].as_array().expect("prompts");
+    let same = prompts.iter().filter(|prompt| {
+        let found = greedy(&decoder, &ids(&prompt["ids"]), 32);
+        found == ids(&prompt["greedy"])
+    });
+    assert!(same.count() + 1 >= prompts.len());
+}
+
+#[test]
+fn the_graph_of_mlx_gives_the_same() {
+    let decoder = load(&gguf_path(), Compute::Mlx);
+    check_score(&decoder, 60);
+    check_greedy(&decoder, &oracle()["prompts"].as_array().expect("prompts")[..1]);
 }
 
 #[test]
 fn a_folder_of_the_same_weights_gives_the_same() {
     let folder = tempfile::tempdir().expect("a folder");
     write_folder(&gguf_path(), folder.path());
-    let decoder = load(folder.path());
+    let decoder = load(folder.path(), Compute::Exact);
     check_score(&decoder, 500);
     check_greedy(&decoder, &oracle()["prompts"].as_array().expect("prompts")[4..6]);
 }

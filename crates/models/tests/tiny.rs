@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use mlx_engine_models::{Decoder, Source};
+use mlx_engine_models::{Compute, Decoder, Source};
 use serde_json::Value;
 
 fn folder(name: &str) -> PathBuf {
@@ -11,13 +11,13 @@ fn folder(name: &str) -> PathBuf {
         .join(name)
 }
 
-fn load(name: &str) -> Decoder {
-    load_path(&folder(name))
+fn load(name: &str, compute: Compute) -> Decoder {
+    load_path(&folder(name), compute)
 }
 
-fn load_path(path: &Path) -> Decoder {
+fn load_path(path: &Path, compute: Compute) -> Decoder {
     let source = Source::open(path).expect("the fixture opens");
-    Decoder::load(&source, &mut |_| Ok(())).expect("the fixture loads")
+    Decoder::load(&source, compute, &mut |_| Ok(())).expect("the fixture loads")
 }
 
 fn numbers(value: &Value) -> Vec<f32> {
@@ -42,12 +42,16 @@ fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
 }
 
 fn check(name: &str) {
-    check_decoder(name, &load(name));
+    for compute in [Compute::Exact, Compute::Mlx] {
+        check_decoder(name, &load(name, compute));
+    }
 }
 
 /// A GGUF file of the same weights.
 fn check_gguf(name: &str) {
-    check_decoder(name, &load_path(&folder(name).join("model.gguf")));
+    for compute in [Compute::Exact, Compute::Mlx] {
+        check_decoder(name, &load_path(&folder(name).join("model.gguf"), compute));
+    }
 }
 
 /// The logits of the prompt at once, in two chunks, and of single steps with the cache.
@@ -165,31 +169,34 @@ fn every_supported_type_has_a_fixture() {
 
 #[test]
 fn a_cache_grows_by_blocks_and_stays_right() {
-    // 512 tokens of context are two blocks: the second is reached in steps, and in one chunk.
-    let decoder = load("llama");
-    let ids: Vec<u32> = (0..300).map(|i| i * 7 % 96).collect();
-    let mut at_once = decoder.sequence();
-    let whole = decoder.forward(&ids, &mut at_once).expect("the prompt runs");
-    let mut in_steps = decoder.sequence();
-    decoder.prefill(&ids[..250], &mut in_steps).expect("a chunk runs");
-    let mut last = None;
-    for &id in &ids[250..] {
-        last = Some(decoder.forward(&[id], &mut in_steps).expect("a step runs"));
+    // 512 tokens of context are two blocks of MLX's cache and eight pages of ours: the next one is reached in steps, and
+    // in one chunk. MLX keeps 2 layers of keys and values, 2 heads of 8, 512 rows of float32; our pages keep 320 rows,
+    // whose values are 16 wide.
+    for (compute, per_token, bytes) in [
+        (Compute::Mlx, 2 * 2 * 2 * 8 * 4, 2 * 2 * 2 * 8 * 512 * 4),
+        (Compute::Exact, 2 * 2 * (8 + 16) * 4, 2 * 2 * (8 + 16) * 320 * 4),
+    ] {
+        let decoder = load("llama", compute);
+        let ids: Vec<u32> = (0..300).map(|i| i * 7 % 96).collect();
+        let mut at_once = decoder.sequence();
+        let whole = decoder.forward(&ids, &mut at_once).expect("the prompt runs");
+        let mut in_steps = decoder.sequence();
+        decoder.prefill(&ids[..250], &mut in_steps).expect("a chunk runs");
+        let mut last = None;
+        for &id in &ids[250..] {
+            last = Some(decoder.forward(&[id], &mut in_steps).expect("a step runs"));
+        }
+        let last = last.expect("steps");
+        assert_close("growth", last.as_slice::<f32>(), whole.as_slice::<f32>());
+        assert_eq!((in_steps.len(), at_once.len()), (300, 300));
+        assert_eq!(in_steps.bytes(), bytes, "{compute}");
+        assert_eq!(decoder.kv_bytes_per_token(), per_token, "{compute}");
     }
-    assert_close(
-        "growth",
-        last.expect("steps").as_slice::<f32>(),
-        whole.as_slice::<f32>(),
-    );
-    assert_eq!((in_steps.len(), at_once.len()), (300, 300));
-    // 2 layers of keys and values, 2 heads of 8, 512 rows of float32.
-    assert_eq!(in_steps.bytes(), 2 * 2 * 2 * 8 * 512 * 4);
-    assert_eq!(decoder.kv_bytes_per_token(), 2 * 2 * 2 * 8 * 4);
 }
 
 #[test]
 fn what_cannot_be_fed_is_said() {
-    let decoder = load("llama");
+    let decoder = load("llama", Compute::Fastest);
     let mut sequence = decoder.sequence();
     let mut error = |tokens: &[u32]| {
         decoder

@@ -143,7 +143,7 @@ impl Matrix {
         }
     }
 
-    /// Whether the weights are quantized, and products with int8 activations exist.
+    /// Whether the weights are quantized, and products with integer activations exist.
     pub fn is_quantized(&self) -> bool {
         matches!(self.weights, Weights::Quantized(_))
     }

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Kernel, LANES, Line, Simd};
+use super::{Halves, Kernel, LANES, Line, Simd, even_and_odd};
 
 /// The processor has AVX2, FMA and F16C. Made by [`run`] alone.
 #[derive(Clone, Copy, Debug)]
@@ -187,21 +187,25 @@ impl Simd for Avx2 {
         both!(_mm256_castsi256_ps, a)
     }
     #[inline(always)]
-    fn dot4(self, acc: Self::I, weights: Self::I, x: [i8; 4]) -> Self::I {
-        // Even and odd bytes apart as 16-bit numbers, whose products pair by pair fit 32 bits: the instruction that
-        // takes bytes as they are saturates at 16 bits, which weights of 8 bits can reach.
-        let x = i32::from_le_bytes(bytemuck::cast(x));
+    fn halves(self, a: Self::I, b: Self::I) -> Halves {
+        even_and_odd(self, a, b)
+    }
+    #[inline(always)]
+    fn dot(self, weights: &[Self::I; 8], x: &Halves) -> Self::I {
+        // Even and odd bytes apart as 16-bit numbers, whose products with 16-bit activations are summed in pairs.
         have!({
-            let x = _mm256_set1_epi32(x);
-            let even_x = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
-            let odd_x = _mm256_srai_epi16::<8>(x);
             let low = _mm256_set1_epi16(0xff);
-            let dot = |acc, weights| {
-                let even = _mm256_madd_epi16(_mm256_and_si256(weights, low), even_x);
-                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(weights), odd_x);
-                _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
-            };
-            [dot(acc[0], weights[0]), dot(acc[1], weights[1])]
+            let mut sums = [_mm256_setzero_si256(); 2];
+            for (weights, (even_x, odd_x)) in weights.iter().zip(x[0].iter().zip(&x[1])) {
+                let even_x = _mm256_set1_epi32(i32::from_le_bytes(*even_x));
+                let odd_x = _mm256_set1_epi32(i32::from_le_bytes(*odd_x));
+                for (sum, weights) in sums.iter_mut().zip(weights) {
+                    let even = _mm256_madd_epi16(_mm256_and_si256(*weights, low), even_x);
+                    let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(*weights), odd_x);
+                    *sum = _mm256_add_epi32(*sum, _mm256_add_epi32(even, odd));
+                }
+            }
+            sums
         })
     }
 }

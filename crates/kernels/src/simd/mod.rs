@@ -35,6 +35,10 @@ impl Line {
     pub(crate) const ZERO: Self = Self([0; 64]);
 }
 
+/// 32 integers of 16 bits, as bytes or as pairs of them, four bytes a step of four columns, in two halves whose meaning
+/// is that of the instruction set.
+pub(crate) type Halves = [[[u8; 4]; 8]; 2];
+
 /// An instruction set as sixteen lanes. The value is the proof that the processor has it.
 pub(crate) trait Simd: Copy {
     /// Sixteen float32.
@@ -80,8 +84,11 @@ pub(crate) trait Simd: Copy {
     fn to_float(self, a: Self::I) -> Self::F;
     /// The 32 bits of each lane as a float32.
     fn as_float(self, a: Self::I) -> Self::F;
-    /// Adds to each lane the products of its four unsigned bytes with four signed ones, the same for all lanes.
-    fn dot4(self, acc: Self::I, weights: Self::I, x: [i8; 4]) -> Self::I;
+    /// Lays out 32 integers of at most 32512 in magnitude for [`dot`](Self::dot).
+    fn halves(self, a: Self::I, b: Self::I) -> Halves;
+    /// The sums of the products of 32 columns of unsigned bytes, four a step in each lane, with integers that are the
+    /// same for all lanes.
+    fn dot(self, weights: &[Self::I; 8], x: &Halves) -> Self::I;
 
     /// Float16 of sixteen lanes, or bfloat16, as they lie in half a line.
     #[inline(always)]
@@ -95,6 +102,20 @@ pub(crate) trait Simd: Copy {
         }
         self.as_float(self.line(&wide))
     }
+}
+
+/// The integers of two vectors as pairs of even and odd columns of each step.
+#[inline(always)]
+fn even_and_odd<S: Simd>(s: S, a: S::I, b: S::I) -> Halves {
+    let mut lines = [Line::ZERO; 2];
+    s.store_line(a, &mut lines[0]);
+    s.store_line(b, &mut lines[1]);
+    let wide: [[i32; 4]; 8] = bytemuck::cast(lines);
+    let pair = |a: i32, b: i32| -> [u8; 4] { bytemuck::cast([a as i16, b as i16]) };
+    [
+        wide.map(|four| pair(four[0], four[2])),
+        wide.map(|four| pair(four[1], four[3])),
+    ]
 }
 
 /// Something that is computed the same way on every instruction set.

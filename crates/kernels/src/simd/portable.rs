@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Kernel, LANES, Line, Simd};
+use super::{Halves, Kernel, LANES, Line, Simd, even_and_odd};
 
 /// Needs nothing.
 #[derive(Clone, Copy, Debug)]
@@ -150,12 +150,19 @@ impl Simd for Portable {
         a.map(|x| f32::from_bits(x as u32))
     }
     #[inline(always)]
-    fn dot4(self, acc: Self::I, weights: Self::I, x: [i8; 4]) -> Self::I {
-        let mut out = acc;
-        for lane in 0..LANES {
-            let bytes = weights[lane].to_le_bytes();
-            for (byte, x) in bytes.into_iter().zip(x) {
-                out[lane] += i32::from(byte) * i32::from(x);
+    fn halves(self, a: Self::I, b: Self::I) -> Halves {
+        even_and_odd(self, a, b)
+    }
+    #[inline(always)]
+    fn dot(self, weights: &[Self::I; 8], x: &Halves) -> Self::I {
+        let mut out = [0; LANES];
+        for (weights, (even, odd)) in weights.iter().zip(x[0].iter().zip(&x[1])) {
+            let [a, c]: [i16; 2] = bytemuck::cast(*even);
+            let [b, d]: [i16; 2] = bytemuck::cast(*odd);
+            let x = [a, b, c, d].map(i32::from);
+            for (out, weights) in out.iter_mut().zip(weights) {
+                let w = weights.to_le_bytes().map(i32::from);
+                *out += w[0] * x[0] + w[1] * x[1] + w[2] * x[2] + w[3] * x[3];
             }
         }
         out

@@ -13,7 +13,7 @@ const BLOCK: usize = 256;
 /// Rows are written in place, which MLX does where nobody else holds the array. The views that attention reads are
 /// gone once a step has been evaluated, so that the next step writes in place again.
 #[derive(Debug, Default)]
-pub struct KvCache {
+pub(crate) struct KvCache {
     keys: Option<Array>,
     values: Option<Array>,
 }
@@ -32,7 +32,7 @@ impl KvCache {
         Ok((keys, values))
     }
 
-    fn arrays(&self) -> impl Iterator<Item = &Array> {
+    pub(crate) fn arrays(&self) -> impl Iterator<Item = &Array> {
         self.keys.iter().chain(&self.values)
     }
 }
@@ -54,48 +54,4 @@ fn write(buffer: &mut Option<Array>, offset: usize, new: &Array) -> Result<Array
     let buffer = buffer.get_or_insert_with(|| new.clone());
     buffer.try_index_mut((.., .., offset as i32..end as i32, ..), new)?;
     Ok(buffer.index((.., .., ..end as i32, ..)))
-}
-
-/// What a decoder remembers of one sequence: how many tokens it has seen, and their keys and values.
-#[derive(Debug)]
-pub struct Sequence {
-    pub(crate) layers: Vec<KvCache>,
-    pub(crate) offset: usize,
-}
-
-impl Sequence {
-    pub(crate) fn new(layers: usize) -> Self {
-        Self {
-            layers: (0..layers).map(|_| KvCache::default()).collect(),
-            offset: 0,
-        }
-    }
-
-    /// Tokens seen.
-    pub fn len(&self) -> usize {
-        self.offset
-    }
-
-    /// Whether nothing was seen yet.
-    pub fn is_empty(&self) -> bool {
-        self.offset == 0
-    }
-
-    /// Forgets all but the first `len` tokens. The memory is kept for the tokens that follow.
-    pub fn truncate(&mut self, len: usize) {
-        self.offset = self.offset.min(len);
-    }
-
-    /// Bytes that the keys and values take, with what is reserved.
-    pub fn bytes(&self) -> usize {
-        self.layers
-            .iter()
-            .flat_map(KvCache::arrays)
-            .map(Array::nbytes)
-            .sum()
-    }
-
-    pub(crate) fn arrays(&self) -> impl Iterator<Item = &Array> {
-        self.layers.iter().flat_map(KvCache::arrays)
-    }
 }

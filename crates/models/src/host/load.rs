@@ -1,0 +1,123 @@
+//! From a checkpoint to the kernels' layout.
+
+use std::sync::Mutex;
+
+use mlx_engine_core::LoadProgress;
+use mlx_engine_kernels::{AffineSource, DenseSource, Isa, KernelError, Matrix, Pool, Precision};
+
+use super::forward::Workspace;
+use super::{Block, Linear, Model};
+use crate::memory::Held;
+use crate::names::{Part, Place};
+use crate::weights::{Floats, Loader, RawMatrix};
+use crate::{DecoderSpec, ModelError};
+
+/// Lays out what the loader reads.
+struct Layouts<'a> {
+    loader: &'a Loader<'a>,
+    pool: &'a Pool,
+}
+
+impl Layouts<'_> {
+    fn matrix(&self, place: Place, rows: usize, columns: usize) -> Result<Matrix, ModelError> {
+        let raw = self.loader.matrix(place, rows, columns)?;
+        Ok(match &raw {
+            RawMatrix::Dense(Floats::F32(values)) => Matrix::dense(rows, columns, DenseSource::F32(values))?,
+            RawMatrix::Dense(Floats::F16(values)) => Matrix::dense(rows, columns, DenseSource::F16(values))?,
+            RawMatrix::Dense(Floats::Bf16(values)) => {
+                Matrix::dense(rows, columns, DenseSource::Bf16(values))?
+            }
+            RawMatrix::Affine(affine) => {
+                let source = AffineSource {
+                    packed: &affine.packed,
+                    scales: &affine.scales,
+                    biases: &affine.biases,
+                    bits: affine.bits,
+                    group_size: affine.group_size as usize,
+                };
+                Matrix::quantized(self.pool, rows, columns, source)?
+            }
+        })
+    }
+
+    fn linear(&self, place: Place, rows: usize, columns: usize, bias: bool) -> Result<Linear, ModelError> {
+        let bias = bias
+            .then(|| self.loader.vector(place, "bias", rows))
+            .transpose()?;
+        Ok(Linear {
+            matrix: self.matrix(place, rows, columns)?,
+            bias,
+        })
+    }
+}
+
+pub(super) fn model(
+    spec: &DecoderSpec,
+    loader: &Loader<'_>,
+    precision: Precision,
+    progress: &mut dyn FnMut(LoadProgress) -> Result<(), ModelError>,
+) -> Result<Model, ModelError> {
+    let isa = Isa::from_environment()?;
+    let pool = Pool::new(Pool::physical_cores());
+    let layouts = Layouts { loader, pool: &pool };
+    let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
+    let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+    let embedding = layouts.matrix(Place::Embedding, spec.vocab_size, hidden)?;
+    let output = (!spec.tied_embeddings)
+        .then(|| layouts.matrix(Place::Output, spec.vocab_size, hidden))
+        .transpose()?;
+    let mut blocks = Vec::with_capacity(spec.layers);
+    for layer in 0..spec.layers {
+        progress(LoadProgress::Layers {
+            done: layer as u32,
+            total: spec.layers as u32,
+        })?;
+        let at = |part| Place::InLayer(layer, part);
+        let norm = |part, len| loader.vector(at(part), "weight", len);
+        let head_norms = if spec.qk_norm {
+            Some((
+                norm(Part::QueryNorm, spec.head_dim)?,
+                norm(Part::KeyNorm, spec.head_dim)?,
+            ))
+        } else {
+            None
+        };
+        blocks.push(Block {
+            attention_norm: norm(Part::AttentionNorm, hidden)?,
+            query: layouts.linear(at(Part::Query), q_width, hidden, spec.qkv_bias)?,
+            key: layouts.linear(at(Part::Key), kv_width, hidden, spec.qkv_bias)?,
+            value: layouts.linear(at(Part::Value), kv_width, hidden, spec.qkv_bias)?,
+            head_norms,
+            attention_output: layouts.linear(at(Part::AttentionOutput), hidden, q_width, spec.output_bias)?,
+            mlp_norm: norm(Part::MlpNorm, hidden)?,
+            gate: layouts.linear(at(Part::Gate), wide, hidden, spec.mlp_bias)?,
+            up: layouts.linear(at(Part::Up), wide, hidden, spec.mlp_bias)?,
+            down: layouts.linear(at(Part::Down), hidden, wide, spec.mlp_bias)?,
+        });
+    }
+    let norm = loader.vector(Place::FinalNorm, "weight", hidden)?;
+    let wavelengths = spec.rope.wavelengths(spec.head_dim);
+    let wavelengths = wavelengths.unwrap_or_else(|| spec.rope.plain_wavelengths(spec.head_dim));
+    let mut model = Model {
+        spec: spec.clone(),
+        isa,
+        pool,
+        precision,
+        embedding,
+        blocks,
+        norm,
+        output,
+        wavelengths,
+        workspace: Mutex::new(Workspace::default()),
+        weights: Held::default(),
+    };
+    let bytes = model.bytes();
+    model.weights.set(bytes);
+    Ok(model)
+}
+
+impl From<KernelError> for ModelError {
+    fn from(error: KernelError) -> Self {
+        Self::Kernel(error)
+    }
+}

@@ -1,0 +1,83 @@
+//! How much memory models take, in MLX and outside it.
+//!
+//! Both are counted for the whole process: MLX counts its arrays, and what the kernels of a CPU compute with is counted
+//! here.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use mlx_rs::memory;
+
+use crate::ModelError;
+
+static ACTIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// Bytes that are counted as long as this lives.
+#[derive(Debug, Default)]
+pub(crate) struct Held(usize);
+
+impl Held {
+    pub(crate) fn new(bytes: usize) -> Self {
+        let mut held = Self(0);
+        held.set(bytes);
+        held
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.0
+    }
+
+    pub(crate) fn set(&mut self, bytes: usize) {
+        if bytes > self.0 {
+            let active = ACTIVE.fetch_add(bytes - self.0, Ordering::Relaxed) + bytes - self.0;
+            PEAK.fetch_max(active, Ordering::Relaxed);
+        } else {
+            ACTIVE.fetch_sub(self.0 - bytes, Ordering::Relaxed);
+        }
+        self.0 = bytes;
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
+
+/// The most bytes that models had allocated since [`reset_peak_memory`]: MLX's most and ours, which need not have been
+/// at the same moment.
+///
+/// # Errors
+///
+/// None that MLX documents.
+pub fn peak_memory() -> Result<u64, ModelError> {
+    Ok((memory::peak_memory()? + PEAK.load(Ordering::Relaxed)) as u64)
+}
+
+/// Bytes that models take now.
+///
+/// # Errors
+///
+/// None that MLX documents.
+pub fn active_memory() -> Result<u64, ModelError> {
+    Ok((memory::active_memory()? + ACTIVE.load(Ordering::Relaxed)) as u64)
+}
+
+/// Lets [`peak_memory`] start again.
+///
+/// # Errors
+///
+/// None that MLX documents.
+pub fn reset_peak_memory() -> Result<(), ModelError> {
+    PEAK.store(ACTIVE.load(Ordering::Relaxed), Ordering::Relaxed);
+    Ok(memory::reset_peak_memory()?)
+}
+
+/// Gives memory back to the system that MLX keeps for later arrays.
+///
+/// # Errors
+///
+/// None that MLX documents.
+pub fn clear_cache() -> Result<(), ModelError> {
+    Ok(memory::clear_cache()?)
+}
