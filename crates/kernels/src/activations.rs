@@ -1,7 +1,5 @@
 //! Rows of activations, as float32 and, for products with quantized weights, as integers.
 
-use bytemuck::{Pod, Zeroable};
-
 use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
@@ -19,16 +17,34 @@ pub enum Precision {
     Integer,
 }
 
-/// 32 activations as integers of 16 bits, `x = scale * q`, in the halves that the instruction set multiplies bytes of
-/// weights with.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
-pub(crate) struct Block {
-    pub(crate) halves: Halves,
-    pub(crate) scale: f32,
-    /// `scale` times the sum of `q`, which the bias of the weights multiplies.
-    pub(crate) sum: f32,
+/// Rows as integers of 16 bits, 32 to a block: `x = scale * q`.
+///
+/// Rows are in strips, and within a strip lie block by block: the rows of a strip are multiplied together. Rows that
+/// fill up the last strip are zeros.
+#[derive(Debug, Default)]
+pub(crate) struct Integers {
+    /// Rows of a strip.
+    pub(crate) strip: usize,
+    /// 32 integers, in the halves that the instruction set multiplies bytes of weights with.
+    pub(crate) halves: Vec<Halves>,
+    /// For each block its scale, and the scale times the sum of `q`, which the bias of the weights multiplies.
+    pub(crate) factors: Vec<[f32; 2]>,
 }
+
+impl Integers {
+    /// The blocks of a strip, row by row within a block.
+    #[inline(always)]
+    pub(crate) fn strip(&self, strip: usize, blocks: usize) -> (&[Halves], &[[f32; 2]]) {
+        let len = self.strip * blocks;
+        (
+            &self.halves[strip * len..][..len],
+            &self.factors[strip * len..][..len],
+        )
+    }
+}
+
+/// Rows below which a strip has only these, and no matrix unit is used.
+pub(crate) const FEW: usize = 4;
 
 /// The largest integer: its upper byte, rounded, is at most 127.
 const LARGEST: f32 = 32512.0;
@@ -41,7 +57,7 @@ pub struct Activations {
     /// For which the integers are laid out.
     isa: Option<Isa>,
     pub(crate) floats: Vec<f32>,
-    pub(crate) blocks: Vec<Block>,
+    pub(crate) integers: Integers,
 }
 
 impl Activations {
@@ -53,7 +69,7 @@ impl Activations {
     /// Changes the shape and gives the floats to write; what they hold before is arbitrary. Memory is kept.
     pub fn resize(&mut self, rows: usize, columns: usize) -> &mut [f32] {
         (self.rows, self.columns) = (rows, columns);
-        self.blocks.clear();
+        self.integers.halves.clear();
         self.floats.resize(rows * columns, 0.0);
         &mut self.floats
     }
@@ -75,49 +91,60 @@ impl Activations {
 
     /// The floats to write. An earlier [`prepare`](Self::prepare) does not hold for what is written.
     pub fn floats_mut(&mut self) -> &mut [f32] {
-        self.blocks.clear();
+        self.integers.halves.clear();
         &mut self.floats
     }
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        self.floats.capacity() * size_of::<f32>() + self.blocks.capacity() * size_of::<Block>()
+        self.floats.capacity() * size_of::<f32>()
+            + self.integers.halves.capacity() * (size_of::<Halves>() + size_of::<[f32; 2]>())
     }
 
     /// Makes the rows ready for products of this precision. Columns that are not whole blocks of 32 are left to the
     /// exact products: no quantized matrix has such columns.
     pub fn prepare(&mut self, isa: Isa, pool: &Pool, precision: Precision) {
-        self.blocks.clear();
+        let (rows, columns) = (self.rows, self.columns);
+        let integers = &mut self.integers;
+        integers.halves.clear();
         self.isa = Some(isa);
-        if precision == Precision::Exact || !self.columns.is_multiple_of(BLOCK) {
+        if precision == Precision::Exact || !columns.is_multiple_of(BLOCK) || rows * columns == 0 {
             return;
         }
-        let count = self.floats.len() / BLOCK;
-        self.blocks.resize(count, Block::default());
+        let blocks = columns / BLOCK;
+        integers.strip = if rows < FEW { rows } else { LANES };
+        let count = rows.next_multiple_of(integers.strip) * blocks;
+        integers.halves.resize(count, Halves::default());
+        integers.factors.clear();
+        integers.factors.resize(count, [0.0; 2]);
+        let strip = integers.strip;
+        let (halves, factors) = (
+            Disjoint::new(&mut integers.halves),
+            Disjoint::new(&mut integers.factors),
+        );
         let floats = &self.floats;
-        if self.rows <= 2 {
+        let quantize = |row: usize| {
             dispatch(
                 isa,
                 Quantize {
-                    floats,
-                    blocks: &mut self.blocks,
+                    floats: &floats[row * columns..][..columns],
+                    halves: &halves,
+                    factors: &factors,
+                    first: row / strip * strip * blocks + row % strip,
+                    step: strip,
                 },
             );
-            return;
+        };
+        if rows < FEW {
+            (0..rows).for_each(quantize);
+        } else {
+            pool.split(rows, 1, |range| range.for_each(quantize));
         }
-        let parts = Disjoint::new(&mut self.blocks);
-        pool.split(count, 16, |range| {
-            let floats = &floats[range.start * BLOCK..range.end * BLOCK];
-            #[expect(unsafe_code, reason = "each task writes its own blocks")]
-            // SAFETY: the ranges that tasks get do not overlap.
-            let blocks = unsafe { parts.part(range.start, range.len()) };
-            dispatch(isa, Quantize { floats, blocks });
-        });
     }
 
     /// Whether integers are there.
     pub(crate) fn is_integer(&self) -> bool {
-        !self.blocks.is_empty()
+        !self.integers.halves.is_empty()
     }
 
     pub(crate) fn check(&self, isa: Isa, columns: usize) -> Result<(), KernelError> {
@@ -128,9 +155,15 @@ impl Activations {
     }
 }
 
+/// One row.
 struct Quantize<'a> {
     floats: &'a [f32],
-    blocks: &'a mut [Block],
+    halves: &'a Disjoint<'a, Halves>,
+    factors: &'a Disjoint<'a, [f32; 2]>,
+    /// Where the row's first block goes.
+    first: usize,
+    /// How far its next one is.
+    step: usize,
 }
 
 impl Kernel for Quantize<'_> {
@@ -138,8 +171,8 @@ impl Kernel for Quantize<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (halves, _) = self.floats.as_chunks::<LANES>();
-        for (block, pair) in self.blocks.iter_mut().zip(halves.chunks_exact(2)) {
+        let (vectors, _) = self.floats.as_chunks::<LANES>();
+        for (index, pair) in vectors.chunks_exact(2).enumerate() {
             let (a, b) = (s.load(&pair[0]), s.load(&pair[1]));
             let largest = s.largest(s.max(s.abs(a), s.abs(b)));
             let scale = largest / LARGEST;
@@ -152,9 +185,14 @@ impl Kernel for Quantize<'_> {
             let inverse = s.splat(inverse);
             let (a, b) = (s.round(s.mul(a, inverse)), s.round(s.mul(b, inverse)));
             let sum = s.sum(s.to_float(s.add_i(a, b)));
-            block.halves = s.halves(a, b);
-            block.scale = scale;
-            block.sum = scale * sum;
+            let at = self.first + index * self.step;
+            #[expect(unsafe_code, reason = "each task writes its own rows")]
+            // SAFETY: a row has its own place in each block of its strip, and is given to one task.
+            let (halves, factors) = unsafe { (self.halves.part(at, 1), self.factors.part(at, 1)) };
+            if let ([halves], [factors]) = (halves, factors) {
+                *halves = s.halves(a, b);
+                *factors = [scale, scale * sum];
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Which instructions the kernels use.
 
 use std::fmt;
+use std::sync::OnceLock;
 
 use crate::KernelError;
 
@@ -22,11 +23,19 @@ pub(crate) enum Level {
     /// AVX-512 F, BW and VL with VNNI, besides the above.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    /// AMX for bytes, besides the above.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 impl Isa {
     /// Those that this processor has, slowest first. There is no other way to make one.
     pub fn available() -> Vec<Self> {
+        static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
+        FOUND.get_or_init(Self::find).clone()
+    }
+
+    fn find() -> Vec<Self> {
         #[cfg_attr(
             not(target_arch = "x86_64"),
             expect(unused_mut, reason = "nothing is added there")
@@ -39,6 +48,9 @@ impl Isa {
                 found.push(Self(Level::Avx2));
                 if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni") {
                     found.push(Self(Level::Avx512Vnni));
+                    if crate::simd::MatrixUnit::detect().is_some() {
+                        found.push(Self(Level::Amx));
+                    }
                 }
             }
         }
@@ -76,6 +88,8 @@ impl Isa {
             Level::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Vnni => "avx512vnni",
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx => "amx",
         }
     }
 

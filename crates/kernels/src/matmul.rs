@@ -5,12 +5,12 @@
 
 use std::cell::RefCell;
 
-use crate::activations::{Activations, Block};
+use crate::activations::Activations;
 use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
-use crate::matrix::{BLOCK, Matrix, Quantized, Weights, unpack};
-use crate::simd::{Kernel, LANES, Line, Simd, dispatch, exp};
+use crate::matrix::{BLOCK, Matrix, Quantized, STEPS, Weights, unpack};
+use crate::simd::{Halves, Kernel, LANES, Line, MatrixUnit, Simd, dispatch, exp};
 use crate::{KernelError, Pool};
 
 /// Where a product goes.
@@ -291,16 +291,20 @@ fn bias_of(bias: Option<&[f32]>, tile: usize) -> [f32; LANES] {
 }
 
 #[inline(always)]
-fn gate_function<S: Simd>(s: S, gate: Gate, x: S::F) -> S::F {
+fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
     let one = s.splat(1.0);
-    let sigmoid = |x: S::F| s.div(one, s.add(one, exp(s, s.mul(x, s.splat(-1.0)))));
+    s.div(one, s.add(one, exp(s, s.mul(x, s.splat(-1.0)))))
+}
+
+#[inline(always)]
+fn gate_function<S: Simd>(s: S, gate: Gate, x: S::F) -> S::F {
     match gate {
-        Gate::Silu => s.mul(x, sigmoid(x)),
+        Gate::Silu => s.mul(x, sigmoid(s, x)),
         // tanh(y) is 2 sigmoid(2 y) - 1, so that x (1 + tanh y) / 2 is x sigmoid(2 y).
         Gate::GeluTanh => {
             let cube = s.mul(s.mul(x, x), x);
             let inner = s.fma(cube, s.splat(0.044_715), x);
-            s.mul(x, sigmoid(s.mul(inner, s.splat(1.595_769_2))))
+            s.mul(x, sigmoid(s, s.mul(inner, s.splat(1.595_769_2))))
         }
     }
 }
@@ -366,6 +370,8 @@ struct Scratch {
 }
 
 thread_local! {
+    /// A tile of weights as bytes.
+    static NUMBERS: RefCell<Vec<[Line; STEPS]>> = const { RefCell::new(Vec::new()) };
     /// Taken out while it is used: code in a closure for `with` would lose the instruction set of the caller.
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
@@ -397,13 +403,39 @@ fn integer_rows<S: Simd, const BITS: usize>(
 ) {
     let blocks = x.columns() / BLOCK;
     let lines = weights.tile(tile, blocks);
-    in_groups!(x.rows(), first, M => {
-        let rows: [&[Block]; M] = std::array::from_fn(|row| &x.blocks[(first + row) * blocks..][..blocks]);
-        sums[first..][..M].copy_from_slice(&s.call(IntegerBlock::<BITS, M> { weights, lines, tile, rows }));
-    });
+    let integers = &x.integers;
+    let unit = s.matrix_unit().filter(|_| integers.strip == LANES);
+    if let Some(unit) = unit {
+        let mut numbers = NUMBERS.take();
+        s.call(Unpack::<BITS> {
+            lines,
+            numbers: &mut numbers,
+        });
+        for (strip, sums) in sums.chunks_mut(LANES).enumerate() {
+            let (halves, factors) = integers.strip(strip, blocks);
+            s.call(MatrixBlock::<BITS> {
+                unit,
+                weights,
+                numbers: &numbers,
+                tile,
+                halves,
+                factors,
+                sums,
+            });
+        }
+        NUMBERS.set(numbers);
+        return;
+    }
+    for (strip, sums) in sums.chunks_mut(integers.strip).enumerate() {
+        let (halves, factors) = integers.strip(strip, blocks);
+        in_groups!(sums.len(), first, M => {
+            let sums = &mut sums[first..][..M];
+            s.call(IntegerBlock::<BITS, M> { weights, lines, tile, halves, factors, strip: integers.strip, first, sums });
+        });
+    }
 }
 
-/// One tile times `M` rows of integer activations.
+/// One tile times `M` rows of a strip of integer activations.
 ///
 /// With `w = scale_w * q_w + bias` and `x = scale_x * q_x`, the product over a block is
 /// `scale_w * scale_x * sum(q_w * q_x) + bias * scale_x * sum(q_x)`.
@@ -412,35 +444,53 @@ struct IntegerBlock<'a, const BITS: usize, const M: usize> {
     /// Those of the tile.
     lines: &'a [Line],
     tile: usize,
-    rows: [&'a [Block]; M],
+    halves: &'a [Halves],
+    factors: &'a [[f32; 2]],
+    /// Rows of the strip.
+    strip: usize,
+    /// The first row of it.
+    first: usize,
+    sums: &'a mut [[f32; LANES]],
 }
 
 impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
-    type Output = [[f32; LANES]; M];
+    type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Self::Output {
-        let Self {
-            weights,
-            lines,
-            tile,
-            rows,
-        } = self;
-        let blocks = rows.first().map_or(0, |row| row.len());
-        let per_group = weights.group_size / BLOCK;
-        let first_group = tile * (blocks / per_group);
+    fn run<S: Simd>(self, s: S) {
+        let blocks = self.lines.len() / BITS;
+        let per_group = self.weights.group_size / BLOCK;
+        let first_group = self.tile * (blocks / per_group);
         let mut sums = [s.splat(0.0); M];
-        for (index, block) in lines.chunks_exact(BITS).enumerate() {
+        assert!(self.first + M <= self.strip, "rows of a strip");
+        assert!(
+            self.halves.len().min(self.factors.len()) >= blocks * self.strip,
+            "blocks of a strip"
+        );
+        for (index, block) in self.lines.chunks_exact(BITS).enumerate() {
+            let at = index * self.strip + self.first;
+            #[expect(unsafe_code, reason = "checks here cost a tenth of a token")]
+            // SAFETY: `index` is below `blocks`, and the rows from `first` on are within a strip.
+            let (halves, factors) = unsafe {
+                (
+                    &*self.halves.as_ptr().add(at).cast::<[Halves; M]>(),
+                    &*self.factors.as_ptr().add(at).cast::<[[f32; 2]; M]>(),
+                )
+            };
             let numbers = unpack::<S, BITS>(s, block);
-            let (scale, bias) = weights.scales.load::<S, BITS>(s, first_group + index / per_group);
-            for (sum, row) in sums.iter_mut().zip(&rows) {
-                let Some(x) = row.get(index) else { continue };
-                let dot = s.to_float(s.dot(&numbers, &x.halves));
-                *sum = s.fma(dot, s.mul(scale, s.splat(x.scale)), *sum);
-                *sum = s.fma(bias, s.splat(x.sum), *sum);
+            let (scale, bias) = self
+                .weights
+                .scales
+                .load::<S, BITS>(s, first_group + index / per_group);
+            for ((total, halves), [x_scale, x_sum]) in sums.iter_mut().zip(halves).zip(factors) {
+                let dot = s.to_float(s.dot(&numbers, halves));
+                *total = s.fma(dot, s.mul(scale, s.splat(*x_scale)), *total);
+                *total = s.fma(bias, s.splat(*x_sum), *total);
             }
         }
-        stored(s, sums)
+        for (out, total) in self.sums.iter_mut().zip(sums) {
+            s.store(total, out);
+        }
     }
 }
 
@@ -451,6 +501,92 @@ fn stored<S: Simd, const M: usize>(s: S, sums: [S::F; M]) -> [[f32; LANES]; M] {
         s.store(sum, out);
     }
     out
+}
+
+/// A tile of weights as bytes.
+struct Unpack<'a, const BITS: usize> {
+    lines: &'a [Line],
+    numbers: &'a mut Vec<[Line; STEPS]>,
+}
+
+impl<const BITS: usize> Kernel for Unpack<'_, BITS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let blocks = self.lines.chunks_exact(BITS);
+        self.numbers.resize(blocks.len(), [Line::ZERO; STEPS]);
+        for (block, lines) in blocks.zip(self.numbers) {
+            for (line, numbers) in lines.iter_mut().zip(unpack::<S, BITS>(s, block)) {
+                s.store_line(numbers, line);
+            }
+        }
+    }
+}
+
+/// One tile times a strip of sixteen rows of integer activations, by a matrix unit: the numbers and the order of the sums
+/// are those of [`IntegerBlock`], so that each row gets the same bits.
+struct MatrixBlock<'a, const BITS: usize> {
+    unit: MatrixUnit,
+    weights: &'a Quantized,
+    /// The weights of the tile.
+    numbers: &'a [[Line; STEPS]],
+    tile: usize,
+    halves: &'a [Halves],
+    factors: &'a [[f32; 2]],
+    sums: &'a mut [[f32; LANES]],
+}
+
+/// Repeats a statement for each of sixteen rows, so that what it sums stays in registers.
+macro_rules! for_sixteen {
+    ($row:ident => $body:expr) => {
+        for_sixteen!(@ $row => $body; 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+    };
+    (@ $row:ident => $body:expr; $($number:literal),*) => {
+        $({
+            const $row: usize = $number;
+            $body
+        })*
+    };
+}
+
+impl<const BITS: usize> Kernel for MatrixBlock<'_, BITS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let blocks = self.numbers.len();
+        let per_group = self.weights.group_size / BLOCK;
+        let first_group = self.tile * (blocks / per_group);
+        let (halves, _) = self.halves.as_chunks::<LANES>();
+        let (factors, _) = self.factors.as_chunks::<LANES>();
+        let tiles = self.unit.configure();
+        let mut dots = [[[Line::ZERO; LANES]; 2]; 2];
+        let mut totals = [s.splat(0.0); LANES];
+        if let (Some(numbers), Some(halves)) = (self.numbers.first(), halves.first()) {
+            tiles.dot(numbers, halves, &mut dots[0]);
+        }
+        for (index, factors) in factors.iter().enumerate() {
+            // The next products are on their way while these are summed.
+            if let (Some(numbers), Some(halves)) = (self.numbers.get(index + 1), halves.get(index + 1)) {
+                tiles.dot(numbers, halves, &mut dots[(index + 1) % 2]);
+            }
+            let (scale, bias) = self
+                .weights
+                .scales
+                .load::<S, BITS>(s, first_group + index / per_group);
+            let [upper, lower] = &dots[index % 2];
+            for_sixteen!(ROW => {
+                let [x_scale, x_sum] = factors[ROW];
+                let dot = s.add_i(s.shl::<8>(s.line(&upper[ROW])), s.line(&lower[ROW]));
+                let total = s.fma(s.to_float(dot), s.mul(scale, s.splat(x_scale)), totals[ROW]);
+                totals[ROW] = s.fma(bias, s.splat(x_sum), total);
+            });
+        }
+        for (sum, total) in self.sums.iter_mut().zip(totals) {
+            s.store(total, sum);
+        }
+    }
 }
 
 /// A tile of weights as float32.

@@ -196,7 +196,7 @@ impl Simd for Avx2 {
         have!({
             let low = _mm256_set1_epi16(0xff);
             let mut sums = [_mm256_setzero_si256(); 2];
-            for (weights, (even_x, odd_x)) in weights.iter().zip(x[0].iter().zip(&x[1])) {
+            for (weights, (even_x, odd_x)) in weights.iter().zip(x.0[0].iter().zip(&x.0[1])) {
                 let even_x = _mm256_set1_epi32(i32::from_le_bytes(*even_x));
                 let odd_x = _mm256_set1_epi32(i32::from_le_bytes(*odd_x));
                 for (sum, weights) in sums.iter_mut().zip(weights) {

@@ -8,21 +8,24 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Halves, Kernel, LANES, Line, Simd};
+use super::{Halves, Kernel, LANES, Line, MatrixUnit, Simd};
 
 /// The processor has AVX-512 F, BW, VL and VNNI, FMA and F16C. Made by [`run`] alone.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512 {
+    /// Whether AMX is there too.
+    amx: bool,
+}
 
 /// Runs a kernel; an [`Isa`](crate::Isa) of this level exists only where the processor has the instructions.
-pub(super) fn run<K: Kernel>(kernel: K) -> K::Output {
+pub(super) fn run<K: Kernel>(kernel: K, amx: bool) -> K::Output {
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-    fn compiled<K: Kernel>(kernel: K) -> K::Output {
-        kernel.run(Avx512(()))
+    fn compiled<K: Kernel>(kernel: K, amx: bool) -> K::Output {
+        kernel.run(Avx512 { amx })
     }
     // SAFETY: `Level::Avx512Vnni` is made only where the processor reports these features.
-    unsafe { compiled(kernel) }
+    unsafe { compiled(kernel, amx) }
 }
 
 /// Calls an intrinsic, whose instructions the token proves to be there.
@@ -40,7 +43,15 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
-        run(kernel)
+        run(kernel, self.amx)
+    }
+    #[inline(always)]
+    fn matrix_unit(self) -> Option<MatrixUnit> {
+        #[cfg(target_os = "linux")]
+        if self.amx {
+            return Some(MatrixUnit::detected());
+        }
+        None
     }
 
     #[inline(always)]
@@ -169,13 +180,13 @@ impl Simd for Avx512 {
         };
         split(a, 0, &mut upper[0], &mut lower[0]);
         split(b, LANES, &mut upper[0], &mut lower[0]);
-        bytemuck::cast(halves)
+        Halves(bytemuck::cast(halves))
     }
     #[inline(always)]
     fn dot(self, weights: &[__m512i; 8], x: &Halves) -> __m512i {
         have!({
             let step = |sum, step: usize, half: usize| {
-                let x = _mm512_set1_epi32(i32::from_le_bytes(x[half][step]));
+                let x = _mm512_set1_epi32(i32::from_le_bytes(x.0[half][step]));
                 _mm512_dpbusd_epi32(sum, weights[step], x)
             };
             // Two chains, so that a sum does not wait for each before it.

@@ -3,6 +3,12 @@
 //! A kernel is written once, as a [`Kernel`] over any [`Simd`], and compiled for each instruction set by [`dispatch`].
 //! A token of type `S: Simd` proves that the processor has the instructions, so that its methods are safe.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[expect(
+    unsafe_code,
+    reason = "instructions that have no intrinsics yet, found at run time"
+)]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 #[expect(
     unsafe_code,
@@ -15,7 +21,14 @@ mod avx2;
     reason = "intrinsics of an instruction set that is found at run time"
 )]
 mod avx512;
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+mod no_matrix_unit;
 mod portable;
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(crate) use amx::MatrixUnit;
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(crate) use no_matrix_unit::MatrixUnit;
 
 use bytemuck::{Pod, Zeroable};
 use half::f16;
@@ -37,7 +50,9 @@ impl Line {
 
 /// 32 integers of 16 bits, as bytes or as pairs of them, four bytes a step of four columns, in two halves whose meaning
 /// is that of the instruction set.
-pub(crate) type Halves = [[[u8; 4]; 8]; 2];
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub(crate) struct Halves(pub(crate) [[[u8; 4]; 8]; 2]);
 
 /// An instruction set as sixteen lanes. The value is the proof that the processor has it.
 pub(crate) trait Simd: Copy {
@@ -49,6 +64,11 @@ pub(crate) trait Simd: Copy {
     /// Runs a kernel with this instruction set as a function of its own. A kernel of several parts calls them so: all
     /// in one function would need more stack than a thread has where nothing is optimised.
     fn call<K: Kernel>(self, kernel: K) -> K::Output;
+
+    /// The unit that multiplies matrices, where there is one.
+    fn matrix_unit(self) -> Option<MatrixUnit> {
+        None
+    }
 
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
@@ -112,10 +132,10 @@ fn even_and_odd<S: Simd>(s: S, a: S::I, b: S::I) -> Halves {
     s.store_line(b, &mut lines[1]);
     let wide: [[i32; 4]; 8] = bytemuck::cast(lines);
     let pair = |a: i32, b: i32| -> [u8; 4] { bytemuck::cast([a as i16, b as i16]) };
-    [
+    Halves([
         wide.map(|four| pair(four[0], four[2])),
         wide.map(|four| pair(four[1], four[3])),
-    ]
+    ])
 }
 
 /// Something that is computed the same way on every instruction set.
@@ -134,7 +154,9 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => avx2::run(kernel),
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512Vnni => avx512::run(kernel),
+        Level::Avx512Vnni => avx512::run(kernel, false),
+        #[cfg(target_arch = "x86_64")]
+        Level::Amx => avx512::run(kernel, true),
     }
 }
 

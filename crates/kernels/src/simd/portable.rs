@@ -156,7 +156,7 @@ impl Simd for Portable {
     #[inline(always)]
     fn dot(self, weights: &[Self::I; 8], x: &Halves) -> Self::I {
         let mut out = [0; LANES];
-        for (weights, (even, odd)) in weights.iter().zip(x[0].iter().zip(&x[1])) {
+        for (weights, (even, odd)) in weights.iter().zip(x.0[0].iter().zip(&x.0[1])) {
             let [a, c]: [i16; 2] = bytemuck::cast(*even);
             let [b, d]: [i16; 2] = bytemuck::cast(*odd);
             let x = [a, b, c, d].map(i32::from);
