@@ -138,7 +138,7 @@ impl Activations {
         if rows < FEW {
             (0..rows).for_each(quantize);
         } else {
-            pool.split(rows, 1, |range| range.for_each(quantize));
+            pool.split(rows, |range| range.for_each(quantize));
         }
     }
 

@@ -237,6 +237,8 @@ pub fn attend<E: KvElement>(
     {
         let (partials, out) = (Disjoint::new(&mut partials), Disjoint::new(&mut *out));
         pool.run(units.len(), |index| {
+            // The last rows see the most and come first, so that the threads end together.
+            let index = units.len() - 1 - index;
             dispatch(
                 isa,
                 Attend {

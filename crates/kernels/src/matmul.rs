@@ -10,7 +10,7 @@ use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
 use crate::matrix::{BLOCK, Matrix, Quantized, STEPS, Weights, unpack};
-use crate::simd::{Halves, Kernel, LANES, Line, MatrixUnit, Simd, dispatch, exp};
+use crate::simd::{Halves, Kernel, LANES, Line, Simd, Sums, Tiles, dispatch, exp};
 use crate::{KernelError, Pool};
 
 /// Where a product goes.
@@ -90,7 +90,7 @@ pub fn project(
             mode: product.mode,
         })
         .collect();
-    pool.split(tiles.iter().sum(), 1, |range| {
+    pool.split(tiles.iter().sum(), |range| {
         let mut first = 0;
         for (part, &tiles) in parts.iter().zip(&tiles) {
             let (start, end) = (range.start.max(first), range.end.min(first + tiles));
@@ -129,7 +129,7 @@ pub fn gated(
     }
     let out = Disjoint::new(out);
     let matrices = [(gate_matrix, gate_bias), (up_matrix, up_bias)];
-    pool.split(gate_matrix.tiles(), 1, |tiles| {
+    pool.split(gate_matrix.tiles(), |tiles| {
         dispatch(
             isa,
             Gated {
@@ -411,10 +411,12 @@ fn integer_rows<S: Simd, const BITS: usize>(
             lines,
             numbers: &mut numbers,
         });
+        let (tiles, mut dots) = (unit.configure(), [[[Line::ZERO; LANES]; 2]; 2]);
         for (strip, sums) in sums.chunks_mut(LANES).enumerate() {
             let (halves, factors) = integers.strip(strip, blocks);
             s.call(MatrixBlock::<BITS> {
-                unit,
+                tiles: &tiles,
+                dots: &mut dots,
                 weights,
                 numbers: &numbers,
                 tile,
@@ -434,6 +436,9 @@ fn integer_rows<S: Simd, const BITS: usize>(
         });
     }
 }
+
+/// Lines of weights between the one that is used and the one that is asked for: 2 KB.
+const PREFETCH_AHEAD: usize = 32;
 
 /// One tile times `M` rows of a strip of integer activations.
 ///
@@ -477,6 +482,12 @@ impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
                     &*self.factors.as_ptr().add(at).cast::<[[f32; 2]; M]>(),
                 )
             };
+            if M == 1 {
+                // One row waits for memory alone: the processor's own prefetching is a fifth slower.
+                for line in 0..BITS {
+                    s.prefetch(block.as_ptr().wrapping_add(PREFETCH_AHEAD + line));
+                }
+            }
             let numbers = unpack::<S, BITS>(s, block);
             let (scale, bias) = self
                 .weights
@@ -527,7 +538,9 @@ impl<const BITS: usize> Kernel for Unpack<'_, BITS> {
 /// One tile times a strip of sixteen rows of integer activations, by a matrix unit: the numbers and the order of the sums
 /// are those of [`IntegerBlock`], so that each row gets the same bits.
 struct MatrixBlock<'a, const BITS: usize> {
-    unit: MatrixUnit,
+    tiles: &'a Tiles,
+    /// Of this block and of the next.
+    dots: &'a mut [Sums; 2],
     weights: &'a Quantized,
     /// The weights of the tile.
     numbers: &'a [[Line; STEPS]],
@@ -560,8 +573,7 @@ impl<const BITS: usize> Kernel for MatrixBlock<'_, BITS> {
         let first_group = self.tile * (blocks / per_group);
         let (halves, _) = self.halves.as_chunks::<LANES>();
         let (factors, _) = self.factors.as_chunks::<LANES>();
-        let tiles = self.unit.configure();
-        let mut dots = [[[Line::ZERO; LANES]; 2]; 2];
+        let Self { tiles, dots, .. } = self;
         let mut totals = [s.splat(0.0); LANES];
         if let (Some(numbers), Some(halves)) = (self.numbers.first(), halves.first()) {
             tiles.dot(numbers, halves, &mut dots[0]);

@@ -78,7 +78,7 @@ fn each_row(
         return Ok(());
     }
     let out = Disjoint::new(out);
-    pool.split(rows, 1, |range| {
+    pool.split(rows, |range| {
         for row in range {
             #[expect(unsafe_code, reason = "each task writes its own rows")]
             // SAFETY: the ranges that tasks get do not overlap.

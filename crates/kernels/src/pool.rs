@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,11 +30,13 @@ pub struct Pool {
     turn: Mutex<()>,
 }
 
-/// A job: what to call with the number of each task.
+/// A job: what to call with ranges that cover `0..len`.
 #[derive(Clone, Copy)]
 struct Job<'a> {
-    call: &'a (dyn Fn(usize) + Sync),
-    tasks: usize,
+    call: &'a (dyn Fn(Range<usize>) + Sync),
+    len: usize,
+    /// A thread takes this part of what is left at a time.
+    share: usize,
 }
 
 struct Shared {
@@ -100,18 +103,42 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Calls `task` with each number below `tasks`, in any order, on any thread, and returns when all calls have.
+    /// Calls `task` with each number below `tasks`, from 0 up, on any thread, and returns when all calls have.
     ///
     /// # Panics
     ///
     /// Where a task panics, with its panic, after all others have ended.
     pub fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
-        if tasks <= 1 || self.workers.is_empty() {
-            (0..tasks).for_each(task);
+        self.work_off(Job {
+            call: &|range| range.for_each(&task),
+            len: tasks,
+            share: usize::MAX,
+        });
+    }
+
+    /// Calls `task` with ranges that cover `0..len`, and returns when all calls have. The ranges become shorter toward the
+    /// end (guided self-scheduling, Polychronopoulos and Kuck, 1987), so that the threads end together whatever the
+    /// system takes away from one of them.
+    ///
+    /// # Panics
+    ///
+    /// As [`run`](Self::run).
+    pub fn split(&self, len: usize, task: impl Fn(Range<usize>) + Sync) {
+        self.work_off(Job {
+            call: &task,
+            len,
+            share: 2 * self.threads(),
+        });
+    }
+
+    fn work_off(&self, job: Job<'_>) {
+        if job.len <= 1 || self.workers.is_empty() {
+            if job.len > 0 {
+                (job.call)(0..job.len);
+            }
             return;
         }
         let _turn = lock(&self.turn);
-        let job = Job { call: &task, tasks };
         let shared = &*self.shared;
         shared.next.store(0, Ordering::Relaxed);
         shared
@@ -138,39 +165,35 @@ impl Pool {
             resume_unwind(panic);
         }
     }
-
-    /// Splits `0..len` into ranges of a multiple of `step`, a few for each thread, and calls `task` with each.
-    pub fn split(&self, len: usize, step: usize, task: impl Fn(std::ops::Range<usize>) + Sync) {
-        let step = step.max(1);
-        let steps = len.div_ceil(step);
-        // More pieces than threads even out what the system takes away from one of them.
-        let pieces = if self.threads() == 1 {
-            1
-        } else {
-            (self.threads() * 4).min(steps)
-        };
-        self.run(pieces, |piece| {
-            let at = |piece: usize| (steps * piece / pieces.max(1) * step).min(len);
-            task(at(piece)..at(piece + 1));
-        });
-    }
 }
 
 impl Shared {
     /// Runs tasks until none is left. A panic is kept for the caller, and the tasks that nobody began are dropped.
     fn take_part(&self, job: Job<'_>) {
         let ran = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let task = self.next.fetch_add(1, Ordering::Relaxed);
-                if task >= job.tasks {
-                    return;
-                }
-                (job.call)(task);
+            while let Some(range) = self.take(job) {
+                (job.call)(range);
             }
         }));
         if let Err(panic) = ran {
-            self.next.store(job.tasks, Ordering::Relaxed);
+            self.next.store(job.len, Ordering::Relaxed);
             lock(&self.panic).get_or_insert(panic);
+        }
+    }
+
+    /// The next range of a job.
+    fn take(&self, job: Job<'_>) -> Option<Range<usize>> {
+        let mut start = self.next.load(Ordering::Relaxed);
+        loop {
+            let left = job.len.checked_sub(start).filter(|left| *left > 0)?;
+            let end = start + (left / job.share).max(1);
+            match self
+                .next
+                .compare_exchange_weak(start, end, Ordering::Relaxed, Ordering::Relaxed)
+            {
+                Ok(_) => return Some(start..end),
+                Err(now) => start = now,
+            }
         }
     }
 }
@@ -286,17 +309,17 @@ mod tests {
     fn ranges_cover_the_whole_once() {
         for threads in [1, 3] {
             let pool = Pool::new(threads);
-            for (len, step) in [(0, 4), (1, 4), (3, 4), (64, 4), (1001, 16), (5, 0)] {
+            for len in [0, 1, 3, 64, 1001] {
                 let counts: Vec<AtomicU32> = (0..len).map(|_| AtomicU32::new(0)).collect();
-                pool.split(len, step, |range| {
-                    assert!(range.is_empty() || range.start % step.max(1) == 0);
+                pool.split(len, |range| {
+                    assert!(!range.is_empty());
                     for index in range {
                         counts[index].fetch_add(1, Ordering::Relaxed);
                     }
                 });
                 assert!(
                     counts.iter().all(|count| count.load(Ordering::Relaxed) == 1),
-                    "{len} {step}"
+                    "{len}"
                 );
             }
         }

@@ -86,7 +86,7 @@ pub fn rotate(
     if rotations.len() < FEW {
         (0..rotations.len()).for_each(token);
     } else {
-        pool.split(rotations.len(), 1, |range| range.for_each(&token));
+        pool.split(rotations.len(), |range| range.for_each(&token));
     }
     Ok(())
 }

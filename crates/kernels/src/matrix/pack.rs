@@ -37,7 +37,7 @@ pub(super) fn quantized(
     let per_tile = columns / BLOCK * width;
     let mut lines = vec![Line::ZERO; tiles * per_tile];
     let parts = Disjoint::new(&mut lines);
-    pool.split(tiles, 1, |range| {
+    pool.split(tiles, |range| {
         for tile in range {
             #[expect(unsafe_code, reason = "each task writes its own tiles")]
             // SAFETY: the ranges that tasks get do not overlap, and so do not the tiles.

@@ -55,6 +55,10 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch(self, line: *const Line) {
+        have!(_mm_prefetch::<_MM_HINT_T0>(line.cast()));
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         have!(_mm512_set1_ps(x))
     }

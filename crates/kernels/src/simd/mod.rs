@@ -26,9 +26,9 @@ mod no_matrix_unit;
 mod portable;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use amx::MatrixUnit;
+pub(crate) use amx::{MatrixUnit, Sums, Tiles};
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub(crate) use no_matrix_unit::MatrixUnit;
+pub(crate) use no_matrix_unit::{MatrixUnit, Sums, Tiles};
 
 use bytemuck::{Pod, Zeroable};
 use half::f16;
@@ -69,6 +69,10 @@ pub(crate) trait Simd: Copy {
     fn matrix_unit(self) -> Option<MatrixUnit> {
         None
     }
+
+    /// Asks for a line that will be read soon. It need not exist.
+    #[inline(always)]
+    fn prefetch(self, _line: *const Line) {}
 
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;

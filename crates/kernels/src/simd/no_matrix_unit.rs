@@ -6,6 +6,8 @@ use super::{Halves, Line};
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum MatrixUnit {}
 
+pub(crate) type Tiles = MatrixUnit;
+
 pub(crate) type Sums = [[Line; 16]; 2];
 
 impl MatrixUnit {
@@ -13,5 +15,5 @@ impl MatrixUnit {
         self
     }
 
-    pub(crate) fn dot(self, _weights: &[Line; 8], _x: &[Halves; 16], _sums: &mut Sums) {}
+    pub(crate) fn dot(&self, _weights: &[Line; 8], _x: &[Halves; 16], _sums: &mut Sums) {}
 }
