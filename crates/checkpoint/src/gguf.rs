@@ -107,6 +107,13 @@ pub struct Metadata {
 }
 
 impl Metadata {
+    /// Keeps the entries whose keys `wanted` says.
+    fn retain(&mut self, wanted: impl Fn(&str) -> bool) {
+        self.entries.retain(|(key, _)| wanted(key));
+        let keys = self.entries.iter().enumerate();
+        self.index = keys.map(|(index, (key, _))| (key.clone(), index)).collect();
+    }
+
     /// All keys and values, in the file's order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &GgufValue)> {
         self.entries.iter().map(|(key, value)| (key.as_str(), value))
@@ -300,6 +307,11 @@ impl GgufFile {
         &self.metadata
     }
 
+    /// Forgets the metadata whose keys begin so: a vocabulary takes some megabytes.
+    pub fn forget(&mut self, prefix: &str) {
+        self.metadata.retain(|key| !key.starts_with(prefix));
+    }
+
     /// The tensors, in the file's order.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = GgufTensor<'_>> {
         self.entries.iter().map(|entry| self.view(entry))
@@ -308,6 +320,11 @@ impl GgufFile {
     /// The tensor of a name.
     pub fn tensor(&self, name: &str) -> Option<GgufTensor<'_>> {
         self.index.get(name).map(|&index| self.view(&self.entries[index]))
+    }
+
+    /// Gives the memory that reading tensors took back to the system. The tensors can be read again.
+    pub fn release(&self) {
+        self.bytes.release();
     }
 
     /// The file's length in bytes.

@@ -55,6 +55,21 @@ impl Bytes {
         })
     }
 
+    /// Gives the pages that were read back to the system, which reads them again where they are looked at again.
+    pub(crate) fn release(&self) {
+        #[cfg(unix)]
+        if let Storage::Mapped(mapped) = &self.storage {
+            #[expect(
+                unsafe_code,
+                reason = "the advice would lose what was written, and nothing was"
+            )]
+            // SAFETY: the mapping is of a file and only read, so that the same bytes come back.
+            //
+            // It is advice: where it is not taken, the pages stay.
+            let _ = unsafe { mapped.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+        }
+    }
+
     pub(crate) fn owned(name: &str, bytes: Vec<u8>) -> Self {
         Self {
             name: name.to_owned(),

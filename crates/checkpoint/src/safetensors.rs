@@ -171,6 +171,11 @@ impl SafetensorsFile {
         })
     }
 
+    /// Gives the memory that reading tensors took back to the system. The tensors can be read again.
+    pub fn release(&self) {
+        self.bytes.release();
+    }
+
     /// The file's length in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.bytes.len() as u64

@@ -83,6 +83,11 @@ impl ShardedCheckpoint {
         &self.folder
     }
 
+    /// Gives the memory that reading tensors took back to the system. The tensors can be read again.
+    pub fn release(&self) {
+        self.files.iter().for_each(SafetensorsFile::release);
+    }
+
     /// The length of all files in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.files.iter().map(SafetensorsFile::total_bytes).sum()

@@ -140,6 +140,30 @@ fn replace(bytes: &[u8], what: &[u8], with: &[u8]) -> Vec<u8> {
 }
 
 #[test]
+fn what_was_released_is_read_again_and_what_was_forgotten_is_gone() {
+    let folder = folder(&[("small.gguf", GGUF), ("small.safetensors", SAFETENSORS)]);
+    let mut file = GgufFile::open(&folder.path().join("small.gguf")).unwrap();
+    file.release();
+    for (found, expected) in file.tensors().zip(gguf(GGUF).unwrap().tensors()) {
+        assert_eq!((found.name, found.data), (expected.name, expected.data));
+    }
+    file.forget("t.");
+    assert!(file.metadata().get("t.u32").is_none());
+    assert!(file.metadata().iter().all(|(key, _)| !key.starts_with("t.")));
+    assert!(file.metadata().string("general.architecture").is_ok());
+    let file = SafetensorsFile::open(&folder.path().join("small.safetensors")).unwrap();
+    let names: Vec<String> = file.names().map(str::to_owned).collect();
+    file.release();
+    let expected = safetensors(SAFETENSORS).unwrap();
+    for name in names {
+        assert_eq!(
+            file.tensor(&name).unwrap().data,
+            expected.tensor(&name).unwrap().data
+        );
+    }
+}
+
+#[test]
 fn what_is_wrong_with_a_gguf_file_is_said() {
     let check = |bytes: &[u8], expect: &str| {
         let error = gguf_error(bytes);

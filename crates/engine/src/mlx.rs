@@ -69,12 +69,13 @@ fn load(
     let shown = path.display().to_string();
     let id = configuration.as_ref().map_or(shown, |known| known.id.clone());
     let failed = |error: ModelError| load_error(&id, error);
-    let source = Source::open(path).map_err(failed)?;
+    let mut source = Source::open(path).map_err(failed)?;
     // The tokenizer first: it is read in a moment, and a model without one is of no use.
     let tokenizer = read_tokenizer(&source, &id)?;
     let mut configuration = configuration.unwrap_or_else(|| described(path, &source, &tokenizer));
     configuration.context_length = source.spec().context_length as u32;
     let encoder = PromptEncoder::new(tokenizer, configuration.default_system_prompt.clone())?;
+    source.forget_tokenizer();
     let decoder = Decoder::load(&source, compute, &mut |stage| {
         progress(stage);
         if cancelled.load(Ordering::Relaxed) {

@@ -67,6 +67,13 @@ impl Source {
         }
     }
 
+    /// Forgets the tokenizer that a GGUF file holds, once it has been read.
+    pub fn forget_tokenizer(&mut self) {
+        if let Weights::Gguf(file) = &mut self.weights {
+            file.forget("tokenizer.");
+        }
+    }
+
     /// Length of the files of the weights in bytes.
     pub fn total_bytes(&self) -> u64 {
         match &self.weights {

@@ -176,6 +176,13 @@ impl<'a> Loader<'a> {
 
     /// A matrix of weights.
     pub(crate) fn matrix(&self, place: Place, rows: usize, columns: usize) -> Result<RawMatrix, ModelError> {
+        let raw = self.read_matrix(place, rows, columns);
+        // What was read lies elsewhere now, and the file's pages would count as this process's memory.
+        self.release();
+        raw
+    }
+
+    fn read_matrix(&self, place: Place, rows: usize, columns: usize) -> Result<RawMatrix, ModelError> {
         let base = self.name(place);
         let name = format!("{base}.weight");
         match &self.source.weights {
@@ -215,6 +222,13 @@ impl<'a> Loader<'a> {
                 check_shape(&name, tensor.shape, &[rows, columns])?;
                 ggml_matrix(tensor.ggml_type, tensor.data, rows, columns)
             }
+        }
+    }
+
+    fn release(&self) {
+        match &self.source.weights {
+            Weights::Folder(checkpoint, _) => checkpoint.release(),
+            Weights::Gguf(file) => file.release(),
         }
     }
 
