@@ -21,6 +21,7 @@
 //! # Ok::<(), mlx_engine_registry::RegistryError>(())
 //! ```
 
+mod estimate;
 mod query;
 mod registry;
 
@@ -29,5 +30,6 @@ mod suggest;
 mod error;
 
 pub use error::RegistryError;
+pub use estimate::{CacheShape, EstimateError, MemoryEstimate, ModelEstimate};
 pub use query::ModelQuery;
 pub use registry::ModelRegistry;
