@@ -271,7 +271,23 @@ impl ModelEstimate {
         };
         tensors.plain_aside(vision);
 
-        let has_windows = cached.per_windowed_token > 0;
+        let context_length = text.ranged("max_position_embeddings", 1, u64::from(u32::MAX))?;
+        let mut cache = CacheShape {
+            token_bytes: clamped(cached.per_token),
+            window: 0,
+            window_token_bytes: 0,
+            state_bytes: clamped(cached.state),
+        };
+        match decoder::window(&text)? {
+            _ if cached.per_windowed_token == 0 => {}
+            // A window as long as the context is none: Phi 3 states such a one.
+            Some(window) if context_length.is_none_or(|context| window < context) => {
+                cache.window = window;
+                cache.window_token_bytes = clamped(cached.per_windowed_token);
+            }
+            _ => cache.token_bytes = clamped(cached.per_token + cached.per_windowed_token),
+        }
+
         Ok(Self {
             model_type: model_type.to_owned(),
             is_exact,
@@ -281,17 +297,8 @@ impl ModelEstimate {
             weight_bytes: clamped(tensors.bytes()),
             step_bytes: clamped(tensors.step_bytes()),
             bits: tensors.default_bits(),
-            cache: CacheShape {
-                token_bytes: clamped(cached.per_token),
-                window: if has_windows {
-                    decoder::window(&text)?.unwrap_or(0)
-                } else {
-                    0
-                },
-                window_token_bytes: clamped(cached.per_windowed_token),
-                state_bytes: clamped(cached.state),
-            },
-            context_length: text.ranged("max_position_embeddings", 1, u64::from(u32::MAX))?,
+            cache,
+            context_length,
         })
     }
 

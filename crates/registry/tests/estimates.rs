@@ -89,12 +89,25 @@ fn errors_name_the_field_and_the_value() {
     let with = |field: &str, value: Value| {
         let mut config = llama();
         config[field] = value;
-        ModelEstimate::from_config(&config).map_or_else(|error| error.to_string(), |estimate| format!("{estimate:?}"))
+        ModelEstimate::from_config(&config)
+            .map_or_else(|error| error.to_string(), |estimate| format!("{estimate:?}"))
     };
     for (field, value, expect) in [
-        ("hidden_size", json!(null), "the configuration has no `hidden_size`"),
-        ("hidden_size", json!(0), "`hidden_size` is 0, allowed: a whole number from 1 to 16777216"),
-        ("vocab_size", json!(2.5), "`vocab_size` is 2.5, allowed: a whole number from 1 to 16777216"),
+        (
+            "hidden_size",
+            json!(null),
+            "the configuration has no `hidden_size`",
+        ),
+        (
+            "hidden_size",
+            json!(0),
+            "`hidden_size` is 0, allowed: a whole number from 1 to 16777216",
+        ),
+        (
+            "vocab_size",
+            json!(2.5),
+            "`vocab_size` is 2.5, allowed: a whole number from 1 to 16777216",
+        ),
         (
             "num_hidden_layers",
             json!(1_000_000),
@@ -105,8 +118,16 @@ fn errors_name_the_field_and_the_value() {
             json!(64),
             "`num_key_value_heads` is 64, allowed: at most `num_attention_heads`",
         ),
-        ("tie_word_embeddings", json!("yes"), "`tie_word_embeddings` is \"yes\", allowed: true or false"),
-        ("quantization", json!(4), "`quantization` is 4, allowed: an object"),
+        (
+            "tie_word_embeddings",
+            json!("yes"),
+            "`tie_word_embeddings` is \"yes\", allowed: true or false",
+        ),
+        (
+            "quantization",
+            json!(4),
+            "`quantization` is 4, allowed: an object",
+        ),
         (
             "quantization",
             json!({"bits": 99, "group_size": 64}),
@@ -145,11 +166,18 @@ fn a_family_that_is_not_known_is_taken_for_a_llama_and_said_to_be() {
 fn what_decodes_reads_no_idle_expert_and_no_table() {
     let of = |name: &str| ModelEstimate::from_config(&counts()[name]["config"]).unwrap();
     let experts = of("Qwen3-30B-A3B-4bit");
-    assert!(off(experts.active_parameters, 3_345_000_000) < 0.01, "{}", experts.active_parameters);
+    assert!(
+        off(experts.active_parameters, 3_345_000_000) < 0.01,
+        "{}",
+        experts.active_parameters
+    );
     assert!(experts.step_bytes * 8 < experts.weight_bytes);
     let dense = of("Llama-3.1-8B");
     assert_eq!(dense.step_bytes + 128_256 * 4096 * 2, dense.weight_bytes);
-    assert_eq!(of("Llama-3.2-1B-4bit").step_bytes, of("Llama-3.2-1B-4bit").weight_bytes);
+    assert_eq!(
+        of("Llama-3.2-1B-4bit").step_bytes,
+        of("Llama-3.2-1B-4bit").weight_bytes
+    );
 }
 
 /// Published: 4 300 079 472 weights for Gemma 3 4B, whose configuration leaves out what its class sets.
@@ -163,8 +191,16 @@ fn a_vision_tower_is_counted() {
                           "num_hidden_layers": 27, "patch_size": 14, "image_size": 896, "num_attention_heads": 16},
     }))
     .unwrap();
-    assert!(off(gemma.parameters, 4_300_079_472) < TOLERANCE, "{}", gemma.parameters);
-    assert!(off(gemma.vision_parameters, 420_000_000) < TOLERANCE, "{}", gemma.vision_parameters);
+    assert!(
+        off(gemma.parameters, 4_300_079_472) < TOLERANCE,
+        "{}",
+        gemma.parameters
+    );
+    assert!(
+        off(gemma.vision_parameters, 420_000_000) < TOLERANCE,
+        "{}",
+        gemma.vision_parameters
+    );
     assert_eq!(gemma.cache.window, 1024);
 }
 
