@@ -175,8 +175,8 @@ impl MemoryEstimate {
 /// What a `config.json` says about the size of a model, without its weights.
 ///
 /// The tensors of a checkpoint follow from the configuration once the family is known, so that they are counted one
-/// by one, in the layout and the quantization in which MLX stores them. For a family that is not known, what looks like a Llama is
-/// counted as one, and [`is_exact`](Self::is_exact) is false.
+/// by one, in the layout and the quantization in which MLX stores them. For a family that is not known, what looks like
+/// a Llama is counted as one, and [`is_exact`](Self::is_exact) is false.
 ///
 /// ```
 /// use mlx_engine_registry::ModelEstimate;

@@ -132,8 +132,8 @@ impl ModelRegistry {
     /// [`UseCase::LowestLatency`], the faster before the slower.
     ///
     /// Better is a rule of thumb, not a measurement. What a model of experts knows is taken for that of a dense one
-    /// with the geometric mean of its parameters and its active ones; twice the weights count as much as being nine months
-    /// newer; fewer than 4 bits a weight cost half as much, and 8 and more gain a twentieth.
+    /// with the geometric mean of its parameters and its active ones; twice the weights count as much as being nine
+    /// months newer; fewer than 4 bits a weight cost half as much, and 8 and more gain a twentieth.
     ///
     /// ```
     /// use mlx_engine_registry::{DeviceDescription, ModelRegistry, UseCase};
@@ -232,34 +232,33 @@ fn months(released: &str) -> f64 {
 }
 
 fn reason(use_case: UseCase, model: &ModelEntry, fit: &Fit, compatibility: &Compatibility) -> String {
+    let count = |parameters: u64| match parameters {
+        1_000_000_000.. => format!("{:.1}B", parameters as f64 / 1e9),
+        _ => format!("{:.0}M", parameters as f64 / 1e6),
+    };
     let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-    let mut reason = format!(
+    let memory = format!(
         "{:.1} of {:.1} GB with {} tokens",
         gigabytes(fit.memory.total()),
         gigabytes(fit.usable_bytes),
         fit.tokens
     );
-    if fit.tokens_per_second > 0.0 && model.model_type.generates_text() {
-        reason.push_str(&format!(", about {:.0} tokens a second", fit.tokens_per_second));
-    }
-    let count = |parameters: u64| match parameters {
-        1_000_000_000.. => format!("{:.1}B", parameters as f64 / 1e9),
-        _ => format!("{:.0}M", parameters as f64 / 1e6),
-    };
-    let what = match model.model.active_parameters {
+    let decodes = fit.tokens_per_second > 0.0 && model.model_type.generates_text();
+    let speed = decodes.then(|| format!("about {:.0} tokens a second", fit.tokens_per_second));
+    let size = match model.model.active_parameters {
         Some(active) => format!(
-            "; {} parameters, {} at work",
+            "{} parameters, {} at work",
             count(model.parameters),
             count(active)
         ),
-        None => format!("; {} parameters", count(model.parameters)),
+        None => format!("{} parameters", count(model.parameters)),
     };
-    reason.push_str(&what);
-    if use_case == UseCase::LongDocuments {
-        reason.push_str(&format!(", a context of {} tokens", model.context_length));
-    }
-    if matches!(compatibility, Compatibility::Tight(_)) {
-        reason.push_str("; tight");
-    }
-    reason
+    let context =
+        (use_case == UseCase::LongDocuments).then(|| format!("a context of {} tokens", model.context_length));
+    let tight = matches!(compatibility, Compatibility::Tight(_)).then(|| "tight".to_owned());
+    let parts: Vec<String> = [Some(memory), speed, Some(size), context, tight]
+        .into_iter()
+        .flatten()
+        .collect();
+    parts.join("; ")
 }

@@ -430,6 +430,30 @@ proptest! {
     }
 
     #[test]
+    fn one_typing_error_hides_no_model(
+        model in any::<prop::sample::Index>(),
+        word in any::<prop::sample::Index>(),
+        at in any::<prop::sample::Index>(),
+        edit in 0..4,
+        letter in prop::char::range('a', 'z'),
+    ) {
+        let model = model.get(&ModelRegistry::builtin().entries().collect::<Vec<_>>()).to_owned();
+        let is_word = |word: &&str| word.len() >= 5 && word.chars().all(|c| c.is_ascii_alphabetic());
+        let words: Vec<&str> = model.name.split(' ').filter(is_word).collect();
+        prop_assume!(!words.is_empty());
+        let mut typed: Vec<char> = word.get(&words).chars().collect();
+        let at = at.index(typed.len() - 1);
+        match edit {
+            0 => typed.swap(at, at + 1),
+            1 => typed[at] = letter,
+            2 => typed.insert(at, letter),
+            _ => drop(typed.remove(at)),
+        }
+        let query = typed.into_iter().collect::<String>();
+        prop_assert!(search(&query).contains(&&*model.model.id), "{} by {}", model.name, query);
+    }
+
+    #[test]
     fn an_order_is_total_and_independent_of_registration(criteria in any_criteria(), seed in any::<u64>(), limit in 0..30usize) {
         let mut models: Vec<ModelEntry> = ModelRegistry::builtin().entries().cloned().collect();
         let count = models.len();

@@ -239,7 +239,7 @@ fn plan(fields: &Fields<'_>, family: &Family) -> Result<Vec<Layer>, EstimateErro
                 Stack::Attention | Stack::Latent => (true, false),
                 Stack::Mamba | Stack::Mamba2 | Stack::Pattern => (false, true),
                 Stack::Parallel => (true, true),
-                Stack::DeltaNet => split(attends((index + 1) % interval == 0)),
+                Stack::DeltaNet => split(attends((index + 1).is_multiple_of(interval))),
                 Stack::ShortConvolution => split(attends(
                     attending.as_ref().is_some_and(|indices| indices.contains(&index)),
                 )),
@@ -347,7 +347,7 @@ impl Windowing {
         match self.rule {
             Windows::Listed => false,
             Windows::All => true,
-            Windows::AllBut(_) => (index + 1) % self.pattern != 0,
+            Windows::AllBut(_) => !(index + 1).is_multiple_of(self.pattern),
             Windows::Switched => index >= self.from,
         }
     }

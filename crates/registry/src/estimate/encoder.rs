@@ -93,7 +93,7 @@ pub(super) fn vision_weights(vision: &Fields<'_>, text_hidden: Count) -> Result<
         }
         _ => vision.count("num_position_embeddings")?.unwrap_or(0),
     };
-    let merge = vision.dimension("spatial_merge_size")?.unwrap_or(1);
+    let merge = vision.ranged("spatial_merge_size", 1, 64)?.map_or(1, Count::from);
     let out = vision.dimension("out_hidden_size")?.unwrap_or(text_hidden);
     let merged = hidden * merge * merge;
     let layer = 4 * hidden * hidden + 2 * hidden * width + 9 * hidden + width;

@@ -205,14 +205,13 @@ impl Family {
                 out_bias: Bias::Field("attention_out_bias"),
                 ..LLAMA
             },
-            "mimo" => QWEN2,
             "ernie4_5" | "ernie4_5_moe" => Self {
                 qkv_bias: Bias::Field("use_bias"),
                 out_bias: Bias::Field("use_bias"),
                 mlp_bias: Bias::Field("use_bias"),
                 ..LLAMA
             },
-            "qwen2" | "qwen2_vl" | "qwen2_5_vl" => QWEN2,
+            "qwen2" | "qwen2_vl" | "qwen2_5_vl" | "mimo" => QWEN2,
             "qwen2_moe" => Self {
                 tied: Tied::Default(false),
                 ..QWEN2

@@ -42,7 +42,7 @@ pub(super) fn count(fields: &Fields<'_>, tensors: &mut Tensors) -> Result<Cached
         let path = format!("layers.{index}");
         let is_global = match &types {
             Some(types) => types.get(index as usize) == Some(&"full_attention"),
-            None => (index + 1) % period == 0,
+            None => (index + 1).is_multiple_of(period),
         };
         let (dim, kv) = if is_global {
             (global_dim, global_kv_heads)
