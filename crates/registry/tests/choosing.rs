@@ -437,11 +437,14 @@ proptest! {
         edit in 0..4,
         letter in prop::char::range('a', 'z'),
     ) {
-        let model = model.get(&ModelRegistry::builtin().entries().collect::<Vec<_>>()).to_owned();
         let is_word = |word: &&str| word.len() >= 5 && word.chars().all(|c| c.is_ascii_alphabetic());
-        let words: Vec<&str> = model.name.split(' ').filter(is_word).collect();
-        prop_assume!(!words.is_empty());
-        let mut typed: Vec<char> = word.get(&words).chars().collect();
+        let named: Vec<(&ModelEntry, Vec<&str>)> = ModelRegistry::builtin()
+            .entries()
+            .map(|model| (model, model.name.split(' ').filter(is_word).collect::<Vec<_>>()))
+            .filter(|(_, words)| !words.is_empty())
+            .collect();
+        let (model, words) = model.get(&named);
+        let mut typed: Vec<char> = word.get(words).chars().collect();
         let at = at.index(typed.len() - 1);
         match edit {
             0 => typed.swap(at, at + 1),
