@@ -55,6 +55,35 @@ pub enum RegistryError {
         /// The id of the model that was to be registered.
         model: String,
     },
+
+    /// A file of the user's models cannot be read.
+    #[error("`{path}` cannot be read: {reason}")]
+    Unreadable {
+        /// Where it is.
+        path: String,
+        /// What the system says.
+        reason: String,
+    },
+
+    /// A file of the user's models is not TOML of the right shape.
+    #[error("the list of models is malformed: {reason}")]
+    Malformed {
+        /// What the parser says, with line, field and value.
+        reason: String,
+    },
+
+    /// A field of a user's model has a value that it cannot have.
+    #[error("`{field}` of model `{model}` is {value}, allowed: {allowed}")]
+    Invalid {
+        /// The field.
+        field: String,
+        /// What it is.
+        value: String,
+        /// What it may be.
+        allowed: String,
+        /// The id of the model.
+        model: String,
+    },
 }
 
 impl RegistryError {
@@ -67,6 +96,11 @@ impl RegistryError {
             }
             Self::Ambiguous { candidates, .. } => Some(format!("ask for {}", quoted(candidates, "or"))),
             Self::Duplicate { owner, .. } => Some(format!("choose another, `{owner}` keeps the ones it has")),
+            Self::Unreadable { .. } => Some("check the path and who may read it".to_owned()),
+            Self::Malformed { .. } => {
+                Some("write each model as `[[model]]` with the keys of the built-in list".to_owned())
+            }
+            Self::Invalid { .. } => None,
             Self::Blank { .. } => Some("give it at least one character that is not a space".to_owned()),
         }
     }
@@ -89,6 +123,18 @@ impl From<RegistryError> for EngineError {
                 format_args!("what does not already name model `{owner}`"),
             )
             .into(),
+            RegistryError::Unreadable { path, reason } => {
+                ParamError::new("models", path, format_args!("a file that can be read ({reason})")).into()
+            }
+            RegistryError::Malformed { reason } => {
+                ParamError::new("models", reason, "a list of models in TOML").into()
+            }
+            RegistryError::Invalid {
+                field,
+                value,
+                allowed,
+                ..
+            } => ParamError::new(field, value, allowed).into(),
             RegistryError::Blank { field, .. } => {
                 ParamError::new(field, "\"\"", "a string that is not blank").into()
             }
@@ -160,6 +206,34 @@ mod tests {
                 "`id` of model ` ` is blank",
                 Some("give it at least one character that is not a space"),
                 "invalid parameter: `id` is \"\", allowed: a string that is not blank",
+            ),
+            (
+                RegistryError::Unreadable {
+                    path: "models.toml".to_owned(),
+                    reason: "it is a folder".to_owned(),
+                },
+                "`models.toml` cannot be read: it is a folder",
+                Some("check the path and who may read it"),
+                "invalid parameter: `models` is models.toml, allowed: a file that can be read (it is a folder)",
+            ),
+            (
+                RegistryError::Malformed {
+                    reason: "no `id`".to_owned(),
+                },
+                "the list of models is malformed: no `id`",
+                Some("write each model as `[[model]]` with the keys of the built-in list"),
+                "invalid parameter: `models` is no `id`, allowed: a list of models in TOML",
+            ),
+            (
+                RegistryError::Invalid {
+                    field: "sampling.top_p".to_owned(),
+                    value: "2".to_owned(),
+                    allowed: "0 to 1".to_owned(),
+                    model: "a/new".to_owned(),
+                },
+                "`sampling.top_p` of model `a/new` is 2, allowed: 0 to 1",
+                None,
+                "invalid parameter: `sampling.top_p` is 2, allowed: 0 to 1",
             ),
         ]
     }

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use mlx_engine_core::ModelConfiguration;
 use serde::Deserialize;
 
-use crate::{ModelQuery, RegistryError, suggest};
+use crate::{ModelEntry, ModelQuery, RegistryError, suggest};
 
 /// The owner on the hub that a reference may leave out.
 const DEFAULT_OWNER: &str = "mlx-community/";
@@ -35,7 +35,7 @@ static BUILTIN: LazyLock<ModelRegistry> = LazyLock::new(|| {
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct ModelRegistry {
-    models: Vec<ModelConfiguration>,
+    models: Vec<ModelEntry>,
     /// From each folded id and alias to the index of its model.
     keys: BTreeMap<String, usize>,
 }
@@ -56,6 +56,11 @@ impl ModelRegistry {
 
     /// Every model, in the order of registration.
     pub fn models(&self) -> impl ExactSizeIterator<Item = &ModelConfiguration> {
+        self.models.iter().map(|entry| &entry.model)
+    }
+
+    /// Every model with what helps to choose it, in the order of registration.
+    pub fn entries(&self) -> impl ExactSizeIterator<Item = &ModelEntry> {
         self.models.iter()
     }
 
@@ -86,15 +91,20 @@ impl ModelRegistry {
     /// [`NotFound`](RegistryError::NotFound) with what was perhaps meant, or
     /// [`Ambiguous`](RegistryError::Ambiguous) where a name, or a name and an alias, fit several models.
     pub fn get(&self, reference: &str) -> Result<&ModelConfiguration, RegistryError> {
+        self.entry(reference).map(|entry| &entry.model)
+    }
+
+    /// As [`get`](Self::get), with what helps to choose the model.
+    pub fn entry(&self, reference: &str) -> Result<&ModelEntry, RegistryError> {
         let key = fold(reference);
         let by_key = self.keys.get(&key).map(|&index| &self.models[index]);
         if let Some(model) = by_key.filter(|model| fold(&model.id) == key) {
             return Ok(model);
         }
-        let is_meant = |model: &&ModelConfiguration| {
+        let is_meant = |model: &&ModelEntry| {
             by_key.is_some_and(|aliased| aliased.id == model.id) || fold(&model.name) == key
         };
-        let mut candidates: Vec<&ModelConfiguration> = if key.is_empty() {
+        let mut candidates: Vec<&ModelEntry> = if key.is_empty() {
             Vec::new()
         } else {
             self.models.iter().filter(is_meant).collect()
@@ -118,7 +128,7 @@ impl ModelRegistry {
 
     /// The models that meet a query, by number of parameters, then size, then id.
     pub fn find(&self, query: &ModelQuery) -> Vec<&ModelConfiguration> {
-        let mut found: Vec<_> = self.models.iter().filter(|model| query.matches(model)).collect();
+        let mut found: Vec<_> = self.models().filter(|model| query.matches(model)).collect();
         found.sort_by_key(|model| (model.parameters, model.size_bytes, &model.id));
         found
     }
@@ -130,6 +140,11 @@ impl ModelRegistry {
     /// [`Duplicate`](RegistryError::Duplicate) where the id or an alias is another model's id or alias,
     /// [`Blank`](RegistryError::Blank) where one is blank. The registry is then as it was.
     pub fn register(&mut self, model: ModelConfiguration) -> Result<(), RegistryError> {
+        self.register_entry(model.into())
+    }
+
+    /// As [`register`](Self::register), with what helps to choose the model.
+    pub fn register_entry(&mut self, model: ModelEntry) -> Result<(), RegistryError> {
         let aliases = model.aliases.iter().enumerate();
         let fields = [("id".to_owned(), &model.id)]
             .into_iter()
@@ -169,7 +184,7 @@ impl ModelRegistry {
 }
 
 /// What of a reference is compared.
-fn fold(reference: &str) -> String {
+pub(crate) fn fold(reference: &str) -> String {
     let folded = reference.trim().to_lowercase();
     folded
         .strip_prefix(DEFAULT_OWNER)
@@ -179,14 +194,16 @@ fn fold(reference: &str) -> String {
 
 #[derive(Deserialize)]
 struct ModelFile {
-    model: Vec<ModelConfiguration>,
+    model: Vec<ModelEntry>,
 }
 
 fn parse(text: &str) -> Result<ModelRegistry, String> {
     let file: ModelFile = toml::from_str(text).map_err(|error| error.to_string())?;
     let mut registry = ModelRegistry::new();
     for model in file.model {
-        registry.register(model).map_err(|error| error.to_string())?;
+        registry
+            .register_entry(model)
+            .map_err(|error| error.to_string())?;
     }
     Ok(registry)
 }

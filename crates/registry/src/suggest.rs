@@ -59,6 +59,28 @@ fn edit_distance(from: &[char], to: &[char]) -> usize {
     row[to.len()]
 }
 
+/// As the Levenshtein distance, where two neighbours that changed places are one edit and not two: the optimal string
+/// alignment distance.
+pub(crate) fn typing_distance(from: &str, to: &str) -> usize {
+    let from: Vec<char> = from.chars().collect();
+    let to: Vec<char> = to.chars().collect();
+    let mut before: Vec<usize> = Vec::new();
+    let mut last: Vec<usize> = (0..=to.len()).collect();
+    for i in 1..=from.len() {
+        let mut row = vec![i];
+        for j in 1..=to.len() {
+            let substitution = last[j - 1] + usize::from(from[i - 1] != to[j - 1]);
+            let mut least = substitution.min(last[j] + 1).min(row[j - 1] + 1);
+            if i > 1 && j > 1 && from[i - 1] == to[j - 2] && from[i - 2] == to[j - 1] {
+                least = least.min(before[j - 2] + 1);
+            }
+            row.push(least);
+        }
+        before = std::mem::replace(&mut last, row);
+    }
+    last[to.len()]
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -82,6 +104,18 @@ mod tests {
             ("é", "e", 1),
         ] {
             assert_eq!(distance(from, to), expect, "{from} to {to}");
+        }
+    }
+
+    #[test]
+    fn neighbours_that_changed_places_are_one_edit() {
+        for (from, to, expect) in [
+            ("qewn", "qwen", 1),
+            ("", "ab", 2),
+            ("ca", "abc", 3),
+            ("same", "same", 0),
+        ] {
+            assert_eq!(typing_distance(from, to), expect, "{from} to {to}");
         }
     }
 
