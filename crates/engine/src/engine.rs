@@ -28,7 +28,7 @@ pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
 pub struct EngineOptions {
     /// Requests that may wait; one more is refused with [`EngineError::QueueFull`].
     pub queue_capacity: usize,
-    /// Requests that run at the same time.
+    /// Requests that run at the same time, and are decoded together.
     pub max_active: usize,
     /// Prompt tokens that are fed at once, between two steps of the others.
     pub prefill_chunk: usize,
@@ -43,7 +43,7 @@ impl Default for EngineOptions {
     fn default() -> Self {
         Self {
             queue_capacity: 64,
-            max_active: 4,
+            max_active: 16,
             prefill_chunk: 512,
             kept_sequences: 2,
             exact: false,

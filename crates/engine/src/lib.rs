@@ -32,5 +32,5 @@ pub use engine::{Engine, EngineOptions, ProgressFn, Score};
 #[cfg(feature = "mlx")]
 pub use mlx::{load_encoder, load_mlx, mlx_device};
 pub use mock::{MockFault, MockModel, MockScript};
-pub use model::{Chosen, TokenModel};
+pub use model::{Chosen, Feed, TokenModel};
 pub use prompt::PromptEncoder;

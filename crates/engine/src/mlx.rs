@@ -8,14 +8,17 @@ use mlx_engine_checkpoint::Metadata;
 use mlx_engine_core::{
     Backend, Device, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
 };
-use mlx_engine_models::{self as models, Compute, Decoder, ModelError, Sampler, Source, Step};
+use mlx_engine_models::{self as models, Compute, Decoder, ModelError, NextToken, Sampler, Source, Step};
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 
 use crate::engine::{Engine, EngineOptions, Loaded, ProgressFn};
-use crate::{Chosen, PromptEncoder, TokenModel};
+use crate::{Chosen, Feed, PromptEncoder, TokenModel};
 
 /// Tokens that are scored at once; the logits of each are kept until they are read.
 const SCORE_CHUNK: usize = 128;
+
+/// Answers that a step takes further at once.
+const BATCH_LIMIT: usize = 32;
 
 /// What MLX computes on in this process.
 ///
@@ -275,6 +278,35 @@ impl TokenModel for MlxModel {
             .forward(tokens, &mut sequence.sequence)
             .map_err(run_error)?;
         Self::start(sequence, &logits, params, number)
+    }
+
+    fn can_look_ahead(&self, sequence: &MlxSequence) -> bool {
+        sequence.steps.back().and_then(Step::unread).is_some()
+    }
+
+    fn batch_limit(&self) -> usize {
+        BATCH_LIMIT
+    }
+
+    fn feed(&mut self, batch: &mut [Feed<'_, MlxSequence>]) -> Result<(), EngineError> {
+        let mut tokens = Vec::with_capacity(batch.len());
+        for feed in batch.iter() {
+            let unread = feed.sequence.steps.back().and_then(Step::unread);
+            tokens.push(match (feed.token, unread) {
+                (Some(token), _) => NextToken::Read(token),
+                (None, Some(token)) => NextToken::Unread(token.clone()),
+                (None, None) => return Err(EngineError::internal("a token was fed that nobody chose")),
+            });
+        }
+        let mut sequences: Vec<_> = batch.iter_mut().map(|feed| &mut feed.sequence.sequence).collect();
+        let logits = self
+            .decoder
+            .forward_batch(&tokens, &mut sequences)
+            .map_err(run_error)?;
+        for (feed, logits) in batch.iter_mut().zip(logits) {
+            Self::start(feed.sequence, &logits, feed.params, feed.number)?;
+        }
+        Ok(())
     }
 
     fn look_ahead(

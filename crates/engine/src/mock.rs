@@ -182,6 +182,10 @@ impl TokenModel for MockModel {
         self.step(sequence, number)
     }
 
+    fn can_look_ahead(&self, _sequence: &MockSequence) -> bool {
+        true
+    }
+
     fn look_ahead(
         &mut self,
         sequence: &mut MockSequence,

@@ -13,6 +13,19 @@ pub struct Chosen {
     pub top: Vec<(u32, f32)>,
 }
 
+/// One sequence of a step.
+#[derive(Debug)]
+pub struct Feed<'a, S> {
+    /// The sequence.
+    pub sequence: &'a mut S,
+    /// The parameters of its request.
+    pub params: &'a GenerateParams,
+    /// The number of the token that is chosen, in the answer.
+    pub number: u64,
+    /// The token to feed; the one that is being chosen, unread, where `None`.
+    pub token: Option<u32>,
+}
+
 /// A model as the scheduler sees it: sequences that take tokens and give tokens.
 ///
 /// All calls come from the one thread that the model lives on. An error ends the request that the sequence belongs to
@@ -67,6 +80,31 @@ pub trait TokenModel {
         params: &GenerateParams,
         number: u64,
     ) -> Result<bool, EngineError>;
+
+    /// Whether the token that is being chosen can be fed unread.
+    fn can_look_ahead(&self, sequence: &Self::Sequence) -> bool;
+
+    /// How many sequences [`feed`](Self::feed) takes in one step: 1 where each needs a step of its own.
+    fn batch_limit(&self) -> usize {
+        1
+    }
+
+    /// Feeds one token to each of several sequences in one step, and begins to choose the next of each.
+    ///
+    /// # Errors
+    ///
+    /// What the device says; then no sequence of the batch can go on.
+    fn feed(&mut self, batch: &mut [Feed<'_, Self::Sequence>]) -> Result<(), EngineError> {
+        for feed in batch {
+            match feed.token {
+                Some(token) => self.begin(feed.sequence, &[token], feed.params, feed.number)?,
+                None => {
+                    self.look_ahead(feed.sequence, feed.params, feed.number)?;
+                }
+            }
+        }
+        Ok(())
+    }
 
     /// Waits for the oldest token that is being chosen. `tokens` are all so far, the answer begins at `prompt_len`.
     ///

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::engine::{EngineOptions, Score};
 use crate::prefix::PrefixCache;
 use crate::request::{Answer, Request};
-use crate::{Chosen, TokenModel};
+use crate::{Chosen, Feed, TokenModel};
 
 /// What reaches the worker.
 #[derive(Debug)]
@@ -39,7 +39,10 @@ pub(crate) struct Worker<M: TokenModel> {
     identity: Identity,
     options: EngineOptions,
     prefixes: PrefixCache<M::Sequence>,
+    /// In the order in which they came.
     active: Vec<Active<M::Sequence>>,
+    /// Requests so far.
+    admitted: u64,
 }
 
 /// A request that is being run.
@@ -54,6 +57,13 @@ struct Active<S> {
     cached: usize,
     phase: Phase,
     started: Instant,
+    /// Tells requests apart.
+    number: u64,
+    /// Whether the first token was begun in this turn.
+    fresh: bool,
+    /// Whether the token after the one that is read was begun in this turn.
+    ahead: bool,
+    finished: Option<FinishReason>,
 }
 
 enum Phase {
@@ -61,12 +71,6 @@ enum Phase {
     Prefill(usize),
     /// A token is being chosen.
     Decode,
-}
-
-/// Whether a request goes on.
-enum Progress {
-    Running,
-    Finished(FinishReason),
 }
 
 impl<M: TokenModel> Worker<M> {
@@ -79,6 +83,7 @@ impl<M: TokenModel> Worker<M> {
             options,
             prefixes,
             active: Vec::new(),
+            admitted: 0,
         }
     }
 
@@ -87,35 +92,35 @@ impl<M: TokenModel> Worker<M> {
         loop {
             if self.active.is_empty() {
                 match commands.blocking_recv() {
-                    Some(command) => self.accept(command),
+                    Some(command) => self.accept(command, &commands),
                     None => return,
                 }
             }
             while self.active.len() < self.options.max_active {
                 match commands.try_recv() {
-                    Ok(command) => self.accept(command),
-                    Err(mpsc::error::TryRecvError::Empty) => break,
-                    Err(mpsc::error::TryRecvError::Disconnected) => {
-                        // The engine was unloaded: nobody waits for what is left.
-                        for active in self.active.drain(..) {
-                            let error = EngineError::NotLoaded {
-                                model: self.identity.model.to_string(),
-                            };
-                            let _ = active.request.events.try_send(Err(error));
-                        }
-                        return;
-                    }
+                    Ok(command) => self.accept(command, &commands),
+                    Err(_) => break,
                 }
+            }
+            if commands.is_closed() {
+                // The engine was unloaded: nobody waits for what is left.
+                for active in self.active.drain(..) {
+                    let error = EngineError::NotLoaded {
+                        model: self.identity.model.to_string(),
+                    };
+                    let _ = active.request.events.try_send(Err(error));
+                }
+                return;
             }
             self.turn();
         }
     }
 
-    fn accept(&mut self, command: Command) {
+    fn accept(&mut self, command: Command, commands: &mpsc::Receiver<Command>) {
         match command {
             Command::Generate(request) => self.admit(request),
             Command::Score { tokens, reply } => {
-                let go_on = || !reply.is_closed();
+                let go_on = || !reply.is_closed() && !commands.is_closed();
                 let scored = catch_unwind(AssertUnwindSafe(|| self.model.score(&tokens, &go_on)));
                 let result = scored.unwrap_or_else(|panic| Err(panicked(&*panic)));
                 // The caller may have gone.
@@ -157,31 +162,115 @@ impl<M: TokenModel> Worker<M> {
             cached,
             phase: Phase::Prefill(cached),
             started,
+            number: self.admitted,
+            fresh: false,
+            ahead: false,
+            finished: None,
+        });
+        self.admitted += 1;
+    }
+
+    /// Takes a chunk of the prompt that came first, and every answer a token further.
+    ///
+    /// One chunk a turn, so that answers never wait for more than that.
+    fn turn(&mut self) {
+        // A caller who dropped the stream. What has been computed may serve the next request.
+        self.take_out(|active| active.request.events.is_closed().then_some(Outcome::Dropped));
+        let decoding = |active: &Active<M::Sequence>| matches!(active.phase, Phase::Decode);
+        let prompt = self.active.iter().position(|active| !decoding(active));
+        let mut failed = Vec::new();
+        if let Some(index) = prompt {
+            let (model, active) = (&mut self.model, &mut self.active[index]);
+            let chunk = self.options.prefill_chunk;
+            if let Err(error) = guarded(|| prefill(model, active, chunk)) {
+                failed.push((active.number, error));
+            } else if decoding(active) {
+                // Its first token is read in the next turn, so that it is chosen meanwhile.
+                active.fresh = true;
+            }
+        }
+        self.feed(&mut failed, |model, active| {
+            let more = active.wants_more(model.context_length());
+            (more && model.can_look_ahead(&active.sequence)).then_some(None)
+        });
+        for active in self.active.iter_mut().filter(|active| active.is_due()) {
+            if failed.iter().any(|(number, _)| *number == active.number) {
+                continue;
+            }
+            let model = &mut self.model;
+            match guarded(|| read(model, active)) {
+                Ok(reason) => active.finished = reason,
+                Err(error) => failed.push((active.number, error)),
+            }
+        }
+        self.feed(&mut failed, |_, active| {
+            let stands = active.finished.is_none() && !active.ahead;
+            stands.then(|| active.tokens.last().copied())
+        });
+        for active in &mut self.active {
+            (active.fresh, active.ahead) = (false, false);
+        }
+        self.take_out(|active| {
+            if let Some(at) = failed.iter().position(|(number, _)| *number == active.number) {
+                return Some(Outcome::Failed(failed.swap_remove(at).1));
+            }
+            active.finished.map(Outcome::Finished)
         });
     }
 
-    /// Takes every request one step further.
-    fn turn(&mut self) {
-        let mut index = 0;
-        while index < self.active.len() {
-            let active = &mut self.active[index];
-            if active.request.events.is_closed() {
-                // The caller dropped the stream. What has been computed may serve the next request.
-                let active = self.active.swap_remove(index);
-                self.retire(active);
+    /// Feeds a token to every answer that is due and for which `token` gives one, `Some(None)` being the one that is not
+    /// read yet, as many at once as the model takes.
+    fn feed(
+        &mut self,
+        failed: &mut Vec<(u64, EngineError)>,
+        token: impl Fn(&M, &Active<M::Sequence>) -> Option<Option<u32>>,
+    ) {
+        let Self { model, active, .. } = self;
+        let mut due = Vec::new();
+        for active in active.iter_mut().filter(|active| active.is_due()) {
+            if failed.iter().any(|(number, _)| *number == active.number) {
                 continue;
             }
-            let (model, chunk) = (&mut self.model, self.options.prefill_chunk);
-            let stepped = catch_unwind(AssertUnwindSafe(|| step(model, active, chunk)));
-            match stepped.unwrap_or_else(|panic| Err(panicked(&*panic))) {
-                Ok(Progress::Running) => index += 1,
-                Ok(Progress::Finished(reason)) => {
-                    let active = self.active.swap_remove(index);
-                    self.finish(active, reason);
-                }
-                Err(error) => {
+            if let Some(token) = token(model, active) {
+                due.push((active, token));
+            }
+        }
+        for some in due.chunks_mut(model.batch_limit().max(1)) {
+            let mut batch: Vec<Feed<'_, M::Sequence>> = some
+                .iter_mut()
+                .map(|(active, token)| {
+                    let read = u32::from(token.is_none());
+                    Feed {
+                        number: (active.answer.generated() + read).into(),
+                        sequence: &mut active.sequence,
+                        params: &active.request.params,
+                        token: *token,
+                    }
+                })
+                .collect();
+            match guarded(|| model.feed(&mut batch)) {
+                Ok(()) => some.iter_mut().for_each(|(active, _)| active.ahead = true),
+                // The step was theirs together.
+                Err(error) => failed.extend(some.iter().map(|(active, _)| (active.number, error.clone()))),
+            }
+        }
+    }
+
+    /// Takes requests out that `outcome` says have ended.
+    fn take_out(&mut self, mut outcome: impl FnMut(&Active<M::Sequence>) -> Option<Outcome>) {
+        let mut index = 0;
+        while index < self.active.len() {
+            let Some(outcome) = outcome(&self.active[index]) else {
+                index += 1;
+                continue;
+            };
+            // In order, so that who came first stays first.
+            let active = self.active.remove(index);
+            match outcome {
+                Outcome::Dropped => self.retire(active),
+                Outcome::Finished(reason) => self.finish(active, reason),
+                Outcome::Failed(error) => {
                     // Its memory goes with it: what it holds may be half written.
-                    let active = self.active.swap_remove(index);
                     tracing::warn!(error = %error, model = %self.identity.model, "request failed");
                     if matches!(error, EngineError::OutOfMemory) {
                         self.prefixes.clear();
@@ -224,50 +313,61 @@ impl<M: TokenModel> Worker<M> {
     }
 }
 
-/// One chunk of the prompt, or one token.
-fn step<M: TokenModel>(
+/// Why a request is taken out.
+enum Outcome {
+    Dropped,
+    Finished(FinishReason),
+    Failed(EngineError),
+}
+
+impl<S> Active<S> {
+    /// Whether a token of the answer is being chosen, since before this turn.
+    fn is_due(&self) -> bool {
+        matches!(self.phase, Phase::Decode) && !self.fresh
+    }
+
+    /// Whether a token may follow the one that is being chosen.
+    fn wants_more(&self, context_length: usize) -> bool {
+        self.answer.generated() + 1 < self.request.params.max_tokens && self.tokens.len() + 1 < context_length
+    }
+}
+
+/// Runs a step of the model; a panic in it is an error.
+fn guarded<T>(step: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
+    catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|panic| Err(panicked(&*panic)))
+}
+
+/// One chunk of the prompt.
+fn prefill<M: TokenModel>(
     model: &mut M,
     active: &mut Active<M::Sequence>,
     chunk: usize,
-) -> Result<Progress, EngineError> {
-    let params = &active.request.params;
-    match active.phase {
-        Phase::Prefill(fed) if active.prompt_len - fed > chunk => {
-            model.prefill(&mut active.sequence, &active.tokens[fed..fed + chunk])?;
-            active.phase = Phase::Prefill(fed + chunk);
-            Ok(Progress::Running)
-        }
-        Phase::Prefill(fed) => {
-            model.begin(&mut active.sequence, &active.tokens[fed..], params, 0)?;
-            active.phase = Phase::Decode;
-            Ok(Progress::Running)
-        }
-        Phase::Decode => {
-            let next = active.answer.generated() + 1;
-            let room = active.tokens.len() + 1 < model.context_length();
-            let more = next < params.max_tokens && room;
-            let ahead = more && model.look_ahead(&mut active.sequence, params, next.into())?;
-            let chosen = model.read(&mut active.sequence, params, &active.tokens, active.prompt_len)?;
-            let token = chosen.token;
-            active.tokens.push(token);
-            let reason = emit(active, chosen);
-            if let Some(reason) = reason {
-                return Ok(Progress::Finished(reason));
-            }
-            if !room {
-                return Ok(Progress::Finished(FinishReason::Length));
-            }
-            if !ahead {
-                model.begin(
-                    &mut active.sequence,
-                    &[token],
-                    &active.request.params,
-                    next.into(),
-                )?;
-            }
-            Ok(Progress::Running)
-        }
+) -> Result<(), EngineError> {
+    let Phase::Prefill(fed) = active.phase else {
+        return Ok(());
+    };
+    if active.prompt_len - fed > chunk {
+        model.prefill(&mut active.sequence, &active.tokens[fed..fed + chunk])?;
+        active.phase = Phase::Prefill(fed + chunk);
+    } else {
+        let params = &active.request.params;
+        model.begin(&mut active.sequence, &active.tokens[fed..], params, 0)?;
+        active.phase = Phase::Decode;
     }
+    Ok(())
+}
+
+/// Reads the token that is being chosen, and says whether it was the last.
+fn read<M: TokenModel>(
+    model: &mut M,
+    active: &mut Active<M::Sequence>,
+) -> Result<Option<FinishReason>, EngineError> {
+    let room = active.tokens.len() + 1 < model.context_length();
+    let params = &active.request.params;
+    let chosen = model.read(&mut active.sequence, params, &active.tokens, active.prompt_len)?;
+    active.tokens.push(chosen.token);
+    let reason = emit(active, chosen);
+    Ok(reason.or((!room).then_some(FinishReason::Length)))
 }
 
 /// Hands a token's text to the caller.

@@ -5,8 +5,9 @@
 //! online softmax of Milakov and Gimelshein, 2018, as FlashAttention uses it), so that nothing grows with the context.
 //!
 //! The unit of work is a head of keys and values with some rows of queries: all the heads that share it, of one token in
-//! decoding and of several in prefill. Where these units are too few for the threads and the context is long, the
-//! positions are split too, and the parts are joined afterwards.
+//! decoding and of several in prefill. Positions are split too, every 256 of them, and the parts are joined afterwards, so
+//! that one long sequence has work for several threads. Where they are split does not depend on what else is computed:
+//! a row gets the same bits alone and among others.
 
 use std::cell::RefCell;
 
@@ -27,8 +28,8 @@ const SLICES: usize = PAGE / LANES;
 /// Rows of queries that share a pass over the keys.
 const ROWS: usize = 12;
 
-/// Pages below which positions are not split among threads.
-const SPLIT_PAGES: usize = 2;
+/// Pages of a part.
+const PART_PAGES: usize = 4;
 
 /// An element of the keys and values in memory.
 pub trait KvElement: Copy + Default + Send + Sync + sealed::Load {}
@@ -225,7 +226,7 @@ pub fn attend<E: KvElement>(
             check_len("a page", page.len(), spec.layout.page_len())?;
         }
     }
-    let units = units(pool, spec, sequences);
+    let units = units(spec, sequences);
     let width = spec.layout.width();
     // Parts of a row are joined once all are there; whole rows are written at once.
     let partial_rows: usize = units
@@ -269,11 +270,12 @@ struct Unit {
     partial: Option<usize>,
 }
 
-fn units<E>(pool: &Pool, spec: AttentionSpec, sequences: &[Queries<'_, E>]) -> Vec<Unit> {
+fn units<E>(spec: AttentionSpec, sequences: &[Queries<'_, E>]) -> Vec<Unit> {
     let group = spec.heads / spec.layout.heads;
     // Whole tokens where these fit, so that the rows of a unit see about the same.
     let step = if group <= ROWS { ROWS / group * group } else { ROWS };
     let mut units = Vec::new();
+    let mut partial_rows = 0;
     for (index, sequence) in sequences.iter().enumerate() {
         let all = sequence.rows * group;
         for kv_head in 0..spec.layout.heads {
@@ -283,41 +285,24 @@ fn units<E>(pool: &Pool, spec: AttentionSpec, sequences: &[Queries<'_, E>]) -> V
                     (sequence.position + first / group + 1).saturating_sub(window)
                 });
                 let end = sequence.position + (first + rows - 1) / group + 1;
-                units.push(Unit {
-                    sequence: index,
-                    kv_head,
-                    first,
-                    rows,
-                    pages: start / PAGE..end.div_ceil(PAGE),
-                    partial: None,
-                });
+                let (start, end) = (start / PAGE, end.div_ceil(PAGE));
+                let parts = start / PART_PAGES..end.div_ceil(PART_PAGES);
+                for part in parts.clone() {
+                    let pages = (part * PART_PAGES).max(start)..((part + 1) * PART_PAGES).min(end);
+                    units.push(Unit {
+                        sequence: index,
+                        kv_head,
+                        first,
+                        rows,
+                        pages,
+                        partial: (parts.len() > 1).then_some(partial_rows),
+                    });
+                    partial_rows += if parts.len() > 1 { rows } else { 0 };
+                }
             }
         }
     }
-    if pool.threads() == 1 || units.len() >= 4 * pool.threads() {
-        return units;
-    }
-    let pieces = (4 * pool.threads()).div_ceil(units.len().max(1));
-    let mut split = Vec::new();
-    let mut partial = 0;
-    for unit in units {
-        let pages = unit.pages.len();
-        let pieces = pieces.min(pages / SPLIT_PAGES);
-        if pieces < 2 {
-            split.push(unit);
-            continue;
-        }
-        for piece in 0..pieces {
-            let at = |piece: usize| unit.pages.start + pages * piece / pieces;
-            split.push(Unit {
-                pages: at(piece)..at(piece + 1),
-                partial: Some(partial),
-                ..unit.clone()
-            });
-            partial += unit.rows;
-        }
-    }
-    split
+    units
 }
 
 /// Where the row of a unit lies in queries and output.

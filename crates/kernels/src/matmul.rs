@@ -376,13 +376,10 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
 
-/// Runs a body with a constant number of rows, sixteen as long as there are as many, then 8, 4, 2 and 1.
+/// Runs a body with a constant number of rows, the first of the sizes as long as there are as many, then the next.
 macro_rules! in_groups {
-    ($rows:expr, $first:ident, $count:ident => $body:expr) => {
+    ($rows:expr, [$($size:literal),*], $first:ident, $count:ident => $body:expr) => {
         let mut $first = 0;
-        in_groups!(@ $rows, $first, $count => $body; 16, 8, 4, 2, 1);
-    };
-    (@ $rows:expr, $first:ident, $count:ident => $body:expr; $($size:literal),*) => {
         $(
             while $rows - $first >= $size {
                 const $count: usize = $size;
@@ -430,7 +427,7 @@ fn integer_rows<S: Simd, const BITS: usize>(
     }
     for (strip, sums) in sums.chunks_mut(integers.strip).enumerate() {
         let (halves, factors) = integers.strip(strip, blocks);
-        in_groups!(sums.len(), first, M => {
+        in_groups!(sums.len(), [16, 8, 4, 2, 1], first, M => {
             let sums = &mut sums[first..][..M];
             s.call(IntegerBlock::<BITS, M> { weights, lines, tile, halves, factors, strip: integers.strip, first, sums });
         });
@@ -645,7 +642,7 @@ impl<const BITS: usize> Kernel for Dequantize<'_, BITS> {
 #[inline(always)]
 fn float_rows<S: Simd>(s: S, panel: &[[f32; LANES]], x: &Activations, sums: &mut [[f32; LANES]]) {
     let columns = panel.len();
-    in_groups!(x.rows(), first, M => {
+    in_groups!(x.rows(), [8, 4, 2, 1], first, M => {
         let rows: [&[f32]; M] = std::array::from_fn(|row| &x.floats[(first + row) * columns..][..columns]);
         sums[first..][..M].copy_from_slice(&s.call(FloatBlock::<M> { panel, rows }));
     });
@@ -663,8 +660,8 @@ impl<const M: usize> Kernel for FloatBlock<'_, M> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Self::Output {
         let Self { panel, rows } = self;
-        // Even and odd columns apart where the rows are few, so that these do not wait for each sum; many rows fill the
-        // registers with one sum each.
+        // Even and odd columns apart, so that few rows do not wait for each sum; the same for any number of rows, so that
+        // each gets the same bits.
         let mut sums = [[s.splat(0.0); 2]; M];
         let pairs = panel.len() / 2;
         for pair in 0..pairs {
@@ -674,8 +671,7 @@ impl<const M: usize> Kernel for FloatBlock<'_, M> {
                     continue;
                 };
                 sums[0] = s.fma(even, s.splat(x), sums[0]);
-                let second = usize::from(M <= 4);
-                sums[second] = s.fma(odd, s.splat(y), sums[second]);
+                sums[1] = s.fma(odd, s.splat(y), sums[1]);
             }
         }
         if panel.len() % 2 == 1 {

@@ -49,6 +49,37 @@ async fn the_capital_of_france_is_paris() {
 }
 
 #[tokio::test]
+async fn requests_at_the_same_time_are_answered_as_alone() {
+    let engine = load().await;
+    let request = |index: u64| {
+        let params = GenerateParams::default().with_max_tokens(6 + index as u32);
+        let params = match index % 4 {
+            0 => params.with_temperature(0.0),
+            1 => params.with_temperature(0.8).with_seed(index),
+            2 => params.with_temperature(0.9).with_top_p(0.9).with_seed(index),
+            _ => params.with_temperature(0.0).with_repetition_penalty(1.2),
+        };
+        let words = "Tell me of the river that flows by the town. ".repeat(1 + index as usize % 5);
+        (Prompt::user(format!("{words} Story {index}.")), params)
+    };
+    let together = futures::future::join_all((0..16).map(|index| {
+        let (prompt, params) = request(index);
+        engine.generate(prompt, params)
+    }))
+    .await;
+    for (index, together) in (0..).zip(together) {
+        let (prompt, params) = request(index);
+        let alone = engine.generate(prompt, params).await.unwrap();
+        let together = together.unwrap();
+        assert_eq!(together.tokens, alone.tokens, "request {index}");
+        assert_eq!(
+            (together.text, together.finish_reason),
+            (alone.text, alone.finish_reason)
+        );
+    }
+}
+
+#[tokio::test]
 async fn text_is_tokenized_as_hugging_face_does() {
     let oracle = include_str!("../../models/tests/fixtures/smollm2.json");
     let oracle: Value = serde_json::from_str(oracle).unwrap();

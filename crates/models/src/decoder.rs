@@ -3,11 +3,12 @@
 use std::fmt;
 
 use mlx_engine_core::{Device, LoadProgress};
+use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::{Array, transforms};
 
 use crate::device::{self, DeviceInfo};
 use crate::graph::{GraphDecoder, KvCache};
-use crate::host::{HostCache, HostDecoder, Precision};
+use crate::host::{HostCache, HostDecoder, HostRows, Precision};
 use crate::sampling::log_softmax;
 use crate::weights::Loader;
 use crate::{DecoderSpec, ModelError, Source};
@@ -40,6 +41,15 @@ impl fmt::Display for Compute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
+}
+
+/// The token that a sequence is fed next.
+#[derive(Clone, Debug)]
+pub enum NextToken {
+    /// One that is known.
+    Read(u32),
+    /// One that is being chosen: an array of one `u32`.
+    Unread(Array),
 }
 
 /// Which positions logits are wanted of.
@@ -207,6 +217,57 @@ impl Decoder {
         self.feed(token, sequence, Logits::Last)
     }
 
+    /// Feeds one token to each of several sequences in one step, and returns the logits after each, `[1, vocab_size]`
+    /// float32, not evaluated yet. On a CPU each gets the bits that it gets alone.
+    ///
+    /// # Errors
+    ///
+    /// Where there are not as many tokens as sequences, and as [`forward`](Self::forward); then no sequence was fed.
+    pub fn forward_batch(
+        &self,
+        tokens: &[NextToken],
+        sequences: &mut [&mut Sequence],
+    ) -> Result<Vec<Array>, ModelError> {
+        if tokens.is_empty() || tokens.len() != sequences.len() {
+            return Err(ModelError::NoTokens);
+        }
+        let ids: Vec<Array> = tokens
+            .iter()
+            .map(|token| match token {
+                NextToken::Read(token) => self.ids(&[*token]),
+                NextToken::Unread(token) => Ok(token.reshape(&[1])?),
+            })
+            .collect::<Result<_, _>>()?;
+        for sequence in sequences.iter() {
+            self.check_room(sequence, 1)?;
+        }
+        let Body::Host(host) = &self.body else {
+            let fed = ids.iter().zip(sequences.iter_mut());
+            return fed
+                .map(|(ids, sequence)| self.feed(ids, sequence, Logits::Last))
+                .collect();
+        };
+        let ids = mlx_rs::ops::concatenate(&ids.iter().collect::<Vec<_>>(), 0)?;
+        let mut rows = Vec::with_capacity(sequences.len());
+        for sequence in sequences.iter_mut() {
+            let Cache::Host(cache) = &mut sequence.cache else {
+                return Err(Self::foreign());
+            };
+            rows.push(HostRows {
+                cache,
+                position: sequence.offset,
+                rows: 1,
+            });
+        }
+        let logits = host.forward(&ids, &mut rows, tokens.len())?;
+        for sequence in sequences.iter_mut() {
+            sequence.offset += 1;
+        }
+        (0..tokens.len() as i32)
+            .map(|row| Ok(logits.try_index((row..row + 1, ..))?))
+            .collect()
+    }
+
     /// Feeds tokens and returns the log-probability of each of `next`, which are the tokens that follow each of them.
     ///
     /// # Errors
@@ -242,26 +303,47 @@ impl Decoder {
         Ok(Array::from_slice(tokens, &[tokens.len() as i32]))
     }
 
-    /// Where no logits are wanted, the array is small and there once the keys and values are.
-    fn feed(&self, ids: &Array, sequence: &mut Sequence, logits: Logits) -> Result<Array, ModelError> {
-        let (end, context_length) = (sequence.offset + ids.size(), self.spec.context_length);
+    fn check_room(&self, sequence: &Sequence, tokens: usize) -> Result<usize, ModelError> {
+        let (end, context_length) = (sequence.offset + tokens, self.spec.context_length);
         if end > context_length {
             return Err(ModelError::ContextExceeded {
                 tokens: end,
                 context_length,
             });
         }
-        let offset = sequence.offset;
+        Ok(end)
+    }
+
+    fn foreign() -> ModelError {
+        ModelError::config("the sequence is of another decoder".to_owned())
+    }
+
+    /// Where no logits are wanted, the array is small and there once the keys and values are.
+    fn feed(&self, ids: &Array, sequence: &mut Sequence, logits: Logits) -> Result<Array, ModelError> {
+        let end = self.check_room(sequence, ids.size())?;
+        let position = sequence.offset;
         let result = match (&self.body, &mut sequence.cache) {
             (Body::Graph(graph), Cache::Graph(layers)) => graph
-                .forward(ids, layers, offset, logits)?
+                .forward(ids, layers, position, logits)?
                 .unwrap_or_else(|| ids.clone()),
-            (Body::Host(host), Cache::Host(cache)) => host.forward(ids, cache, offset, logits)?,
-            _ => {
-                return Err(ModelError::config(
-                    "the sequence is of another decoder".to_owned(),
-                ));
+            (Body::Host(host), Cache::Host(cache)) => {
+                let rows = ids.size();
+                let wanted = match logits {
+                    Logits::None => 0,
+                    Logits::Last => 1,
+                    Logits::All => rows,
+                };
+                host.forward(
+                    ids,
+                    &mut [HostRows {
+                        cache,
+                        position,
+                        rows,
+                    }],
+                    wanted,
+                )?
             }
+            _ => return Err(Self::foreign()),
         };
         sequence.offset = end;
         Ok(result)

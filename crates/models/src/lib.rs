@@ -37,7 +37,7 @@ mod source;
 mod spec;
 mod weights;
 
-pub use decoder::{Compute, Decoder, Sequence};
+pub use decoder::{Compute, Decoder, NextToken, Sequence};
 pub use device::{DeviceInfo, detect};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mlx_engine_checkpoint::{AffineTensor, GgufFile};
 use mlx_engine_core::GenerateParams;
-use mlx_engine_models::{Compute, Decoder, Sampler, Source};
+use mlx_engine_models::{Compute, Decoder, NextToken, Sampler, Source};
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Value, json};
 
@@ -127,6 +127,51 @@ fn sixteen_bits_choose_nearly_always_the_same_tokens() {
         found == ids(&prompt["greedy"])
     });
     assert!(same.count() + 1 >= prompts.len());
+}
+
+#[test]
+fn sequences_that_are_fed_together_get_the_bits_that_they_get_alone() {
+    let oracle = oracle();
+    let mut prompts: Vec<Vec<u32>> = oracle["prompts"]
+        .as_array()
+        .expect("prompts")
+        .iter()
+        .map(|p| ids(&p["ids"]))
+        .collect();
+    // One is long, so that its positions are split.
+    prompts.insert(1, ids(&oracle["score"]["ids"]));
+    for compute in [Compute::Fastest, Compute::Exact] {
+        let decoder = load(&gguf_path(), compute);
+        for count in [2, 5, prompts.len()] {
+            let mut sequences = Vec::new();
+            let mut expected = Vec::new();
+            for prompt in &prompts[..count] {
+                let (last, before) = prompt.split_last().expect("a prompt");
+                let mut alone = decoder.sequence();
+                let logits = decoder.forward(prompt, &mut alone).expect("the prompt runs");
+                expected.push(logits.as_slice::<f32>().to_vec());
+                let mut sequence = decoder.sequence();
+                if !before.is_empty() {
+                    decoder.prefill(before, &mut sequence).expect("the prompt runs");
+                }
+                sequences.push((sequence, NextToken::Read(*last)));
+            }
+            let tokens: Vec<NextToken> = sequences.iter().map(|(_, token)| token.clone()).collect();
+            let mut fed: Vec<_> = sequences.iter_mut().map(|(sequence, _)| sequence).collect();
+            let found = decoder.forward_batch(&tokens, &mut fed).expect("a step runs");
+            for (row, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                let found = found.contiguous().expect("a row");
+                assert_eq!(
+                    found.as_slice::<f32>(),
+                    expected,
+                    "{compute}, row {row} of {count}"
+                );
+            }
+            let lengths: Vec<usize> = sequences.iter().map(|(sequence, _)| sequence.len()).collect();
+            let prompts: Vec<usize> = prompts[..count].iter().map(Vec::len).collect();
+            assert_eq!(lengths, prompts);
+        }
+    }
 }
 
 #[test]

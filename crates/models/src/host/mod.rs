@@ -17,10 +17,9 @@ use mlx_rs::{Array, Stream};
 use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_FLOAT32, mlx_dtype__MLX_UINT32};
 
 pub(crate) use cache::HostCache;
-use cache::{Page, Pages};
+use cache::Pages;
 use forward::{Part, Workspace};
 
-use crate::decoder::Logits;
 use crate::memory::Held;
 use crate::weights::Loader;
 use crate::{DecoderSpec, ModelError};
@@ -116,36 +115,57 @@ impl HostDecoder {
         self.0.spec.layers * cache::layout(&self.0.spec).page_len() / PAGE * element
     }
 
-    /// Feeds `[tokens]` ids behind the first `offset` positions of a cache, and returns what `logits` asks for, `[rows,
-    /// vocab_size]` float32. Without logits it is one number, there once the cache is written.
+    /// Feeds `[tokens]` ids, those of one sequence after those of another, and returns the logits of the last `wanted`
+    /// rows, `[wanted, vocab_size]` float32. Without any it is one number, there once the caches are written.
     pub(crate) fn forward(
         &self,
         ids: &Array,
-        cache: &mut HostCache,
-        offset: usize,
-        logits: Logits,
+        sequences: &mut [HostRows<'_>],
+        wanted: usize,
     ) -> Result<Array, ModelError> {
-        let rows = match logits {
-            Logits::None => 0,
-            Logits::Last => 1,
-            Logits::All => ids.size(),
-        };
-        let (model, pages) = (Arc::clone(&self.0), cache.pages());
+        let model = Arc::clone(&self.0);
+        let parts: Vec<_> = sequences
+            .iter()
+            .map(|sequence| (sequence.cache.pages(), sequence.position, sequence.rows))
+            .collect();
         let op = HostOp::new(c"decoder", move |inputs, outputs| {
             let (Some(ids), [written, logits]) = (inputs.first(), outputs) else {
                 return Err("the decoder takes ids and gives logits".to_owned());
             };
             written.as_mut_slice::<u32>()?.fill(0);
             let (ids, logits) = (ids.as_slice::<u32>()?, logits.as_mut_slice::<f32>()?);
-            let mut pages = pages.lock().unwrap_or_else(PoisonError::into_inner);
-            match &mut *pages {
-                Pages::F32(pages) => model.run(ids, pages, offset, rows, logits),
-                Pages::F16(pages) => model.run(ids, pages, offset, rows, logits),
+            // Only steps lock caches, and MLX runs one step after the other.
+            let mut locked: Vec<_> = parts
+                .iter()
+                .map(|(pages, ..)| pages.lock().unwrap_or_else(PoisonError::into_inner))
+                .collect();
+            let (mut single, mut half) = (Vec::new(), Vec::new());
+            for (pages, &(_, position, rows)) in locked.iter_mut().zip(&parts) {
+                match &mut **pages {
+                    Pages::F32(pages) => single.push(Part {
+                        pages,
+                        position,
+                        rows,
+                    }),
+                    Pages::F16(pages) => half.push(Part {
+                        pages,
+                        position,
+                        rows,
+                    }),
+                }
+            }
+            if half.is_empty() {
+                model.run(ids, &mut single, wanted, logits)
+            } else {
+                model.run(ids, &mut half, wanted, logits)
             }
         });
         let mut inputs = vec![ids.as_ptr()];
-        inputs.extend(cache.written.as_ref().map(Array::as_ptr));
-        let shape = [rows as i32, self.0.spec.vocab_size as i32];
+        let before = sequences
+            .iter()
+            .filter_map(|sequence| sequence.cache.written.as_ref());
+        inputs.extend(before.map(Array::as_ptr));
+        let shape = [wanted as i32, self.0.spec.vocab_size as i32];
         let outputs = [
             HostOutput::new(&[1], mlx_dtype__MLX_UINT32),
             HostOutput::new(&shape, mlx_dtype__MLX_FLOAT32),
@@ -162,28 +182,33 @@ impl HostDecoder {
         let (Some(written), Some(logits)) = (results.next(), results.next()) else {
             return Err(ModelError::Mlx("the decoder gave no arrays".to_owned()));
         };
-        cache.written = Some(written.clone());
-        Ok(if rows == 0 { written } else { logits })
+        for sequence in sequences {
+            sequence.cache.written = Some(written.clone());
+        }
+        Ok(if wanted == 0 { written } else { logits })
     }
 }
 
+/// What a step feeds to one sequence.
+pub(crate) struct HostRows<'a> {
+    pub(crate) cache: &'a mut HostCache,
+    /// Tokens that the sequence has seen.
+    pub(crate) position: usize,
+    /// Tokens that it is fed.
+    pub(crate) rows: usize,
+}
+
 impl Model {
-    /// Checks the ids, which may have been chosen on the way, and runs a step of one sequence.
+    /// Runs a step.
     fn run<E: mlx_engine_kernels::KvElement>(
         &self,
         ids: &[u32],
-        pages: &mut Vec<Page<E>>,
-        position: usize,
-        rows: usize,
+        parts: &mut [Part<'_, E>],
+        wanted: usize,
         logits: &mut [f32],
     ) -> Result<(), String> {
-        let part = Part {
-            pages,
-            position,
-            rows: ids.len(),
-        };
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = self.forward(&mut workspace, ids, &mut [part], rows, logits);
+        let done = self.forward(&mut workspace, ids, parts, wanted, logits);
         workspace.count();
         done.map_err(|error| error.to_string())
     }
