@@ -189,6 +189,9 @@ pub(crate) struct Bench {
     /// Tokens to generate
     #[arg(short = 'n', long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) generate_tokens: u32,
+    /// Answer so many requests at once, for each number of a list such as 1,4,8, in place of one after the other
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) batch: Vec<u32>,
     /// Rounds, whose medians are reported
     #[arg(short = 'r', long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rounds: u32,

@@ -1,5 +1,7 @@
 //! `mlx-engine bench`.
 
+mod batch;
+
 use indicatif::{ProgressBar, ProgressDrawTarget};
 use mlx_engine::{GenerateOutput, GenerateParams, Prompt};
 use serde_json::json;
@@ -10,6 +12,9 @@ use crate::load;
 use crate::output::outln;
 
 pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
+    if !args.batch.is_empty() {
+        return batch::run(args).await;
+    }
     let engine = load::load(&args.model).await?;
     let params = GenerateParams::default()
         .with_temperature(0.0)
@@ -20,9 +25,9 @@ pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
     // The first round warms up and does not count.
     for round in 0..=args.rounds {
         // Each round has a prompt of its own, as one that was seen before is not computed again.
-        let tokens = (0..args.prompt_tokens).map(|i| 32 + (i * 7 + round * 13) % 200);
+        let tokens = prompt(args.prompt_tokens, round);
         let output = tokio::select! {
-            output = engine.generate(Prompt::tokens(tokens), params.clone()) => output?,
+            output = engine.generate(tokens, params.clone()) => output?,
             _ = tokio::signal::ctrl_c() => return Err(Failure::Interrupted),
         };
         bar.inc(1);
@@ -31,11 +36,7 @@ pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
         }
     }
     bar.finish_and_clear();
-    let median = |figure: fn(&GenerateOutput) -> f64| {
-        let mut values: Vec<f64> = outputs.iter().map(figure).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
+    let median = |figure: fn(&GenerateOutput) -> f64| median(outputs.iter().map(figure).collect());
     let prompt_tps = median(|output| output.timings.prompt_tps);
     let generation_tps = median(|output| output.timings.generation_tps);
     let ttft_s = median(|output| output.timings.ttft_s);
@@ -70,4 +71,19 @@ pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
         outln!("peak memory   {:.1} MB", peak as f64 / 1e6);
     }
     Ok(())
+}
+
+/// A prompt that no other round has.
+fn prompt(tokens: u32, round: u32) -> Prompt {
+    Prompt::tokens((0..tokens).map(|i| 32 + (i * 7 + round * 13) % 200))
+}
+
+/// The middle value, or the mean of the two; 0 of none.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => 0.0,
+        len if len % 2 == 1 => values[len / 2],
+        len => f64::midpoint(values[len / 2 - 1], values[len / 2]),
+    }
 }

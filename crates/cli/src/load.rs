@@ -10,9 +10,14 @@ use crate::failure::Failure;
 
 /// Loads a model. Ctrl-C gives the load up.
 pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
+    load_with(model, EngineOptions::default()).await
+}
+
+/// As [`load`], with options beside those of the command line.
+pub(crate) async fn load_with(model: &Model, options: EngineOptions) -> Result<InferenceEngine, Failure> {
     let options = EngineOptions {
         exact: model.exact,
-        ..EngineOptions::default()
+        ..options
     };
     let engine = InferenceEngine::new()
         .with_backend(model.backend.into())

@@ -44,7 +44,10 @@ impl Integers {
 }
 
 /// Rows below which a strip has only these, and no matrix unit is used.
-pub(crate) const FEW: usize = 4;
+pub(crate) const FEW: usize = 3;
+
+/// Rows of a strip where they are all there are.
+pub(crate) const HALF_STRIP: usize = 8;
 
 /// The largest integer: its upper byte, rounded, is at most 127.
 const LARGEST: f32 = 32512.0;
@@ -112,7 +115,11 @@ impl Activations {
             return;
         }
         let blocks = columns / BLOCK;
-        integers.strip = if rows < FEW { rows } else { LANES };
+        integers.strip = match rows {
+            0..FEW => rows,
+            FEW..=HALF_STRIP => HALF_STRIP,
+            _ => LANES,
+        };
         let count = rows.next_multiple_of(integers.strip) * blocks;
         integers.halves.resize(count, Halves::default());
         integers.factors.clear();

@@ -5,12 +5,12 @@
 
 use std::cell::RefCell;
 
-use crate::activations::Activations;
+use crate::activations::{Activations, HALF_STRIP};
 use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
 use crate::matrix::{BLOCK, Matrix, Quantized, STEPS, Weights, unpack};
-use crate::simd::{Halves, Kernel, LANES, Line, Simd, Sums, Tiles, dispatch, exp};
+use crate::simd::{Halves, Kernel, LANES, Line, MatrixUnit, Simd, Sums, Tiles, dispatch, exp};
 use crate::{KernelError, Pool};
 
 /// Where a product goes.
@@ -401,29 +401,12 @@ fn integer_rows<S: Simd, const BITS: usize>(
     let blocks = x.columns() / BLOCK;
     let lines = weights.tile(tile, blocks);
     let integers = &x.integers;
-    let unit = s.matrix_unit().filter(|_| integers.strip == LANES);
-    if let Some(unit) = unit {
-        let mut numbers = NUMBERS.take();
-        s.call(Unpack::<BITS> {
-            lines,
-            numbers: &mut numbers,
-        });
-        let (tiles, mut dots) = (unit.configure(), [[[Line::ZERO; LANES]; 2]; 2]);
-        for (strip, sums) in sums.chunks_mut(LANES).enumerate() {
-            let (halves, factors) = integers.strip(strip, blocks);
-            s.call(MatrixBlock::<BITS> {
-                tiles: &tiles,
-                dots: &mut dots,
-                weights,
-                numbers: &numbers,
-                tile,
-                halves,
-                factors,
-                sums,
-            });
+    match (s.matrix_unit(), integers.strip) {
+        (Some(unit), LANES) => return matrix_rows::<S, BITS, LANES>(s, unit, weights, tile, x, sums),
+        (Some(unit), HALF_STRIP) => {
+            return matrix_rows::<S, BITS, HALF_STRIP>(s, unit, weights, tile, x, sums);
         }
-        NUMBERS.set(numbers);
-        return;
+        _ => {}
     }
     for (strip, sums) in sums.chunks_mut(integers.strip).enumerate() {
         let (halves, factors) = integers.strip(strip, blocks);
@@ -432,6 +415,40 @@ fn integer_rows<S: Simd, const BITS: usize>(
             s.call(IntegerBlock::<BITS, M> { weights, lines, tile, halves, factors, strip: integers.strip, first, sums });
         });
     }
+}
+
+/// One tile times strips of `ROWS` rows, by a matrix unit.
+#[inline(always)]
+fn matrix_rows<S: Simd, const BITS: usize, const ROWS: usize>(
+    s: S,
+    unit: MatrixUnit,
+    weights: &Quantized,
+    tile: usize,
+    x: &Activations,
+    sums: &mut [[f32; LANES]],
+) {
+    let blocks = x.columns() / BLOCK;
+    let lines = weights.tile(tile, blocks);
+    let mut numbers = NUMBERS.take();
+    s.call(Unpack::<BITS> {
+        lines,
+        numbers: &mut numbers,
+    });
+    let (tiles, mut dots) = (unit.configure::<ROWS>(), [[[Line::ZERO; ROWS]; 2]; 2]);
+    for (strip, sums) in sums.chunks_mut(ROWS).enumerate() {
+        let (halves, factors) = x.integers.strip(strip, blocks);
+        s.call(MatrixBlock::<BITS, ROWS> {
+            tiles: &tiles,
+            dots: &mut dots,
+            weights,
+            numbers: &numbers,
+            tile,
+            halves,
+            factors,
+            sums,
+        });
+    }
+    NUMBERS.set(numbers);
 }
 
 /// Lines of weights between the one that is used and the one that is asked for: 2 KB.
@@ -479,8 +496,8 @@ impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
                     &*self.factors.as_ptr().add(at).cast::<[[f32; 2]; M]>(),
                 )
             };
-            if M == 1 {
-                // One row waits for memory alone: the processor's own prefetching is a fifth slower.
+            if M <= 2 {
+                // Few rows wait for memory alone: the processor's own prefetching is a fifth slower.
                 for line in 0..BITS {
                     s.prefetch(block.as_ptr().wrapping_add(PREFETCH_AHEAD + line));
                 }
@@ -525,6 +542,9 @@ impl<const BITS: usize> Kernel for Unpack<'_, BITS> {
         let blocks = self.lines.chunks_exact(BITS);
         self.numbers.resize(blocks.len(), [Line::ZERO; STEPS]);
         for (block, lines) in blocks.zip(self.numbers) {
+            for line in 0..BITS {
+                s.prefetch(block.as_ptr().wrapping_add(PREFETCH_AHEAD + line));
+            }
             for (line, numbers) in lines.iter_mut().zip(unpack::<S, BITS>(s, block)) {
                 s.store_line(numbers, line);
             }
@@ -532,12 +552,12 @@ impl<const BITS: usize> Kernel for Unpack<'_, BITS> {
     }
 }
 
-/// One tile times a strip of sixteen rows of integer activations, by a matrix unit: the numbers and the order of the sums
+/// One tile times a strip of integer activations, by a matrix unit: the numbers and the order of the sums
 /// are those of [`IntegerBlock`], so that each row gets the same bits.
-struct MatrixBlock<'a, const BITS: usize> {
-    tiles: &'a Tiles,
+struct MatrixBlock<'a, const BITS: usize, const ROWS: usize> {
+    tiles: &'a Tiles<ROWS>,
     /// Of this block and of the next.
-    dots: &'a mut [Sums; 2],
+    dots: &'a mut [Sums<ROWS>; 2],
     weights: &'a Quantized,
     /// The weights of the tile.
     numbers: &'a [[Line; STEPS]],
@@ -547,20 +567,20 @@ struct MatrixBlock<'a, const BITS: usize> {
     sums: &'a mut [[f32; LANES]],
 }
 
-/// Repeats a statement for each of sixteen rows, so that what it sums stays in registers.
-macro_rules! for_sixteen {
-    ($row:ident => $body:expr) => {
-        for_sixteen!(@ $row => $body; 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+/// Repeats a statement for each of up to sixteen rows, so that what it sums stays in registers.
+macro_rules! for_rows {
+    ($rows:ident, $row:ident => $body:expr) => {
+        for_rows!(@ $rows, $row => $body; 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
     };
-    (@ $row:ident => $body:expr; $($number:literal),*) => {
-        $({
-            const $row: usize = $number;
+    (@ $rows:ident, $row:ident => $body:expr; $($number:literal),*) => {
+        $(if $number < $rows {
+            let $row = $number;
             $body
         })*
     };
 }
 
-impl<const BITS: usize> Kernel for MatrixBlock<'_, BITS> {
+impl<const BITS: usize, const ROWS: usize> Kernel for MatrixBlock<'_, BITS, ROWS> {
     type Output = ();
 
     #[inline(always)]
@@ -568,10 +588,10 @@ impl<const BITS: usize> Kernel for MatrixBlock<'_, BITS> {
         let blocks = self.numbers.len();
         let per_group = self.weights.group_size / BLOCK;
         let first_group = self.tile * (blocks / per_group);
-        let (halves, _) = self.halves.as_chunks::<LANES>();
-        let (factors, _) = self.factors.as_chunks::<LANES>();
+        let (halves, _) = self.halves.as_chunks::<ROWS>();
+        let (factors, _) = self.factors.as_chunks::<ROWS>();
         let Self { tiles, dots, .. } = self;
-        let mut totals = [s.splat(0.0); LANES];
+        let mut totals = [s.splat(0.0); ROWS];
         if let (Some(numbers), Some(halves)) = (self.numbers.first(), halves.first()) {
             tiles.dot(numbers, halves, &mut dots[0]);
         }
@@ -585,11 +605,11 @@ impl<const BITS: usize> Kernel for MatrixBlock<'_, BITS> {
                 .scales
                 .load::<S, BITS>(s, first_group + index / per_group);
             let [upper, lower] = &dots[index % 2];
-            for_sixteen!(ROW => {
-                let [x_scale, x_sum] = factors[ROW];
-                let dot = s.add_i(s.shl::<8>(s.line(&upper[ROW])), s.line(&lower[ROW]));
-                let total = s.fma(s.to_float(dot), s.mul(scale, s.splat(x_scale)), totals[ROW]);
-                totals[ROW] = s.fma(bias, s.splat(x_sum), total);
+            for_rows!(ROWS, row => {
+                let [x_scale, x_sum] = factors[row];
+                let dot = s.add_i(s.shl::<8>(s.line(&upper[row])), s.line(&lower[row]));
+                let total = s.fma(s.to_float(dot), s.mul(scale, s.splat(x_scale)), totals[row]);
+                totals[row] = s.fma(bias, s.splat(x_sum), total);
             });
         }
         for (sum, total) in self.sums.iter_mut().zip(totals) {

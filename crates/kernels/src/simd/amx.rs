@@ -19,11 +19,11 @@ struct Configuration {
     rows: [u8; 16],
 }
 
-/// Tiles in use on this thread, until it is dropped.
-pub(crate) struct Tiles(());
+/// Tiles in use on this thread for `ROWS` rows of activations, 16 at most, until it is dropped.
+pub(crate) struct Tiles<const ROWS: usize>(());
 
-/// Sums of upper and of lower bytes: for each of sixteen rows of activations sixteen lanes.
-pub(crate) type Sums = [[Line; 16]; 2];
+/// Sums of upper and of lower bytes: for each of `ROWS` rows of activations sixteen lanes.
+pub(crate) type Sums<const ROWS: usize> = [[Line; ROWS]; 2];
 
 /// Bits 24 and 25 of `edx` of leaf 7: tiles, and their products of bytes.
 const TILES_AND_BYTES: u32 = 0b11 << 24;
@@ -55,13 +55,14 @@ impl MatrixUnit {
         reason = "the value proves that the instructions are there"
     )]
     #[inline(always)]
-    pub(crate) fn configure(self) -> Tiles {
+    pub(crate) fn configure<const ROWS: usize>(self) -> Tiles<ROWS> {
         configure()
     }
 }
 
 #[inline(always)]
-fn configure() -> Tiles {
+fn configure<const ROWS: usize>() -> Tiles<ROWS> {
+    const { assert!(ROWS > 0 && ROWS <= 16, "rows of a tile") };
     let mut configuration = Configuration {
         palette: 1,
         start_row: 0,
@@ -70,7 +71,8 @@ fn configure() -> Tiles {
         rows: [0; 16],
     };
     // Sums of upper and of lower bytes, upper and lower bytes of activations, weights.
-    let shapes = [(16, 64), (16, 64), (16, 32), (16, 32), (8, 64)];
+    let rows = ROWS as u8;
+    let shapes = [(rows, 64), (rows, 64), (rows, 32), (rows, 32), (8, 64)];
     for (tile, (rows, row_bytes)) in shapes.into_iter().enumerate() {
         configuration.rows[tile] = rows;
         configuration.row_bytes[tile] = row_bytes;
@@ -82,16 +84,16 @@ fn configure() -> Tiles {
     Tiles(())
 }
 
-impl Tiles {
-    /// Multiplies 32 columns of sixteen rows of activations, in signed upper and lower bytes, with those of sixteen rows
+impl<const ROWS: usize> Tiles<ROWS> {
+    /// Multiplies 32 columns of the rows of activations, in signed upper and lower bytes, with those of sixteen rows
     /// of weights.
     #[expect(
         clippy::unused_self,
         reason = "the value proves that the tiles are configured"
     )]
     #[inline(always)]
-    pub(crate) fn dot(&self, weights: &[Line; 8], x: &[Halves; 16], sums: &mut Sums) {
-        // SAFETY: the tiles are configured, for 8 lines of weights, 16 of activations and twice 16 of sums.
+    pub(crate) fn dot(&self, weights: &[Line; 8], x: &[Halves; ROWS], sums: &mut Sums<ROWS>) {
+        // SAFETY: the tiles are configured, for 8 lines of weights, `ROWS` of activations and twice as many of sums.
         unsafe {
             asm!(
                 "tileloadd tmm4, [{weights} + {line}*1]",
@@ -102,10 +104,11 @@ impl Tiles {
                 "tilezero tmm1",
                 "tdpbsud tmm1, tmm3, tmm4",
                 "tilestored [{sums} + {line}*1], tmm0",
-                "tilestored [{sums} + {line}*1 + 1024], tmm1",
+                "tilestored [{lower} + {line}*1], tmm1",
                 weights = in(reg) weights.as_ptr(),
                 x = in(reg) x.as_ptr(),
-                sums = in(reg) sums.as_mut_ptr(),
+                sums = in(reg) sums[0].as_mut_ptr(),
+                lower = in(reg) sums[1].as_mut_ptr(),
                 line = in(reg) 64_usize,
                 options(nostack, preserves_flags),
             );
@@ -113,7 +116,7 @@ impl Tiles {
     }
 }
 
-impl Drop for Tiles {
+impl<const ROWS: usize> Drop for Tiles<ROWS> {
     fn drop(&mut self) {
         // SAFETY: the tiles were configured by this thread; a thread that keeps them makes every switch dearer.
         unsafe { asm!("tilerelease", options(nostack, preserves_flags)) };
@@ -154,7 +157,7 @@ fn is_right() -> bool {
     let weights = [Line([200; 64]); 8];
     let x = [Halves([[[3; 4]; 8], [[-2_i8 as u8; 4]; 8]]); 16];
     let mut sums = [[Line::ZERO; 16]; 2];
-    let tiles = configure();
+    let tiles = configure::<16>();
     tiles.dot(&weights, &x, &mut sums);
     drop(tiles);
     let [upper, lower] = sums.map(|rows| bytemuck::cast::<Line, [i32; 16]>(rows[15])[15]);

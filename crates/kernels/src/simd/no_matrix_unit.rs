@@ -1,19 +1,26 @@
 //! Where no unit multiplies matrices.
 
+use std::convert::Infallible;
+use std::marker::PhantomData;
+
 use super::{Halves, Line};
 
 /// There is none.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum MatrixUnit {}
 
-pub(crate) type Tiles = MatrixUnit;
+pub(crate) struct Tiles<const ROWS: usize>(Infallible, PhantomData<[(); ROWS]>);
 
-pub(crate) type Sums = [[Line; 16]; 2];
+pub(crate) type Sums<const ROWS: usize> = [[Line; ROWS]; 2];
 
 impl MatrixUnit {
-    pub(crate) fn configure(self) -> Self {
-        self
+    pub(crate) fn configure<const ROWS: usize>(self) -> Tiles<ROWS> {
+        match self {}
     }
+}
 
-    pub(crate) fn dot(&self, _weights: &[Line; 8], _x: &[Halves; 16], _sums: &mut Sums) {}
+impl<const ROWS: usize> Tiles<ROWS> {
+    pub(crate) fn dot(&self, _weights: &[Line; 8], _x: &[Halves; ROWS], _sums: &mut Sums<ROWS>) {
+        match self.0 {}
+    }
 }
