@@ -44,7 +44,7 @@ impl Integers {
 }
 
 /// Rows below which a strip has only these, and no matrix unit is used.
-pub(crate) const FEW: usize = 3;
+pub(crate) const FEW: usize = 7;
 
 /// Rows of a strip where they are all there are.
 pub(crate) const HALF_STRIP: usize = 8;

@@ -496,7 +496,7 @@ impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
                     &*self.factors.as_ptr().add(at).cast::<[[f32; 2]; M]>(),
                 )
             };
-            if M <= 2 {
+            if M <= 8 {
                 // Few rows wait for memory alone: the processor's own prefetching is a fifth slower.
                 for line in 0..BITS {
                     s.prefetch(block.as_ptr().wrapping_add(PREFETCH_AHEAD + line));
