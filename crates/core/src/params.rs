@@ -85,6 +85,9 @@ impl GenerateParams {
     /// The most alternatives that [`top_logprobs`](Self::top_logprobs) may ask for.
     pub const MAX_TOP_LOGPROBS: u8 = 20;
 
+    /// Temperatures below this take the likeliest token: divided by less, logits leave the range of float32.
+    pub const GREEDY_BELOW: f32 = 1e-4;
+
     /// Sets [`max_tokens`](Self::max_tokens).
     pub fn with_max_tokens(mut self, max_tokens: u32) -> Self {
         self.max_tokens = max_tokens;
@@ -184,7 +187,7 @@ impl GenerateParams {
 
     /// Whether each step takes the likeliest token, which makes the seed irrelevant.
     pub fn is_greedy(&self) -> bool {
-        self.temperature == 0.0
+        self.temperature < Self::GREEDY_BELOW
     }
 
     /// Checks every field against its range. NaN and the infinities are in no range.
@@ -199,13 +202,7 @@ impl GenerateParams {
             return Err(ParamError::new("top_p", self.top_p, "above 0 and at most 1"));
         }
         within("min_p", self.min_p, 0.0..=1.0)?;
-        if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
-            return Err(ParamError::new(
-                "repetition_penalty",
-                self.repetition_penalty,
-                "above 0 and finite",
-            ));
-        }
+        within("repetition_penalty", self.repetition_penalty, 0.01..=100.0)?;
         at_least_one("repetition_window", self.repetition_window)?;
         within("presence_penalty", self.presence_penalty, -2.0..=2.0)?;
         within("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?;
@@ -339,11 +336,11 @@ mod tests {
         check(&params().with_min_p(1.5), "`min_p` is 1.5, allowed: 0 to 1");
         check(
             &params().with_repetition_penalty(0.0),
-            "`repetition_penalty` is 0, allowed: above 0 and finite",
+            "`repetition_penalty` is 0, allowed: 0.01 to 100",
         );
         check(
             &params().with_repetition_penalty(f32::INFINITY),
-            "`repetition_penalty` is inf, allowed: above 0 and finite",
+            "`repetition_penalty` is inf, allowed: 0.01 to 100",
         );
         check(
             &params().with_repetition_window(0),
@@ -419,7 +416,7 @@ mod tests {
             temperature in 0.0f32..=2.0,
             top_p in 0.001f32..=1.0,
             min_p in 0.0f32..=1.0,
-            repetition_penalty in 0.001f32..=10.0,
+            repetition_penalty in 0.01f32..=100.0,
             (presence_penalty, frequency_penalty) in (-2.0f32..=2.0, -2.0f32..=2.0),
             logit_bias in prop::collection::btree_map(any::<u32>(), -100.0f32..=100.0, 0..4),
             seed in any::<Option<u64>>(),

@@ -73,6 +73,7 @@ pub fn spec_from_config(config: &Value) -> Result<DecoderSpec, ModelError> {
         .iter()
         .find(|family| family.model_type == model_type)
         .ok_or_else(|| unsupported(model_type))?;
+    check_layer_types(config.0)?;
     if let Some(activation) = config.0["hidden_act"]
         .as_str()
         .filter(|&activation| activation != "silu")
@@ -107,6 +108,20 @@ pub fn spec_from_config(config: &Value) -> Result<DecoderSpec, ModelError> {
         context_length: config.optional_size("max_position_embeddings")?.unwrap_or(2048),
     }
     .validate()
+}
+
+/// Refuses layers that attend to a part of the context alone, as mlx-lm's Llama has them by `layer_types`; without that
+/// list a `sliding_window` has no effect there, and so it has none here.
+fn check_layer_types(config: &Value) -> Result<(), ModelError> {
+    let types = config["layer_types"].as_array().into_iter().flatten();
+    for layer_type in types {
+        if layer_type.as_str() != Some("full_attention") {
+            return Err(ModelError::config(format!(
+                "`layer_types` has {layer_type}, supported: \"full_attention\""
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// A `config.json`.

@@ -158,6 +158,22 @@ impl DecoderSpec {
                 return Err(crate::ModelError::config(format!("{what} is {size}")));
             }
         }
+        let factor = match &self.rope.scaling {
+            RopeScaling::Linear(factor) | RopeScaling::Llama3 { factor, .. } => *factor,
+            RopeScaling::None | RopeScaling::Factors(_) => 1.0,
+        };
+        let positive = [
+            ("the base of the rotary embedding", self.rope.theta),
+            ("the factor of the rotary embedding", factor),
+            ("the epsilon of the norms", self.norm_eps),
+        ];
+        for (what, number) in positive {
+            if !(number > 0.0 && number.is_finite()) {
+                return Err(crate::ModelError::config(format!(
+                    "{what} is {number}, expected a number above 0"
+                )));
+            }
+        }
         if !self.heads.is_multiple_of(self.kv_heads) {
             let message = format!(
                 "{} heads cannot share {} key and value heads",

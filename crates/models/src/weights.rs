@@ -81,6 +81,15 @@ impl<'a> Loader<'a> {
     /// Compares the names in the checkpoint with those that the decoder needs, before anything is read.
     pub(crate) fn new(source: &'a Source) -> Result<Self, ModelError> {
         let loader = Self { source };
+        let found = loader.names();
+        // Before a name is made for each tensor of each layer: the number of layers is not to be trusted.
+        if source.spec.layers > found.len() {
+            return Err(ModelError::config(format!(
+                "the configuration has {} layers, and the checkpoint {} tensors",
+                source.spec.layers,
+                found.len()
+            )));
+        }
         let mut needed = HashSet::new();
         let mut companions = HashSet::new();
         for (place, bias) in places(&source.spec) {
@@ -89,10 +98,11 @@ impl<'a> Loader<'a> {
             if bias {
                 needed.insert(format!("{name}.bias"));
             }
-            companions.insert(format!("{name}.scales"));
-            companions.insert(format!("{name}.biases"));
+            if loader.is_packed(&format!("{name}.weight")) {
+                companions.insert(format!("{name}.scales"));
+                companions.insert(format!("{name}.biases"));
+            }
         }
-        let found = loader.names();
         let model_type = source.spec.model_type.clone();
         let mut missing: Vec<String> = needed
             .iter()
@@ -133,6 +143,16 @@ impl<'a> Loader<'a> {
             Weights::Folder(checkpoint, _) => checkpoint.names().collect(),
             Weights::Gguf(file) => file.tensors().map(|tensor| tensor.name).collect(),
         }
+    }
+
+    /// Whether a tensor is MLX's packed numbers, which have scales and biases beside them.
+    fn is_packed(&self, name: &str) -> bool {
+        let Weights::Folder(checkpoint, _) = &self.source.weights else {
+            return false;
+        };
+        checkpoint
+            .tensor(name)
+            .is_some_and(|tensor| tensor.dtype == FileType::U32)
     }
 
     /// Tensors that checkpoints carry and nobody computes with: what can be derived, and an output that is tied.

@@ -114,6 +114,26 @@ fn a_configuration_that_lacks_or_contradicts_something() {
         |config| config["rope_scaling"] = json!({"type": "linear"}),
         "of type `linear` lacks `factor`",
     );
+    check(
+        |config| config["rope_scaling"] = json!({"type": "linear", "factor": 0.0}),
+        "the factor of the rotary embedding is 0, expected a number above 0",
+    );
+    check(
+        |config| config["rope_theta"] = json!(0),
+        "the base of the rotary embedding is 0",
+    );
+    check(
+        |config| config["rms_norm_eps"] = json!(-1),
+        "the epsilon of the norms is -1",
+    );
+    check(
+        |config| config["layer_types"] = json!(["full_attention", "sliding_attention"]),
+        "`layer_types` has \"sliding_attention\", supported: \"full_attention\"",
+    );
+    check(
+        |config| config["num_hidden_layers"] = json!(100_000_000),
+        "the configuration has 100000000 layers, and the checkpoint 21 tensors",
+    );
 }
 
 #[test]
@@ -136,6 +156,28 @@ fn tensors_that_are_missing_unused_or_misshapen_are_named() {
         "{error}"
     );
     assert!(error.ends_with(" and 1 more"), "{error}");
+    // Scales beside a matrix of floats say that something else was meant.
+    let stray = changed(
+        "llama",
+        |_| {},
+        |bytes| {
+            let mut tensors = safetensors::SafeTensors::deserialize(bytes)
+                .expect("the fixture")
+                .tensors();
+            let norm = tensors
+                .iter()
+                .find(|(name, _)| name == "model.norm.weight")
+                .expect("a norm")
+                .1
+                .clone();
+            tensors.push(("model.layers.0.mlp.up_proj.scales".to_owned(), norm));
+            *bytes = safetensors::serialize(tensors, None).expect("the file is written");
+        },
+    );
+    assert_eq!(
+        stray.expect_err("it is refused").to_string(),
+        "the checkpoint has 1 tensors that a llama model does not use: `model.layers.0.mlp.up_proj.scales`"
+    );
     assert_eq!(
         config_error("llama", |config| config["vocab_size"] = json!(100)),
         "tensor `model.embed_tokens.weight` has the shape [96, 32], the configuration asks for [100, 32]"
