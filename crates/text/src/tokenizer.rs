@@ -12,7 +12,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
-use crate::pretokenizer::pre_tokenizer;
+use crate::pretokenizer::{PreTokenizer, pre_tokenizer};
 use crate::spm::Spm;
 use crate::{GgufVocabulary, TextError};
 
@@ -166,7 +166,11 @@ impl Tokenizer {
             .collect();
         let eos_token = vocabulary.eos.map(|id| vocabulary.tokens[id as usize].clone());
         let (kind, adds_bos) = match vocabulary.model.as_str() {
-            "gpt2" => (Kind::HuggingFace(Box::new(byte_level(&vocabulary)?)), false),
+            "gpt2" => {
+                let pre = pre_tokenizer(vocabulary.pre.as_deref())?;
+                let tokenizer = byte_level(&vocabulary, pre)?;
+                (Kind::HuggingFace(Box::new(tokenizer)), pre.adds_bos)
+            }
             "llama" => (
                 Kind::Spm(Box::new(Spm::new(&vocabulary)?), vocabulary.tokens.clone()),
                 true,
@@ -290,9 +294,8 @@ fn specials(tokenizer: &tokenizers::Tokenizer) -> BTreeSet<u32> {
 }
 
 /// A byte-level BPE from a GGUF vocabulary.
-fn byte_level(vocabulary: &GgufVocabulary) -> Result<tokenizers::Tokenizer, TextError> {
+fn byte_level(vocabulary: &GgufVocabulary, pre: &PreTokenizer) -> Result<tokenizers::Tokenizer, TextError> {
     let invalid = |message: String| TextError::Vocabulary { message };
-    let pre = pre_tokenizer(vocabulary.pre.as_deref())?;
     let ids = vocabulary
         .tokens
         .iter()

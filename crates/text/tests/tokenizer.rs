@@ -88,6 +88,28 @@ fn what_is_wrong_with_a_folder_is_said() {
     assert_eq!(error, "tokenizer `no/such.json` could not be read");
 }
 
+/// llama.cpp gives these a bos token unless the file says otherwise, and the others of BPE none.
+#[test]
+fn whether_a_text_begins_with_bos_follows_from_the_pre_tokenizer() {
+    let begins = |pre: &str, add_bos| {
+        let vocabulary = GgufVocabulary {
+            pre: Some(pre.to_owned()),
+            bos: Some(3),
+            add_bos,
+            ..vocabulary()
+        };
+        let tokenizer = Tokenizer::from_vocabulary(vocabulary).expect("it is known");
+        tokenizer.encode("a", true).expect("it encodes") == [3, 0]
+    };
+    let with = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken";
+    for pre in with.split(' ') {
+        assert!(begins(pre, None) && !begins(pre, Some(false)), "{pre}");
+    }
+    for pre in "gpt-2 default qwen2 smollm smaug-bpe gpt-4o falcon deepseek-llm".split(' ') {
+        assert!(!begins(pre, None) && begins(pre, Some(true)), "{pre}");
+    }
+}
+
 fn vocabulary() -> GgufVocabulary {
     GgufVocabulary {
         model: "gpt2".to_owned(),
