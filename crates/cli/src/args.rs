@@ -73,28 +73,28 @@ pub(crate) struct Model {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Sampling {
     /// The most tokens to generate
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<u32>,
     /// Divides the logits before sampling; 0 takes the likeliest token
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Keep the likeliest tokens whose probabilities sum to this
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Keep this many of the likeliest tokens; 0 keeps all
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     top_k: Option<u32>,
     /// Keep tokens at least this likely relative to the likeliest
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     min_p: Option<f32>,
     /// Divide the logits of tokens that were seen lately
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f32>,
     /// Make sampling repeatable
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<u64>,
     /// End the answer before this text; may be given again
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", allow_hyphen_values = true)]
     stop: Vec<String>,
 }
 
@@ -119,7 +119,7 @@ pub(crate) struct Generate {
     #[command(flatten)]
     pub(crate) model: Model,
     /// The prompt
-    #[arg(long, value_name = "S", conflicts_with_all = ["prompt_file", "stdin"])]
+    #[arg(long, value_name = "S", allow_hyphen_values = true, conflicts_with_all = ["prompt_file", "stdin"])]
     pub(crate) prompt: Option<String>,
     /// Read the prompt from a file
     #[arg(long, value_name = "F", conflicts_with = "stdin")]
@@ -128,7 +128,7 @@ pub(crate) struct Generate {
     #[arg(value_name = "-", value_parser = ["-"])]
     pub(crate) stdin: Option<String>,
     /// The system prompt
-    #[arg(long, value_name = "S", conflicts_with = "raw")]
+    #[arg(long, value_name = "S", allow_hyphen_values = true, conflicts_with = "raw")]
     pub(crate) system: Option<String>,
     /// Give the prompt to the model as it is, without the chat template
     #[arg(long)]

@@ -11,7 +11,7 @@ use crate::args::Chat;
 use crate::failure::Failure;
 use crate::generate::report;
 use crate::load;
-use crate::output::{outln, write};
+use crate::output::{errln, outln, write};
 
 const HELP: &str = "\
 /help     this list
@@ -30,12 +30,13 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
     }
     let mut lines = Lines::new();
     if lines.is_interactive() {
-        eprintln!("Type a message, or /help.");
+        errln!("Type a message, or /help.");
     }
+    let mut failed = false;
     while let Some(line) = lines.next()? {
         match line.trim() {
             "" => {}
-            "/help" => eprintln!("{HELP}"),
+            "/help" => errln!("{HELP}"),
             "/quit" | "/exit" => break,
             "/clear" => session.clear(),
             "/history" => {
@@ -43,28 +44,33 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
                     outln!("{}: {}", message.role, message.content);
                 }
             }
-            command if command.starts_with('/') => eprintln!("`{command}` is no command; /help lists them"),
-            text => answer(&mut session, text).await?,
+            command if command.starts_with('/') => errln!("`{command}` is no command; /help lists them"),
+            text => failed |= !answer(&mut session, text).await?,
         }
+    }
+    // At a terminal the user has seen it; a script has only the exit code.
+    if failed && !lines.is_interactive() {
+        return Err(Failure::Told);
     }
     Ok(())
 }
 
-/// Streams one answer. Ctrl-C stops it; an error is told and the conversation goes on.
-async fn answer(session: &mut ChatSession, text: &str) -> Result<(), Failure> {
+/// Streams one answer. Ctrl-C stops it; an error is told and the conversation goes on. Returns whether there was none.
+async fn answer(session: &mut ChatSession, text: &str) -> Result<bool, Failure> {
+    let mut well = true;
     let mut stream = match session.stream(text).await {
         Ok(stream) => stream,
         Err(error) => {
             Failure::from(error).report();
-            return Ok(());
+            return Ok(false);
         }
     };
     loop {
         let event = tokio::select! {
             event = stream.next() => event,
             _ = tokio::signal::ctrl_c() => {
-                eprintln!("\n[stopped]");
-                return Ok(());
+                errln!("\n[stopped]");
+                return Ok(true);
             }
         };
         match event {
@@ -77,8 +83,9 @@ async fn answer(session: &mut ChatSession, text: &str) -> Result<(), Failure> {
             Some(Err(error)) => {
                 outln!("");
                 Failure::from(error).report();
+                well = false;
             }
-            None => return Ok(()),
+            None => return Ok(well),
         }
     }
 }

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use mlx_engine::EngineError;
 
+use crate::output::errln;
+
 /// Why a command failed, and the exit code that says so.
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -16,6 +18,8 @@ pub(crate) enum Failure {
     Usage(String),
     /// Ctrl-C.
     Interrupted,
+    /// What went wrong has been told.
+    Told,
     /// Nobody reads stdout any more, which is no failure.
     ReaderGone,
 }
@@ -33,26 +37,27 @@ impl Failure {
     pub(crate) fn report(self) -> ExitCode {
         match self {
             Self::Engine(error) => {
-                eprintln!("error: {error}");
+                errln!("error: {error}");
                 let mut source = error.source();
                 while let Some(inner) = source {
-                    eprintln!("  caused by: {inner}");
+                    errln!("  caused by: {inner}");
                     source = inner.source();
                 }
                 if let Some(hint) = error.hint() {
-                    eprintln!("hint: {hint}");
+                    errln!("hint: {hint}");
                 }
                 ExitCode::from(1)
             }
             Self::Other(message) => {
-                eprintln!("error: {message}");
+                errln!("error: {message}");
                 ExitCode::from(1)
             }
             Self::Usage(message) => {
-                eprintln!("error: {message}\n\nFor more information, try '--help'.");
+                errln!("error: {message}\n\nFor more information, try '--help'.");
                 ExitCode::from(2)
             }
             Self::Interrupted => ExitCode::from(130),
+            Self::Told => ExitCode::from(1),
             Self::ReaderGone => ExitCode::SUCCESS,
         }
     }

@@ -10,7 +10,7 @@ use mlx_engine::{
 
 use crate::args::Generate;
 use crate::failure::Failure;
-use crate::output::{outln, write};
+use crate::output::{errln, outln, write};
 use crate::{input, load};
 
 pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
@@ -141,7 +141,7 @@ pub(crate) fn report(summary: &GenerateSummary) {
         timings,
         ..
     } = summary;
-    eprintln!(
+    errln!(
         "[{model} | backend {backend} on {device} | prompt {} tokens ({} cached), {:.1} tok/s | answer {} tokens, {:.1} \
          tok/s | first token after {:.2} s]",
         usage.prompt_tokens,

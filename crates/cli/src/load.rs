@@ -7,6 +7,7 @@ use mlx_engine::{EngineOptions, InferenceEngine, LoadProgress, ProgressFn};
 
 use crate::args::Model;
 use crate::failure::Failure;
+use crate::output::errln;
 
 /// Loads a model. Ctrl-C gives the load up.
 pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
@@ -48,7 +49,7 @@ pub(crate) async fn load_with(model: &Model, options: EngineOptions) -> Result<I
     bar.finish_and_clear();
     loaded?;
     if let Some(reason) = engine.fallback_reason() {
-        eprintln!("warning: the mock answers in place of the model: {reason}");
+        errln!("warning: the mock answers in place of the model: {reason}");
     }
     Ok(engine)
 }

@@ -32,6 +32,9 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return Failure::other(format!("the runtime could not be started: {error}")).report(),
     };
+    if !matches!(cli.command, Command::Chat(_)) {
+        runtime.spawn(end_at_second_interrupt());
+    }
     let result = runtime.block_on(async {
         match cli.command {
             Command::Generate(args) => generate::run(args).await,
@@ -49,4 +52,15 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
     }
+}
+
+/// The first Ctrl-C is the commands': they end what they do. The second ends the process, whatever it is at.
+async fn end_at_second_interrupt() {
+    for _ in 0..2 {
+        if tokio::signal::ctrl_c().await.is_err() {
+            return;
+        }
+    }
+    // At once: what runs at an ordinary exit would wait for the step that is being computed.
+    signal_hook::low_level::exit(130);
 }

@@ -14,6 +14,16 @@ macro_rules! outln {
 
 pub(crate) use outln;
 
+/// Prints a line to stderr. Where that cannot be written there is nobody to tell.
+macro_rules! errln {
+    ($($argument:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr().lock(), $($argument)*);
+    }};
+}
+
+pub(crate) use errln;
+
 /// Writes to stdout and does not wait for a line to be whole.
 pub(crate) fn write(text: fmt::Arguments<'_>) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();

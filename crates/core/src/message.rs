@@ -187,11 +187,13 @@ impl Prompt {
         Self::Tokens(tokens.into_iter().collect())
     }
 
-    /// Whether there is nothing to continue: no text, no message or no token.
+    /// Whether there is nothing to continue: no text, no token, no message, or a question of the user that says nothing.
     pub fn is_empty(&self) -> bool {
         match self {
             Self::Text(text) => text.is_empty(),
-            Self::Chat { messages, .. } => messages.is_empty(),
+            Self::Chat { messages, .. } => messages
+                .last()
+                .is_none_or(|last| last.role == Role::User && last.content.is_empty()),
             Self::Tokens(tokens) => tokens.is_empty(),
         }
     }

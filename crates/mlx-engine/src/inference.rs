@@ -212,9 +212,10 @@ impl InferenceEngine {
 
     #[cfg(feature = "mlx")]
     async fn load_mlx(&self, model: &str, progress: Option<ProgressFn>) -> Result<Engine, EngineError> {
+        // A model that does not exist is an error on every backend: the mock must not stand in for it.
+        let location = crate::locate(model, self.registry())?;
         crate::platform().require_mlx()?;
         mlx_engine_engine::mlx_device()?;
-        let location = crate::locate(model, self.registry())?;
         mlx_engine_engine::load_mlx(
             location.path,
             location.configuration,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// A cause of another library.
-type Source = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type Source = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why text could not be turned into tokens, or a conversation into text.
 #[derive(Debug, thiserror::Error)]

@@ -10,6 +10,8 @@ pub(crate) struct PreTokenizer {
     pub(crate) patterns: &'static [&'static str],
     /// Whether a piece that is a token as a whole is taken without merging.
     pub(crate) ignore_merges: bool,
+    /// Whether a text begins with the bos token where the file does not say.
+    pub(crate) adds_bos: bool,
 }
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
@@ -31,10 +33,12 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
             "pixtral",
             "midm-2.0",
             "lfm2",
+            "jina-v5-nano",
         ],
         PreTokenizer {
             patterns: &[LLAMA3],
             ignore_merges: true,
+            adds_bos: true,
         },
     ),
     (
@@ -42,6 +46,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
         PreTokenizer {
             patterns: &[LLAMA3],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
     (
@@ -56,6 +61,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
         PreTokenizer {
             patterns: &[QWEN2],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
     (
@@ -63,6 +69,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
         PreTokenizer {
             patterns: &[QWEN35],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
     (
@@ -81,6 +88,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
         PreTokenizer {
             patterns: &[GPT2],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
     (
@@ -96,6 +104,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
         PreTokenizer {
             patterns: &[r"\p{N}", GPT2],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
     (
@@ -103,6 +112,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
         PreTokenizer {
             patterns: &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
     (
@@ -118,6 +128,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
                 r"\p{N}+",
             ],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
     (
@@ -131,6 +142,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
                 r"\p{N}",
             ],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
     (
@@ -138,6 +150,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
         PreTokenizer {
             patterns: &[TEKKEN],
             ignore_merges: true,
+            adds_bos: true,
         },
     ),
     (
@@ -145,6 +158,7 @@ const KNOWN: &[(&[&str], PreTokenizer)] = &[
         PreTokenizer {
             patterns: &[GPT4O],
             ignore_merges: false,
+            adds_bos: false,
         },
     ),
 ];

@@ -1,6 +1,7 @@
 //! Text to token ids and back.
 
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +13,8 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
-use crate::pretokenizer::pre_tokenizer;
+use crate::error::Source;
+use crate::pretokenizer::{PreTokenizer, pre_tokenizer};
 use crate::spm::Spm;
 use crate::{GgufVocabulary, TextError};
 
@@ -81,15 +83,13 @@ impl Tokenizer {
         let template = read_optional(&folder.join("chat_template.jinja"))?.or_else(|| template_of(&config));
         let mut eos = BTreeSet::new();
         for file in ["generation_config.json", "config.json"] {
-            let ids = read_json(&folder.join(file))?["eos_token_id"].take();
-            let ids = if ids.is_array() {
-                ids
-            } else {
-                Value::Array(vec![ids])
-            };
-            let ids = ids.as_array().into_iter().flatten();
+            let config = read_json(&folder.join(file))?;
+            // Indexing by name gives null where the file holds something else than an object.
+            let ids = &config["eos_token_id"];
+            let ids = ids.as_array().map_or(std::slice::from_ref(ids), Vec::as_slice);
             eos.extend(
-                ids.filter_map(Value::as_u64)
+                ids.iter()
+                    .filter_map(Value::as_u64)
                     .filter_map(|id| u32::try_from(id).ok()),
             );
         }
@@ -102,11 +102,13 @@ impl Tokenizer {
         chat_template: Option<String>,
         mut eos: BTreeSet<u32>,
     ) -> Result<Self, TextError> {
-        let tokenizer =
-            tokenizers::Tokenizer::from_file(path).map_err(|source| TextError::TokenizerFile {
-                path: path.to_owned(),
-                source,
-            })?;
+        let mut tokenizer = caught(|| tokenizers::Tokenizer::from_file(path))
+            .and_then(|loaded| loaded)
+            .map_err(|source| unreadable(path.to_owned(), source))?;
+        // Settings of training: a prompt that is cut or filled up without a word is not what was asked.
+        let without_truncation = tokenizer.with_truncation(None).map(|_| ());
+        without_truncation.map_err(|source| unreadable(path.to_owned(), source))?;
+        tokenizer.with_padding(None);
         let text_of = |key: &str| {
             let token = &config[key];
             token
@@ -166,7 +168,11 @@ impl Tokenizer {
             .collect();
         let eos_token = vocabulary.eos.map(|id| vocabulary.tokens[id as usize].clone());
         let (kind, adds_bos) = match vocabulary.model.as_str() {
-            "gpt2" => (Kind::HuggingFace(Box::new(byte_level(&vocabulary)?)), false),
+            "gpt2" => {
+                let pre = pre_tokenizer(vocabulary.pre.as_deref())?;
+                let tokenizer = byte_level(&vocabulary, pre)?;
+                (Kind::HuggingFace(Box::new(tokenizer)), pre.adds_bos)
+            }
             "llama" => (
                 Kind::Spm(Box::new(Spm::new(&vocabulary)?), vocabulary.tokens.clone()),
                 true,
@@ -201,8 +207,8 @@ impl Tokenizer {
         let inner = &self.inner;
         let mut ids = match &inner.kind {
             Kind::HuggingFace(tokenizer) => {
-                let encoding = tokenizer
-                    .encode_fast(text, add_special)
+                let encoding = caught(|| tokenizer.encode_fast(text, add_special))
+                    .and_then(|encoding| encoding)
                     .map_err(|source| TextError::Encode { source })?;
                 encoding.get_ids().to_vec()
             }
@@ -220,7 +226,9 @@ impl Tokenizer {
     /// The text of ids. Bytes that are no characters become U+FFFD; ids out of the vocabulary have no text.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         match &self.inner.kind {
-            Kind::HuggingFace(tokenizer) => tokenizer.decode(ids, skip_special).unwrap_or_default(),
+            Kind::HuggingFace(tokenizer) => caught(|| tokenizer.decode(ids, skip_special))
+                .and_then(|text| text)
+                .unwrap_or_default(),
             Kind::Spm(spm, _) => spm.decode(ids, skip_special),
         }
     }
@@ -290,9 +298,8 @@ fn specials(tokenizer: &tokenizers::Tokenizer) -> BTreeSet<u32> {
 }
 
 /// A byte-level BPE from a GGUF vocabulary.
-fn byte_level(vocabulary: &GgufVocabulary) -> Result<tokenizers::Tokenizer, TextError> {
+fn byte_level(vocabulary: &GgufVocabulary, pre: &PreTokenizer) -> Result<tokenizers::Tokenizer, TextError> {
     let invalid = |message: String| TextError::Vocabulary { message };
-    let pre = pre_tokenizer(vocabulary.pre.as_deref())?;
     let ids = vocabulary
         .tokens
         .iter()
@@ -341,7 +348,24 @@ fn byte_level(vocabulary: &GgufVocabulary) -> Result<tokenizers::Tokenizer, Text
     Ok(tokenizer)
 }
 
-fn unreadable(path: PathBuf, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> TextError {
+/// Turns a panic of `tokenizers`, which it answers some damaged files with, into an error.
+///
+/// Nothing half done is used after the unwinding: what was being loaded is dropped, and encoding and decoding borrow the
+/// tokenizer and change nothing but its caches of words, which take a word when it is finished and which a poisoned lock
+/// merely turns off.
+fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Source> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
+        let message = panic.downcast_ref::<String>().map(String::as_str);
+        let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
+        format!(
+            "the tokenizer is damaged: {}",
+            message.unwrap_or("no reason given")
+        )
+        .into()
+    })
+}
+
+fn unreadable(path: PathBuf, source: impl Into<Source>) -> TextError {
     TextError::TokenizerFile {
         path,
         source: source.into(),

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
+use proptest::prelude::*;
 
 /// A tokenizer of three tokens, the last of them special.
 const TOKENIZER: &str = r#"{
@@ -86,6 +87,88 @@ fn what_is_wrong_with_a_folder_is_said() {
         .expect_err("it fails")
         .to_string();
     assert_eq!(error, "tokenizer `no/such.json` could not be read");
+}
+
+#[test]
+fn a_prompt_is_neither_cut_nor_filled_up() {
+    let settings = r#""truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 6}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 2,
+                    "pad_type_id": 0, "pad_token": "</s>"},"#;
+    let file = TOKENIZER.replace(r#""added_tokens""#, &format!("{settings} \"added_tokens\""));
+    let tokenizer = load(&[("tokenizer.json", &file)]);
+    assert_eq!(tokenizer.encode("abab", true).unwrap(), [0, 1, 0, 1]);
+}
+
+#[test]
+fn a_configuration_that_is_no_object_says_nothing() {
+    for text in ["[]", "5", "\"x\"", "null", "[[1]]"] {
+        let names = ["generation_config.json", "config.json", "tokenizer_config.json"];
+        let files = names.map(|name| (name, text));
+        let tokenizer = load(&[&files[..], &[("tokenizer.json", TOKENIZER)]].concat());
+        assert!(tokenizer.eos_ids().is_empty(), "{text}");
+    }
+}
+
+/// The kinds of damage that `tokenizers` answers with a panic.
+#[test]
+fn a_damaged_tokenizer_is_an_error_and_no_panic() {
+    let with = |part: &str| TOKENIZER.replace(r#""added_tokens""#, &format!("{part}, \"added_tokens\""));
+    let error_of = |file: &str| match Tokenizer::from_folder(folder(&[("tokenizer.json", file)]).path()) {
+        Ok(tokenizer) => {
+            tokenizer.decode(&[0, 1, 2, u32::MAX], false);
+            tokenizer.encode("ab", true).err()
+        }
+        Err(error) => Some(error),
+    };
+    let missing = with(
+        r#""post_processor": {"type": "TemplateProcessing", "pair": [],
+            "single": [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {}}"#,
+    );
+    let error = error_of(&missing).expect("the token that the template names is missing");
+    let source = std::error::Error::source(&error).expect("a source").to_string();
+    assert!(source.contains("the tokenizer is damaged"), "{source}");
+    let stride = with(
+        r#""truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 2}"#,
+    );
+    error_of(&stride);
+    assert!(error_of(&"[".repeat(100_000)).is_some());
+}
+
+proptest! {
+    #[test]
+    fn bytes_that_are_wrong_do_not_panic(at in 0..TOKENIZER.len(), byte: u8, text in "\\PC{0,8}") {
+        let mut file = TOKENIZER.as_bytes().to_vec();
+        file[at] = byte;
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join("tokenizer.json"), file).expect("a file");
+        if let Ok(tokenizer) = Tokenizer::from_folder(folder.path()) {
+            let _ = tokenizer.encode(&text, true);
+            tokenizer.decode(&[0, 1, 2, 3], true);
+        }
+    }
+}
+
+/// llama.cpp gives these a bos token unless the file says otherwise, and the others of BPE none.
+#[test]
+fn whether_a_text_begins_with_bos_follows_from_the_pre_tokenizer() {
+    let begins = |pre: &str, add_bos| {
+        let vocabulary = GgufVocabulary {
+            pre: Some(pre.to_owned()),
+            bos: Some(3),
+            add_bos,
+            ..vocabulary()
+        };
+        let tokenizer = Tokenizer::from_vocabulary(vocabulary).expect("it is known");
+        tokenizer.encode("a", true).expect("it encodes") == [3, 0]
+    };
+    let with = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken";
+    for pre in with.split(' ') {
+        assert!(begins(pre, None) && !begins(pre, Some(false)), "{pre}");
+    }
+    for pre in "gpt-2 default qwen2 smollm smaug-bpe gpt-4o falcon deepseek-llm".split(' ') {
+        assert!(!begins(pre, None) && begins(pre, Some(true)), "{pre}");
+    }
 }
 
 fn vocabulary() -> GgufVocabulary {
