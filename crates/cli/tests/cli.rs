@@ -228,6 +228,91 @@ fn chat_reads_lines_from_a_pipe() {
 }
 
 #[test]
+fn an_empty_prompt_is_refused_wherever_it_comes_from() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let path = file.path().to_str().expect("UTF-8");
+    for args in [&["--prompt", ""][..], &["--prompt-file", path], &["-"]] {
+        let (code, out, err) = run(&mock(args), "");
+        assert_eq!((code, out.as_str()), (1, ""), "{args:?}");
+        assert!(err.contains("prompt is empty"), "{err}");
+    }
+}
+
+#[test]
+fn values_may_begin_with_a_hyphen() {
+    let (code, out, _) = run(&mock(&["--prompt", "-5 + 3 = ?", "--raw", "--stop", "--"]), "");
+    assert_eq!((code, out.as_str()), (0, "-5 + 3 = ?\n"));
+    let (code, _, err) = run(&mock(&["--prompt", "Hi", "--temperature", "-1"]), "");
+    assert_eq!(code, 1);
+    assert!(err.contains("`temperature` is -1, allowed: 0 to 2"), "{err}");
+}
+
+#[test]
+fn a_script_hears_that_a_message_of_its_chat_failed() {
+    let args = [
+        "chat",
+        "--model",
+        "tiny",
+        "--backend",
+        "mock",
+        "--max-tokens",
+        "8",
+    ];
+    let too_long = "x".repeat(5000);
+    let (code, out, err) = run(&args, format!("Hi\n{too_long}\nHello\n"));
+    assert!(err.contains("does not fit the context"), "{err}");
+    assert_eq!((code, out.matches("user: Hi").count()), (1, 2), "{out}");
+}
+
+#[cfg(unix)]
+#[test]
+fn stderr_that_cannot_be_written_changes_nothing() {
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .expect("the device");
+    let output = std::process::Command::new(assert_cmd::cargo::cargo_bin("mlx-engine"))
+        .args(mock(&["--prompt", "Hi", "--raw"]))
+        .stderr(full)
+        .output()
+        .expect("the command runs");
+    assert_eq!(
+        (output.status.code(), output.stdout.as_slice()),
+        (Some(0), &b"Hi\n"[..])
+    );
+}
+
+#[test]
+fn bench_of_batches_reports_a_row_for_each() {
+    let args = [
+        "bench",
+        "--model",
+        "tiny",
+        "--backend",
+        "mock",
+        "-p",
+        "4",
+        "-n",
+        "8",
+        "-r",
+        "2",
+        "--batch",
+        "1,3",
+        "--json",
+    ];
+    let (code, out, err) = run(&args, "");
+    assert_eq!(code, 0, "{err}");
+    let found = json(&out);
+    let rows = found["batches"].as_array().expect("rows");
+    let batches: Vec<u64> = rows.iter().filter_map(|row| row["batch"].as_u64()).collect();
+    assert_eq!((found["backend"].as_str(), batches), (Some("mock"), vec![1, 3]));
+    assert!(
+        rows.iter()
+            .all(|row| row["prompt_tps"].is_number() && row["generation_tps"].is_number())
+    );
+}
+
+#[test]
 fn bench_reports_medians() {
     let (code, out, _) = run(
         &[

@@ -279,8 +279,7 @@ mod tests {
         assert!(Prompt::text("").is_empty());
         assert!(Prompt::chat([]).is_empty());
         assert!(Prompt::tokens([]).is_empty());
-        // The template adds its own tokens around an empty turn.
-        assert!(!Prompt::user("").is_empty());
+        assert!(Prompt::user("").is_empty());
     }
 
     proptest! {
