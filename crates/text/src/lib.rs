@@ -22,6 +22,7 @@
 mod detokenizer;
 mod error;
 mod pretokenizer;
+mod python;
 mod spm;
 mod stop;
 mod strftime;

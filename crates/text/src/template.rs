@@ -3,17 +3,19 @@
 use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, ValueKind};
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior, Value, context};
-use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
-use crate::TextError;
 use crate::strftime::strftime;
+use crate::{TextError, python};
 
 /// Steps of the template machine: a conversation of thousands of messages takes a fraction of it, a loop without end
-/// all of it in seconds.
-const FUEL: u64 = 20_000_000;
+/// all of it in a second.
+const FUEL: u64 = 4_000_000;
+/// Bytes of stack for a template, taken as they are touched. Each round of a loop can put a list into another one, and
+/// minijinja frees them by recursion: this is enough for as many as the fuel can make.
+const STACK: usize = 1 << 30;
 const RECURSION_LIMIT: usize = 100;
 const NAME: &str = "chat";
 /// The detail under which `raise_exception` travels through minijinja.
@@ -100,10 +102,14 @@ impl ChatTemplate {
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_recursion_limit(RECURSION_LIMIT);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(python::method);
         environment.set_formatter(print);
-        environment.add_filter("tojson", tojson);
-        environment.add_filter("string", |value: &Value| python_str(value));
+        environment.add_filter("tojson", python::tojson);
+        environment.add_filter("string", python::str);
+        environment.add_test("iterable", |value: &Value| {
+            // minijinja iterates over none, Python does not.
+            !value.is_none() && value.try_iter().is_ok()
+        });
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(
                 ErrorKind::InvalidOperation,
@@ -127,17 +133,36 @@ impl ChatTemplate {
         environment.add_function("strftime_now", move |format: String| {
             strftime(&format, now.unwrap_or_else(SystemTime::now))
         });
-        let given = context! {
-            messages => Value::from(Serde(&context.messages)),
-            tools => Value::from(Serde(&context.tools)),
-            documents => (),
-            add_generation_prompt => context.add_generation_prompt,
-            bos_token => context.bos_token.as_str(),
-            eos_token => context.eos_token.as_str(),
+        let render = || {
+            let given = context! {
+                messages => Value::from(Serde(&context.messages)),
+                tools => Value::from(Serde(&context.tools)),
+                documents => (),
+                add_generation_prompt => context.add_generation_prompt,
+                bos_token => context.bos_token.as_str(),
+                eos_token => context.eos_token.as_str(),
+            };
+            let all = context! { ..Value::from(Serde(&context.arguments)), ..given };
+            let template = environment.get_template(NAME).map_err(|error| failed(&error))?;
+            template.render(all).map_err(|error| failed(&error))
         };
-        let all = context! { ..Value::from(Serde(&context.arguments)), ..given };
-        let template = environment.get_template(NAME).map_err(|error| failed(&error))?;
-        template.render(all).map_err(|error| failed(&error))
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new()
+                .name("chat-template".to_owned())
+                .stack_size(STACK);
+            let running = thread
+                .spawn_scoped(scope, render)
+                .map_err(|error| TextError::Template {
+                    message: format!("no thread can be started for it: {error}"),
+                    line: None,
+                })?;
+            running.join().unwrap_or_else(|_| {
+                Err(TextError::Template {
+                    message: "the template engine panicked".to_owned(),
+                    line: None,
+                })
+            })
+        })
     }
 }
 
@@ -170,140 +195,35 @@ fn failed(error: &Error) -> TextError {
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
-    while let Some(start) = rest.find("{%") {
+    while let Some(start) = rest.find("{%").map(|start| start + 2) {
         let Some(len) = rest[start..].find("%}") else {
             break;
         };
-        let inner = &rest[start + 2..start + len];
+        let (inner, end) = (&rest[start..start + len], start + len + 2);
         let word = inner
             .trim_start_matches(['-', '+'])
             .trim_end_matches(['-', '+'])
             .trim();
         if word == "generation" || word == "endgeneration" {
-            out.push_str(&rest[..start]);
+            out.push_str(&rest[..start - 2]);
             out.push_str("{#");
             out.push_str(if inner.starts_with('-') { "-" } else { "" });
             out.push(' ');
             out.push_str(if inner.ends_with('-') { "-" } else { "" });
             out.push_str("#}");
         } else {
-            out.push_str(&rest[..start + len + 2]);
+            out.push_str(&rest[..end]);
         }
-        rest = &rest[start + len + 2..];
+        rest = &rest[end..];
     }
     out + rest
 }
 
 /// Prints a value as Python's `str` does.
-fn print(out: &mut Output<'_>, _state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
-    out.write_str(&python_str(value)).map_err(Error::from)
-}
-
-fn python_str(value: &Value) -> String {
-    value.as_str().map_or_else(|| python_repr(value), str::to_owned)
-}
-
-fn python_repr(value: &Value) -> String {
-    match value.kind() {
-        ValueKind::Undefined => String::new(),
-        ValueKind::None => "None".to_owned(),
-        ValueKind::Bool => if value.is_true() { "True" } else { "False" }.to_owned(),
-        ValueKind::String => quoted(value.as_str().unwrap_or_default()),
-        ValueKind::Seq | ValueKind::Iterable => {
-            let items = value
-                .try_iter()
-                .into_iter()
-                .flatten()
-                .map(|item| python_repr(&item))
-                .collect::<Vec<_>>();
-            format!("[{}]", items.join(", "))
-        }
-        ValueKind::Map => {
-            let entries = value.try_iter().into_iter().flatten().map(|key| {
-                let entry = value.get_item(&key).unwrap_or_default();
-                format!("{}: {}", python_repr(&key), python_repr(&entry))
-            });
-            format!("{{{}}}", entries.collect::<Vec<_>>().join(", "))
-        }
-        _ => value.to_string(),
+fn print(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
+    match value.as_str() {
+        Some(text) => out.write_str(text),
+        None => out.write_str(&python::str(state, value)?),
     }
-}
-
-/// A string as Python's `repr` writes it.
-fn quoted(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') {
-        '"'
-    } else {
-        '\''
-    };
-    let mut out = String::from(quote);
-    for character in text.chars() {
-        match character {
-            '\\' => out.push_str("\\\\"),
-            '\n' => out.push_str("\\n"),
-            '\r' => out.push_str("\\r"),
-            '\t' => out.push_str("\\t"),
-            character if character == quote => out.extend(['\\', character]),
-            character => out.push(character),
-        }
-    }
-    out.push(quote);
-    out
-}
-
-/// `json.dumps(value, ensure_ascii=False, indent=indent)`: spaces after the separators, no escapes for HTML.
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "minijinja hands options over by value"
-)]
-fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    // transformers takes these too, and templates pass the defaults.
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    let _: Option<Value> = options.get("separators")?;
-    let _: Option<bool> = options.get("sort_keys")?;
-    options.assert_all_used()?;
-    let json = serde_json::to_value(value).map_err(|error| {
-        Error::new(ErrorKind::BadSerialization, "value cannot be JSON").with_source(error)
-    })?;
-    let mut out = Vec::new();
-    let indentation = " ".repeat(indent.unwrap_or(0).min(64));
-    let written = match indent {
-        Some(_) => {
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(indentation.as_bytes());
-            json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
-        }
-        None => json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)),
-    };
-    written.map_err(|error| {
-        Error::new(ErrorKind::BadSerialization, "value cannot be JSON").with_source(error)
-    })?;
-    Ok(Value::from_safe_string(
-        String::from_utf8_lossy(&out).into_owned(),
-    ))
-}
-
-/// Python's separators: `", "` and `": "`.
-struct Spaced;
-
-impl serde_json::ser::Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + std::io::Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
-    }
+    .map_err(Error::from)
 }

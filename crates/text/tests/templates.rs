@@ -1,24 +1,10 @@
 //! Chat templates, against Python's jinja2 in transformers' settings.
 
-use std::time::{Duration, UNIX_EPOCH};
+mod conversation;
 
+use conversation::context;
 use mlx_engine_text::{ChatTemplate, TemplateContext, TextError};
-use serde_json::{Map, Value, json};
-
-fn context(conversation: &Value, now: u64) -> TemplateContext {
-    let mut arguments: Map<String, Value> = conversation.as_object().expect("an object").clone();
-    let messages = arguments.remove("messages").expect("messages");
-    let tools = arguments.remove("tools");
-    let prompt = arguments
-        .remove("add_generation_prompt")
-        .is_some_and(|add| add == true);
-    TemplateContext::new(messages)
-        .with_tools(tools)
-        .with_generation_prompt(prompt)
-        .with_special_tokens("<s>", "</s>")
-        .with_arguments(arguments)
-        .with_now(UNIX_EPOCH + Duration::from_secs(now))
-}
+use serde_json::{Value, json};
 
 #[test]
 fn text_is_that_of_jinja2_byte_for_byte() {
@@ -35,7 +21,7 @@ fn text_is_that_of_jinja2_byte_for_byte() {
         let agrees = match &rendered {
             Ok(text) => case["text"] == *text,
             Err(TextError::Refused { message }) => case["refused"] == *message,
-            Err(_) => false,
+            Err(_) => case["failed"].is_string(),
         };
         if !agrees {
             wrong.push(format!(
@@ -78,4 +64,59 @@ fn a_hostile_template_ends() {
     assert!(found.contains("chat template is invalid"), "{found}");
     let found = error("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}");
     assert!(found.contains("chat template is invalid"), "{found}");
+    // Lists that are nested deeper with every round: they are freed, and refused where they are written.
+    let grows = |step: &str, end: &str| {
+        format!(
+            "{{% set ns = namespace(x=[]) %}}{{% for i in range(800) %}}{{% for j in range(1000) %}}{step}{{% endfor %}}{{% endfor %}}{end}"
+        )
+    };
+    for step in [
+        "{% set ns.x = [ns.x] %}",
+        "{% set ns.x = {'a': ns.x} %}",
+        "{% set ns.x = (ns.x,) %}",
+    ] {
+        let found = error(&grows(step, ""));
+        assert!(found.contains("fuel"), "{step}: {found}");
+        for end in ["{{ ns.x }}", "{{ ns.x | tojson }}"] {
+            let source = grows(step, end).replace("800", "300");
+            assert!(
+                error(&source).contains("nested more than 160 deep"),
+                "{step} {end}"
+            );
+        }
+    }
+    // Small lists that stand in one another twice are large when they are written.
+    for end in [
+        "{{ ns.x }}",
+        "{{ ns.x | tojson }}",
+        "{{ ns.x | string | length }}",
+    ] {
+        let source = format!(
+            "{{% set ns = namespace(x=[]) %}}{{% for i in range(60) %}}{{% set ns.x = [ns.x, ns.x] %}}{{% endfor %}}{end}"
+        );
+        let found = error(&source);
+        assert!(found.contains("fuel"), "{found}");
+    }
+    let found = error("{{ 'a'.rjust(99999999999) }}");
+    assert!(found.contains("fuel"), "{found}");
+}
+
+#[test]
+fn tags_that_are_cut_off_do_not_compile() {
+    for source in [
+        "{%}",
+        "{%",
+        "{%-",
+        "{{",
+        "{%- set",
+        "{% set x =",
+        "{%%}",
+        "{% raw %}{%",
+        "{%🦀",
+    ] {
+        assert!(
+            error(source).contains("chat template is invalid at line 1"),
+            "{source}"
+        );
+    }
 }
