@@ -3,7 +3,7 @@
 mod batch;
 
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use mlx_engine::{GenerateOutput, GenerateParams, Prompt};
+use mlx_engine::{GenerateOutput, GenerateParams, InferenceEngine, LlmEngine, Prompt};
 use serde_json::json;
 
 use crate::args::Bench;
@@ -16,6 +16,7 @@ pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
         return batch::run(args).await;
     }
     let engine = load::load(&args.model).await?;
+    fits(&engine, args.prompt_tokens, args.generate_tokens)?;
     let params = GenerateParams::default()
         .with_temperature(0.0)
         .with_max_tokens(args.generate_tokens)
@@ -71,6 +72,17 @@ pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
         outln!("peak memory   {:.1} MB", peak as f64 / 1e6);
     }
     Ok(())
+}
+
+/// Refuses what the context has no room for: it would end sooner and be measured as if it had not.
+fn fits(engine: &InferenceEngine, prompt: u32, generate: u32) -> Result<(), Failure> {
+    let context = engine.model().map_or(0, |model| model.context_length);
+    if u64::from(prompt) + u64::from(generate) <= u64::from(context) {
+        return Ok(());
+    }
+    Err(Failure::other(format!(
+        "{prompt} tokens of a prompt and {generate} of an answer do not fit the context of {context}; lower -p or -n"
+    )))
 }
 
 /// A prompt that no other round has.

@@ -1,6 +1,6 @@
 //! `mlx-engine chat`.
 
-use std::io::{BufRead, IsTerminal};
+use std::io::IsTerminal;
 
 use futures::StreamExt;
 use mlx_engine::{ChatSession, GenerationEvent};
@@ -18,7 +18,7 @@ const HELP: &str = "\
 /history  what was said
 /clear    forget the conversation, but for the system prompt
 /quit     leave (so does Ctrl-D)
-Ctrl-C stops an answer; on an empty line it leaves.";
+Ctrl-C stops an answer or drops a line; twice on a line it leaves.";
 
 pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
     let params = args.sampling.params();
@@ -33,7 +33,7 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
         errln!("Type a message, or /help.");
     }
     let mut failed = false;
-    while let Some(line) = lines.next()? {
+    while let Some(line) = lines.next().await? {
         match line.trim() {
             "" => {}
             "/help" => errln!("{HELP}"),
@@ -45,7 +45,7 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
                 }
             }
             command if command.starts_with('/') => errln!("`{command}` is no command; /help lists them"),
-            text => failed |= !answer(&mut session, text).await?,
+            text => failed |= !answer(&mut session, text, lines.is_interactive()).await?,
         }
     }
     // At a terminal the user has seen it; a script has only the exit code.
@@ -55,8 +55,9 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Streams one answer. Ctrl-C stops it; an error is told and the conversation goes on. Returns whether there was none.
-async fn answer(session: &mut ChatSession, text: &str) -> Result<bool, Failure> {
+/// Streams one answer. Ctrl-C stops it, and the program where nobody types; an error is told and the conversation goes on.
+/// Returns whether there was none.
+async fn answer(session: &mut ChatSession, text: &str, interactive: bool) -> Result<bool, Failure> {
     let mut well = true;
     let mut stream = match session.stream(text).await {
         Ok(stream) => stream,
@@ -69,6 +70,9 @@ async fn answer(session: &mut ChatSession, text: &str) -> Result<bool, Failure> 
         let event = tokio::select! {
             event = stream.next() => event,
             _ = tokio::signal::ctrl_c() => {
+                if !interactive {
+                    return Err(Failure::Interrupted);
+                }
                 errln!("\n[stopped]");
                 return Ok(true);
             }
@@ -94,7 +98,7 @@ async fn answer(session: &mut ChatSession, text: &str) -> Result<bool, Failure> 
 enum Lines {
     /// What was typed so far. The editor takes Ctrl-C for itself as long as it lives, so each line has one of its own.
     Terminal(Vec<String>),
-    Pipe(std::io::Lines<std::io::StdinLock<'static>>),
+    Pipe,
 }
 
 impl Lines {
@@ -102,7 +106,7 @@ impl Lines {
         if std::io::stdin().is_terminal() {
             Self::Terminal(Vec::new())
         } else {
-            Self::Pipe(std::io::stdin().lock().lines())
+            Self::Pipe
         }
     }
 
@@ -111,20 +115,29 @@ impl Lines {
     }
 
     /// The next line, or `None` at the end.
-    fn next(&mut self) -> Result<Option<String>, Failure> {
+    async fn next(&mut self) -> Result<Option<String>, Failure> {
         match self {
-            Self::Pipe(lines) => lines
-                .next()
-                .transpose()
-                .map_err(|error| Failure::other(format!("stdin could not be read: {error}"))),
-            Self::Terminal(typed) => match edit(typed) {
-                Ok(line) => {
-                    typed.push(line.clone());
-                    Ok(Some(line))
-                }
-                Err(ReadlineError::Eof | ReadlineError::Interrupted) => Ok(None),
-                Err(error) => Err(Failure::other(format!("the terminal could not be read: {error}"))),
+            Self::Pipe => tokio::select! {
+                line = tokio::task::spawn_blocking(|| std::io::stdin().lines().next().transpose()) => line
+                    .unwrap_or_else(|error| Err(error.into()))
+                    .map_err(|error| Failure::other(format!("stdin could not be read: {error}"))),
+                _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted),
             },
+            Self::Terminal(typed) => {
+                let mut line = edit(typed);
+                if let Err(ReadlineError::Interrupted) = line {
+                    errln!("[Ctrl-C again leaves]");
+                    line = edit(typed);
+                }
+                match line {
+                    Ok(line) => {
+                        typed.push(line.clone());
+                        Ok(Some(line))
+                    }
+                    Err(ReadlineError::Eof | ReadlineError::Interrupted) => Ok(None),
+                    Err(error) => Err(Failure::other(format!("the terminal could not be read: {error}"))),
+                }
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! `mlx-engine generate`.
 
 use std::io::IsTerminal;
+use std::time::Instant;
 
 use futures::StreamExt;
 use mlx_engine::{
@@ -17,11 +18,11 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
     let text = match (&args.prompt, &args.prompt_file, &args.stdin) {
         (Some(text), _, _) => text.clone(),
         (_, Some(path), _) => input::file(path)?,
-        (_, _, Some(_)) => input::stdin()?,
+        (_, _, Some(_)) => input::stdin_or_interrupt().await?,
         _ if std::io::stdin().is_terminal() => {
             return Err(Failure::usage("a prompt is needed: --prompt, --prompt-file or -"));
         }
-        _ => input::stdin()?,
+        _ => input::stdin_or_interrupt().await?,
     };
     let prompt = if args.raw {
         Prompt::text(text)
@@ -39,8 +40,8 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
     // What is wrong with the parameters is said before seconds are spent on the model.
     params.validate().map_err(mlx_engine::EngineError::from)?;
     let engine = load::load(&args.model).await?;
+    let mut answer = Answer::new();
     let mut stream = engine.stream(prompt, params).await?;
-    let mut answer = Answer::default();
     let mut interrupted = false;
     loop {
         let event = tokio::select! {
@@ -74,16 +75,33 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
 }
 
 /// What has come of an answer.
-#[derive(Default)]
 struct Answer {
     text: String,
     tokens: Vec<TokenInfo>,
     prompt_tokens: u32,
     cached_tokens: u32,
+    submitted: Instant,
+    /// When the first text came and when the last did.
+    between: Option<(Instant, Instant)>,
+    /// Tokens of the first text.
+    first_tokens: usize,
     summary: Option<GenerateSummary>,
 }
 
 impl Answer {
+    fn new() -> Self {
+        Self {
+            text: String::new(),
+            tokens: Vec::new(),
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            submitted: Instant::now(),
+            between: None,
+            first_tokens: 0,
+            summary: None,
+        }
+    }
+
     fn take(&mut self, event: GenerationEvent, print: bool) -> Result<(), Failure> {
         match event {
             GenerationEvent::Started {
@@ -99,6 +117,12 @@ impl Answer {
                 }
                 self.text.push_str(&text);
                 self.tokens.extend(tokens);
+                let now = Instant::now();
+                if self.between.is_none() {
+                    self.first_tokens = self.tokens.len();
+                }
+                let first = self.between.map_or(now, |(first, _)| first);
+                self.between = Some((first, now));
             }
             GenerationEvent::Finished(summary) => self.summary = Some(summary),
             _ => {}
@@ -106,7 +130,30 @@ impl Answer {
         Ok(())
     }
 
-    /// The summary of an answer that was interrupted, which has no measured times.
+    /// The times as they were seen from here; none without text.
+    fn timings(&self, load_s: f64) -> Timings {
+        let mut timings = Timings {
+            load_s,
+            ..Timings::default()
+        };
+        if let Some((first, last)) = self.between {
+            let rate = |tokens: usize, seconds: f64| {
+                if seconds > 0.0 {
+                    tokens as f64 / seconds
+                } else {
+                    0.0
+                }
+            };
+            timings.ttft_s = first.duration_since(self.submitted).as_secs_f64();
+            let computed = self.prompt_tokens.saturating_sub(self.cached_tokens);
+            timings.prompt_tps = rate(computed as usize, timings.ttft_s);
+            let later = self.tokens.len() - self.first_tokens;
+            timings.generation_tps = rate(later, last.duration_since(first).as_secs_f64());
+        }
+        timings
+    }
+
+    /// The summary of an answer that was interrupted: the engine does not give one to nobody.
     fn cancelled(&self, engine: &InferenceEngine) -> Result<GenerateSummary, Failure> {
         let loaded = engine.engine()?;
         let (Some(model), Some(backend)) = (engine.model(), engine.backend()) else {
@@ -122,11 +169,8 @@ impl Answer {
                 completion_tokens: self.tokens.len() as u32,
                 cached_tokens: self.cached_tokens,
             },
-            timings: Timings {
-                load_s: loaded.load_seconds(),
-                ..Timings::default()
-            },
-            peak_memory_bytes: 0,
+            timings: self.timings(loaded.load_seconds()),
+            peak_memory_bytes: loaded.peak_memory_bytes(),
         })
     }
 }

@@ -21,6 +21,14 @@ pub(crate) fn stdin() -> Result<String, Failure> {
     utf8(bytes, "stdin")
 }
 
+/// The text on stdin, or [`Failure::Interrupted`] where Ctrl-C comes first.
+pub(crate) async fn stdin_or_interrupt() -> Result<String, Failure> {
+    tokio::select! {
+        text = tokio::task::spawn_blocking(stdin) => text.map_err(|error| Failure::other(error.to_string()))?,
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted),
+    }
+}
+
 fn utf8(bytes: Vec<u8>, name: &str) -> Result<String, Failure> {
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();

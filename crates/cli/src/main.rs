@@ -32,7 +32,8 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return Failure::other(format!("the runtime could not be started: {error}")).report(),
     };
-    if !matches!(cli.command, Command::Chat(_)) {
+    // The others end at the first one, or take it as their own.
+    if let Command::Generate(_) | Command::Score(_) | Command::Bench(_) = cli.command {
         runtime.spawn(end_at_second_interrupt());
     }
     let result = runtime.block_on(async {

@@ -1,7 +1,7 @@
 //! `mlx-engine tokenize`.
 
-use mlx_engine::{ChatMessage, EngineError, Prompt, PromptEncoder};
-use serde_json::json;
+use mlx_engine::{EngineError, Prompt, PromptEncoder};
+use serde_json::{Map, Value, json};
 
 use crate::args::Tokenize;
 use crate::failure::Failure;
@@ -10,16 +10,18 @@ use crate::output::outln;
 
 pub(crate) fn run(args: &Tokenize) -> Result<(), Failure> {
     let text = input::stdin()?;
-    let prompt = if args.chat {
-        let messages: Vec<ChatMessage> = serde_json::from_str(&text)
-            .map_err(|error| Failure::other(format!("stdin is no JSON list of messages: {error}")))?;
-        Prompt::chat(messages)
-    } else {
-        Prompt::text(text)
-    };
+    let messages = args.chat.then(|| messages(&text)).transpose()?;
     let encoder = encoder(&args.model)?;
-    let rendered = encoder.text(&prompt)?.unwrap_or_default();
-    let ids = encoder.encode(&prompt)?;
+    let (rendered, ids) = if let Some(messages) = messages {
+        let rendered = encoder.chat_text(messages, &[], &Map::new())?;
+        let ids = encoder.tokenizer().encode(&rendered, false);
+        let ids =
+            ids.map_err(|error| EngineError::tokenizer("the conversation could not be encoded", error))?;
+        (rendered, ids)
+    } else {
+        let ids = encoder.encode(&Prompt::text(text.as_str()))?;
+        (text, ids)
+    };
     if args.json {
         outln!("{}", json!({"ids": ids, "text": rendered}));
     } else {
@@ -27,6 +29,18 @@ pub(crate) fn run(args: &Tokenize) -> Result<(), Failure> {
         outln!("{}", ids.join(" "));
     }
     Ok(())
+}
+
+/// Messages, which the template gets as they are.
+fn messages(text: &str) -> Result<Vec<Value>, Failure> {
+    let messages: Vec<Value> = serde_json::from_str(text)
+        .map_err(|error| Failure::other(format!("stdin is no JSON list of messages: {error}")))?;
+    match messages.iter().find(|message| !message["role"].is_string()) {
+        Some(message) => Err(Failure::other(format!(
+            "stdin has a message without a `role`: {message}"
+        ))),
+        None => Ok(messages),
+    }
 }
 
 #[cfg(feature = "mlx")]

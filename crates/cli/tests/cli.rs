@@ -424,6 +424,33 @@ mod real {
         assert_eq!(found["ids"][0], 1);
         let (_, out, _) = run(&["tokenize", "--model", &model()], "Hello");
         assert_eq!(out, "19556\n");
+        // The template sees what is written.
+        let messages = r#"[{"role": "developer", "content": "x", "extra": 1}, {"role": "assistant", "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}]"#;
+        let (code, out, err) = run(&["tokenize", "--model", &model(), "--json", "--chat"], messages);
+        assert_eq!(code, 0, "{err}");
+        assert!(
+            json(&out)["text"]
+                .as_str()
+                .unwrap()
+                .contains("<|im_start|>developer\nx"),
+            "{out}"
+        );
+        let (code, _, err) = run(
+            &["tokenize", "--model", &model(), "--chat"],
+            r#"[{"content": "x"}]"#,
+        );
+        assert!(code == 1 && err.contains("a message without a `role`"), "{err}");
+    }
+
+    #[test]
+    fn a_bench_that_does_not_fit_the_context_is_refused() {
+        let (code, _, err) = run(&["bench", "--model", &model(), "-p", "8000", "-n", "800"], "");
+        assert_eq!(code, 1);
+        assert!(
+            err.contains("8000 tokens of a prompt and 800 of an answer do not fit the context of 8192"),
+            "{err}"
+        );
     }
 
     #[test]
@@ -496,4 +523,38 @@ mod real {
         assert!(killed.success());
         assert_eq!(child.wait().expect("it ends").code(), Some(130));
     }
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_ends_what_waits_for_stdin() {
+    use std::io::{BufRead, BufReader, Write};
+    use std::process::{Command, Stdio};
+
+    let start = |args: &[&str]| {
+        Command::new(assert_cmd::cargo::cargo_bin("mlx-engine"))
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the command starts")
+    };
+    let interrupt = |child: &std::process::Child| {
+        let sent = Command::new("kill")
+            .args(["-INT", &child.id().to_string()])
+            .status();
+        assert!(sent.expect("kill runs").success());
+    };
+    let mut child = start(&["chat", "--model", "tiny", "--backend", "mock"]);
+    let mut stdin = child.stdin.take().expect("a pipe");
+    writeln!(stdin, "hello").expect("it reads");
+    let mut out = BufReader::new(child.stdout.take().expect("a pipe"));
+    let mut line = String::new();
+    // The answer shows that it is past its start.
+    out.read_line(&mut line).expect("it answers");
+    writeln!(stdin, "/history").expect("it reads");
+    out.read_line(&mut line).expect("it answers");
+    interrupt(&child);
+    assert_eq!(child.wait().expect("it ends").code(), Some(130));
 }

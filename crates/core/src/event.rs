@@ -145,7 +145,8 @@ pub struct GenerateSummary {
     pub usage: Usage,
     /// What was measured.
     pub timings: Timings,
-    /// The most device memory in use during the request; 0 for a backend that uses none.
+    /// The most bytes that models had allocated at once in this process so far, loading included; 0 for a backend that
+    /// allocates none.
     pub peak_memory_bytes: u64,
 }
 
@@ -168,7 +169,8 @@ pub struct GenerateOutput {
     pub usage: Usage,
     /// What was measured.
     pub timings: Timings,
-    /// The most device memory in use during the request; 0 for a backend that uses none.
+    /// The most bytes that models had allocated at once in this process so far, loading included; 0 for a backend that
+    /// allocates none.
     pub peak_memory_bytes: u64,
     /// How likely each token was, where the request asked for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -246,6 +246,15 @@ impl Engine {
         self.identity.device
     }
 
+    /// The most bytes that models had allocated at once in this process, loading included; 0 on the mock.
+    pub fn peak_memory_bytes(&self) -> u64 {
+        match self.identity.backend {
+            #[cfg(feature = "mlx")]
+            Backend::Mlx => mlx_engine_models::peak_memory().unwrap_or_default(),
+            _ => 0,
+        }
+    }
+
     /// Seconds that loading took.
     pub fn load_seconds(&self) -> f64 {
         self.identity.load_s

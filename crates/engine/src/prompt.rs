@@ -2,7 +2,7 @@
 
 use mlx_engine_core::{ChatMessage, EngineError, Prompt};
 use mlx_engine_text::{ChatTemplate, TemplateContext, TextError, Tokenizer};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// A model's tokenizer and template.
 #[derive(Clone, Debug)]
@@ -54,38 +54,51 @@ impl PromptEncoder {
                 tools,
                 template_args,
             } => {
-                let template = self.template.as_ref().ok_or_else(|| EngineError::Template {
-                    message: "the model has none; give the prompt as text".to_owned(),
-                    source: None,
-                })?;
-                let has_system = messages
-                    .first()
-                    .is_some_and(|first| first.role == mlx_engine_core::Role::System);
-                let system = self.default_system_prompt.as_ref().filter(|_| !has_system);
-                let system = system.map(|text| json!({"role": "system", "content": text}));
-                let messages: Vec<Value> = system
-                    .into_iter()
-                    .chain(messages.iter().map(message_value))
-                    .collect();
-                let continues = messages.last().is_some_and(|last| last["role"] == "assistant");
-                let arguments = template_args
-                    .iter()
-                    .map(|(key, value)| (key.clone(), value.clone()))
-                    .collect();
-                let context = TemplateContext::new(Value::Array(messages))
-                    .with_tools((!tools.is_empty()).then(|| Value::Array(tools.clone())))
-                    .with_generation_prompt(!continues)
-                    .with_special_tokens(
-                        &self.tokenizer.bos_token().unwrap_or_default(),
-                        self.tokenizer.eos_token().unwrap_or_default(),
-                    )
-                    .with_arguments(arguments);
-                template.render(&context).map(Some).map_err(template_error)
+                let messages = messages.iter().map(message_value).collect();
+                self.chat_text(messages, tools, template_args).map(Some)
             }
             other => Err(EngineError::internal(format!(
                 "a prompt of an unknown kind: {other:?}"
             ))),
         }
+    }
+
+    /// The text that messages become which are written as the template takes them: objects with `role` and `content`,
+    /// OpenAI's in most. They are handed to it as they are, behind the model's default system prompt where none comes
+    /// first. An answer of the model at the end is left to be continued.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::EmptyPrompt`], and [`EngineError::Template`] where the template refuses the conversation or the
+    /// model has none.
+    pub fn chat_text(
+        &self,
+        mut messages: Vec<Value>,
+        tools: &[Value],
+        template_args: &Map<String, Value>,
+    ) -> Result<String, EngineError> {
+        if messages.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        let template = self.template.as_ref().ok_or_else(|| EngineError::Template {
+            message: "the model has none; give the prompt as text".to_owned(),
+            source: None,
+        })?;
+        if let Some(text) = &self.default_system_prompt
+            && !matches!(messages[0]["role"].as_str(), Some("system" | "developer"))
+        {
+            messages.insert(0, json!({"role": "system", "content": text}));
+        }
+        let continues = messages.last().is_some_and(|last| last["role"] == "assistant");
+        let context = TemplateContext::new(Value::Array(messages))
+            .with_tools((!tools.is_empty()).then(|| Value::Array(tools.to_vec())))
+            .with_generation_prompt(!continues)
+            .with_special_tokens(
+                &self.tokenizer.bos_token().unwrap_or_default(),
+                self.tokenizer.eos_token().unwrap_or_default(),
+            )
+            .with_arguments(template_args.clone());
+        template.render(&context).map_err(template_error)
     }
 
     /// The token ids that a prompt becomes. Text gets the tokens that begin a sequence; what a template renders has

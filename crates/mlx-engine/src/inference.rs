@@ -74,13 +74,19 @@ impl fmt::Debug for InferenceEngine {
 }
 
 /// Puts the state back where a load fails or is dropped.
-struct LoadGuard<'a>(&'a Mutex<State>);
+struct LoadGuard<'a>(Option<&'a Mutex<State>>);
+
+impl LoadGuard<'_> {
+    /// The load is over: what is `Loading` from now on is another one.
+    fn disarm(&mut self) {
+        self.0 = None;
+    }
+}
 
 impl Drop for LoadGuard<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*state, State::Loading { .. }) {
-            *state = State::Empty;
+        if let Some(state) = self.0 {
+            *state.lock().unwrap_or_else(PoisonError::into_inner) = State::Empty;
         }
     }
 }
@@ -163,7 +169,7 @@ impl InferenceEngine {
                 },
             )
         };
-        let _guard = LoadGuard(&self.state);
+        let mut guard = LoadGuard(Some(&self.state));
         if let State::Loaded { engine, .. } = previous {
             // Two models at once might not fit.
             engine.unload().await?;
@@ -172,10 +178,13 @@ impl InferenceEngine {
         let configuration = engine
             .model()
             .ok_or_else(|| EngineError::internal("a model was loaded and is gone"))?;
-        *self.state() = State::Loaded {
+        let mut state = self.state();
+        *state = State::Loaded {
             engine: Arc::new(engine),
             fallback_reason,
         };
+        guard.disarm();
+        drop(state);
         Ok(configuration)
     }
 

@@ -244,3 +244,21 @@ fn a_load_is_given_up_at_the_next_layer() {
     assert!(matches!(result, Err(ModelError::Cancelled)));
     assert_eq!(calls, 2);
 }
+
+#[test]
+fn logits_that_are_no_numbers_are_an_error() {
+    // A norm of NaN: the bytes of its weights lie where the header says.
+    let damage = |bytes: &mut Vec<u8>| {
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let json: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+        let tensor = &json["model.norm.weight"];
+        let at = 8 + header + tensor["data_offsets"][0].as_u64().unwrap() as usize;
+        // All ones are NaN in every float.
+        bytes[at..at + 4].fill(0xff);
+    };
+    let decoder = changed("llama", |_| {}, damage).expect("it loads");
+    let mut sequence = decoder.sequence();
+    let logits = decoder.forward(&[1, 2], &mut sequence).expect("it is built");
+    let error = logits.eval().expect_err("it fails").to_string();
+    assert!(error.contains("the logits are not finite"), "{error}");
+}

@@ -210,6 +210,16 @@ impl Model {
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let done = self.forward(&mut workspace, ids, parts, wanted, logits);
         workspace.count();
-        done.map_err(|error| error.to_string())
+        done.map_err(|error| error.to_string())?;
+        // Infinity and NaN have the largest exponent. A maximum of integers takes no branch for each.
+        const EXPONENT: u32 = f32::INFINITY.to_bits();
+        let largest = logits
+            .iter()
+            .fold(0, |largest, logit| (logit.to_bits() & EXPONENT).max(largest));
+        if largest < EXPONENT {
+            Ok(())
+        } else {
+            Err("the logits are not finite: the checkpoint is damaged, or a number overflowed".to_owned())
+        }
     }
 }
