@@ -16,7 +16,7 @@ use crate::request::{Observed, Ticket};
 use crate::shared::{Seen, Shared};
 use crate::{
     Clock, DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, ProbeFailure,
-    SystemClock, probe, prometheus,
+    SystemClock, probe,
 };
 
 /// An engine that is watched. It answers as the engine in it does, and counts every request once.
@@ -127,7 +127,7 @@ impl<E: LlmEngine> Monitored<E> {
 
     /// Metrics and health in Prometheus' text format, version 0.0.4 (`text/plain; version=0.0.4`).
     pub fn prometheus(&self) -> String {
-        prometheus::render(&self.metrics(), &self.health())
+        self.metrics().prometheus(&self.health())
     }
 
     fn seen(&self) -> Seen {

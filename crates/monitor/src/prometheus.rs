@@ -7,11 +7,13 @@ use std::fmt::{self, Display, Write};
 
 use crate::{Distribution, EngineHealth, HealthReport, InferenceMetrics, Throughput};
 
-/// Renders exposition format 0.0.4.
-pub(crate) fn render(metrics: &InferenceMetrics, health: &HealthReport) -> String {
-    let mut page = Page::default();
-    page.everything(metrics, health);
-    page.text
+impl InferenceMetrics {
+    /// These metrics and a verdict on health in Prometheus' text format, version 0.0.4 (`text/plain; version=0.0.4`).
+    pub fn prometheus(&self, health: &HealthReport) -> String {
+        let mut page = Page::default();
+        page.everything(self, health);
+        page.text
+    }
 }
 
 #[derive(Default)]
