@@ -34,6 +34,8 @@ pub enum ErrorKind {
     OutOfMemory,
     /// [`EngineError::QueueFull`].
     QueueFull,
+    /// [`EngineError::Unavailable`].
+    Unavailable,
     /// [`EngineError::NotLoaded`].
     NotLoaded,
     /// [`EngineError::LoadInProgress`].
@@ -82,6 +84,7 @@ impl ErrorKind {
             EngineError::InsufficientMemory { .. } => Self::InsufficientMemory,
             EngineError::OutOfMemory => Self::OutOfMemory,
             EngineError::QueueFull { .. } => Self::QueueFull,
+            EngineError::Unavailable { .. } => Self::Unavailable,
             EngineError::NotLoaded { .. } => Self::NotLoaded,
             EngineError::LoadInProgress { .. } => Self::LoadInProgress,
             EngineError::Cancelled => Self::Cancelled,
@@ -106,9 +109,11 @@ impl ErrorKind {
             | Self::ModelNotFound
             | Self::Template
             | Self::Cancelled => ErrorClass::Caller,
-            Self::InsufficientMemory | Self::QueueFull | Self::LoadInProgress | Self::DeadlineExceeded => {
-                ErrorClass::Capacity
-            }
+            Self::InsufficientMemory
+            | Self::QueueFull
+            | Self::Unavailable
+            | Self::LoadInProgress
+            | Self::DeadlineExceeded => ErrorClass::Capacity,
             Self::ModelLoad
             | Self::UnsupportedModel
             | Self::Tokenizer
@@ -138,6 +143,7 @@ impl ErrorKind {
             Self::InsufficientMemory => "insufficient_memory",
             Self::OutOfMemory => "out_of_memory",
             Self::QueueFull => "queue_full",
+            Self::Unavailable => "unavailable",
             Self::NotLoaded => "not_loaded",
             Self::LoadInProgress => "load_in_progress",
             Self::Cancelled => "cancelled",
@@ -216,6 +222,11 @@ mod tests {
             "queue_full",
             capacity,
         );
+        let closed = EngineError::Unavailable {
+            reason: text(),
+            retry_after: limit,
+        };
+        check(closed, "unavailable", capacity);
         check(EngineError::NotLoaded { model: text() }, "not_loaded", fault);
         check(
             EngineError::LoadInProgress { model: text() },
