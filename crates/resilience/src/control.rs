@@ -116,8 +116,11 @@ impl Control {
             tracing::warn!("too many requests failed, recovery begins");
             let control = Arc::clone(self);
             // Before anybody is told that the circuit is open: requests wait for the recovery instead.
-            control.recovering.send_replace(true);
-            runtime.spawn(async move { control.recover(true).await });
+            let gate = Gate::close(self);
+            runtime.spawn(async move {
+                control.recover(true).await;
+                drop(gate);
+            });
         }
     }
 
@@ -155,9 +158,9 @@ impl Control {
         (in_time && self.lock().budget.withdraw()).then_some(wait)
     }
 
-    pub(crate) async fn recover(&self, automatic: bool) -> RecoveryReport {
+    pub(crate) async fn recover(self: &Arc<Self>, automatic: bool) -> RecoveryReport {
         let _one = self.one_recovery.lock().await;
-        let _gate = Gate::close(&self.recovering);
+        let _gate = Gate::close(self);
         let begins = || {
             self.recoveries.fetch_add(1, Ordering::AcqRel);
         };
@@ -173,17 +176,17 @@ impl Control {
 }
 
 /// Holds new requests back until it is dropped.
-struct Gate<'a>(&'a watch::Sender<bool>);
+struct Gate(Arc<Control>);
 
-impl<'a> Gate<'a> {
-    fn close(recovering: &'a watch::Sender<bool>) -> Self {
-        recovering.send_replace(true);
-        Self(recovering)
+impl Gate {
+    fn close(control: &Arc<Control>) -> Self {
+        control.recovering.send_replace(true);
+        Self(Arc::clone(control))
     }
 }
 
-impl Drop for Gate<'_> {
+impl Drop for Gate {
     fn drop(&mut self) {
-        self.0.send_replace(false);
+        self.0.recovering.send_replace(false);
     }
 }
