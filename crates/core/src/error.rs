@@ -113,6 +113,15 @@ pub enum EngineError {
         retry_after: Duration,
     },
 
+    /// The engine takes no requests for a while, to protect itself or to recover.
+    #[error("engine is unavailable: {reason}, retry after {retry_after:?}")]
+    Unavailable {
+        /// Why.
+        reason: String,
+        /// When it is likely to take requests again.
+        retry_after: Duration,
+    },
+
     /// The model was unloaded.
     #[error("model `{model}` is not loaded")]
     NotLoaded {
@@ -207,6 +216,7 @@ impl EngineError {
         match self {
             Self::OutOfMemory
             | Self::QueueFull { .. }
+            | Self::Unavailable { .. }
             | Self::LoadInProgress { .. }
             | Self::WorkerPanicked { .. }
             | Self::Device { .. } => true,
@@ -230,7 +240,7 @@ impl EngineError {
     /// How long to wait before trying again, where the engine can tell.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
-            Self::QueueFull { retry_after } => Some(*retry_after),
+            Self::QueueFull { retry_after } | Self::Unavailable { retry_after, .. } => Some(*retry_after),
             _ => None,
         }
     }
@@ -402,6 +412,15 @@ mod tests {
                 None,
             ),
             (
+                EngineError::Unavailable {
+                    reason: "too many faults".to_owned(),
+                    retry_after: Duration::from_secs(3),
+                },
+                "engine is unavailable: too many faults, retry after 3s",
+                true,
+                None,
+            ),
+            (
                 EngineError::NotLoaded { model: model() },
                 "model `tiny` is not loaded",
                 false,
@@ -471,9 +490,12 @@ mod tests {
     }
 
     #[test]
-    fn only_a_full_queue_says_when() {
+    fn only_an_engine_that_takes_nothing_now_says_when() {
         for (error, ..) in every_error() {
-            let full = matches!(error, EngineError::QueueFull { .. });
+            let full = matches!(
+                error,
+                EngineError::QueueFull { .. } | EngineError::Unavailable { .. }
+            );
             assert_eq!(error.retry_after().is_some(), full, "{error:?}");
         }
     }

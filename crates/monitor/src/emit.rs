@@ -1,0 +1,175 @@
+//! What is handed to the facades `metrics` and `tracing`, where a feature asks for it.
+
+#![cfg_attr(
+    not(all(feature = "metrics", feature = "tracing")),
+    expect(
+        unused_variables,
+        reason = "without both features something is told to nobody"
+    )
+)]
+
+use mlx_engine_core::{GenerateParams, GenerateSummary, Prompt};
+
+use crate::events::HealthEvent;
+use crate::shared::Seen;
+use crate::tally::Ended;
+
+/// What the facades hear of one request.
+#[derive(Debug)]
+pub(crate) struct Telemetry {
+    #[cfg(feature = "metrics")]
+    operation: &'static str,
+    #[cfg(feature = "tracing")]
+    span: tracing::Span,
+}
+
+impl Telemetry {
+    /// A request is submitted.
+    pub(crate) fn begin(prompt: &Prompt, params: &GenerateParams, seen: &Seen) -> Self {
+        let operation = match prompt {
+            Prompt::Chat { .. } => "chat",
+            _ => "text_completion",
+        };
+        Self {
+            #[cfg(feature = "metrics")]
+            operation,
+            #[cfg(feature = "tracing")]
+            span: trace::span(operation, params, seen),
+        }
+    }
+
+    /// Runs what the engine does for the request on the caller's thread.
+    #[cfg_attr(
+        not(feature = "tracing"),
+        expect(clippy::unused_self, reason = "there is no span")
+    )]
+    pub(crate) fn scope<T>(&self, run: impl FnOnce() -> T) -> T {
+        #[cfg(feature = "tracing")]
+        return self.span.in_scope(run);
+        #[cfg(not(feature = "tracing"))]
+        run()
+    }
+
+    /// The request has ended.
+    #[cfg_attr(
+        not(any(feature = "metrics", feature = "tracing")),
+        expect(clippy::unused_self, reason = "there is nobody to tell")
+    )]
+    pub(crate) fn end(&self, ended: &Ended, summary: Option<&GenerateSummary>, seen: &Seen) {
+        #[cfg(feature = "metrics")]
+        facade::ended(self.operation, ended, summary, seen);
+        #[cfg(feature = "tracing")]
+        trace::ended(&self.span, ended, summary);
+    }
+}
+
+/// The health has changed.
+pub(crate) fn changed(event: &HealthEvent) {
+    #[cfg(feature = "tracing")]
+    {
+        let reasons: Vec<String> = event.reasons.iter().map(ToString::to_string).collect();
+        tracing::warn!(from = %event.from, to = %event.to, reasons = reasons.join("; "), "health changed");
+    }
+}
+
+/// The name of what went wrong, as OpenTelemetry's `error.type` has it.
+#[cfg(any(feature = "metrics", feature = "tracing"))]
+fn error_type(ended: &Ended) -> Option<&'static str> {
+    use crate::tally::Outcome;
+
+    match ended.outcome {
+        Outcome::Finished(_) => None,
+        Outcome::Failed(kind) => Some(kind.as_str()),
+        Outcome::Dropped => Some("dropped"),
+    }
+}
+
+#[cfg(feature = "tracing")]
+mod trace {
+    use mlx_engine_core::{GenerateParams, GenerateSummary};
+    use tracing::field::{Empty, display};
+
+    use crate::shared::Seen;
+    use crate::tally::Ended;
+
+    pub(super) fn span(operation: &'static str, params: &GenerateParams, seen: &Seen) -> tracing::Span {
+        tracing::info_span!(
+            "gen_ai.request",
+            "gen_ai.operation.name" = operation,
+            "gen_ai.request.model" = seen.model_id(),
+            "gen_ai.request.max_tokens" = params.max_tokens,
+            "gen_ai.request.temperature" = params.temperature,
+            "gen_ai.response.model" = Empty,
+            "gen_ai.response.finish_reasons" = Empty,
+            "gen_ai.usage.input_tokens" = Empty,
+            "gen_ai.usage.output_tokens" = Empty,
+            "error.type" = Empty,
+            time_to_first_token_s = Empty,
+        )
+    }
+
+    pub(super) fn ended(span: &tracing::Span, ended: &Ended, summary: Option<&GenerateSummary>) {
+        if let Some(summary) = summary {
+            span.record("gen_ai.response.model", summary.model.as_str());
+            span.record("gen_ai.response.finish_reasons", display(summary.finish_reason));
+            span.record("gen_ai.usage.input_tokens", summary.usage.prompt_tokens);
+        }
+        span.record("gen_ai.usage.output_tokens", ended.generated_tokens);
+        if let Some(error) = super::error_type(ended) {
+            span.record("error.type", error);
+        }
+        if let Some(time) = ended.time_to_first_token {
+            span.record("time_to_first_token_s", time.as_secs_f64());
+        }
+        tracing::debug!(parent: span, duration_s = ended.duration.as_secs_f64(), "request ended");
+    }
+}
+
+#[cfg(feature = "metrics")]
+mod facade {
+    use metrics::{Label, histogram};
+    use mlx_engine_core::GenerateSummary;
+
+    use crate::shared::Seen;
+    use crate::tally::Ended;
+
+    /// The metrics of OpenTelemetry's conventions for generative AI, in their units: seconds and tokens.
+    pub(super) fn ended(
+        operation: &'static str,
+        ended: &Ended,
+        summary: Option<&GenerateSummary>,
+        seen: &Seen,
+    ) {
+        let model = summary.map_or_else(|| seen.model_id().unwrap_or_default(), |summary| &summary.model);
+        let mut labels = vec![
+            Label::new("gen_ai.provider.name", "mlx_engine"),
+            Label::new("gen_ai.operation.name", operation),
+            Label::new("gen_ai.response.model", model.to_owned()),
+        ];
+        if let Some(backend) = seen.backend {
+            labels.push(Label::new("mlx_engine.backend", backend.to_string()));
+        }
+        let with = |name: &'static str, value: &'static str| {
+            let mut labels = labels.clone();
+            labels.push(Label::new(name, value));
+            labels
+        };
+        let of_duration = match super::error_type(ended) {
+            Some(error) => with("error.type", error),
+            None => labels.clone(),
+        };
+        histogram!("gen_ai.server.request.duration", of_duration).record(ended.duration.as_secs_f64());
+        if let Some(time) = ended.time_to_first_token {
+            histogram!("gen_ai.server.time_to_first_token", labels.clone()).record(time.as_secs_f64());
+        }
+        if let Some(time) = ended.decode.time_per_token() {
+            histogram!("gen_ai.server.time_per_output_token", labels.clone()).record(time.as_secs_f64());
+        }
+        let tokens =
+            |direction| histogram!("gen_ai.client.token.usage", with("gen_ai.token.type", direction));
+        if let Some(summary) = summary {
+            tokens("input").record(f64::from(summary.usage.prompt_tokens));
+        }
+        tokens("output").record(ended.generated_tokens as f64);
+    }
+}

@@ -1,0 +1,192 @@
+//! What all requests of an engine share: the circuit, the places, the budget, and the recovery that runs.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use mlx_engine_core::EngineError;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
+
+use crate::attempt::{Deadline, Leave};
+use crate::breaker::{CircuitBreaker, Pass, Verdict};
+use crate::bulkhead::Bulkhead;
+use crate::recovery::{self, AutomaticLimit};
+use crate::retry::{Budget, chance, delay};
+use crate::{Recover, RecoveryReport, ResilienceConfiguration};
+
+pub(crate) struct Control {
+    pub(crate) configuration: ResilienceConfiguration,
+    pub(crate) bulkhead: Bulkhead,
+    /// Whether a recovery runs.
+    pub(crate) recovering: watch::Sender<bool>,
+    recoverer: Arc<dyn Recover>,
+    origin: Instant,
+    state: Mutex<State>,
+    /// Recoveries that took a step.
+    recoveries: AtomicU64,
+    one_recovery: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) breaker: CircuitBreaker,
+    pub(crate) budget: Budget,
+    pub(crate) last_recovery: Option<RecoveryReport>,
+    automatic: AutomaticLimit,
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control")
+            .field("configuration", &self.configuration)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Control {
+    pub(crate) fn new(recoverer: Arc<dyn Recover>, configuration: ResilienceConfiguration) -> Self {
+        Self {
+            bulkhead: Bulkhead::new(configuration.bulkhead.clone()),
+            recovering: watch::Sender::new(false),
+            recoverer,
+            origin: Instant::now(),
+            state: Mutex::new(State {
+                breaker: CircuitBreaker::new(configuration.breaker.clone()),
+                budget: Budget::new(&configuration.retry.budget),
+                last_recovery: None,
+                automatic: AutomaticLimit::new(&configuration.recovery),
+            }),
+            recoveries: AtomicU64::new(0),
+            one_recovery: tokio::sync::Mutex::default(),
+            configuration,
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn now(&self) -> Duration {
+        self.origin.elapsed()
+    }
+
+    pub(crate) fn recoveries(&self) -> u64 {
+        self.recoveries.load(Ordering::Acquire)
+    }
+
+    /// When a request that comes now has to be over.
+    pub(crate) fn deadline(&self) -> Option<Deadline> {
+        Deadline::after(self.configuration.timeouts.total)
+    }
+
+    /// Waits while a recovery runs.
+    pub(crate) async fn recovered(&self) {
+        // It fails where the sender is gone, which is here.
+        let _ = self
+            .recovering
+            .subscribe()
+            .wait_for(|recovering| !recovering)
+            .await;
+    }
+
+    /// Asks the breaker for leave to send a request.
+    pub(crate) fn leave(self: &Arc<Self>) -> Result<Leave, EngineError> {
+        let admitted = self.lock().breaker.admit(self.now());
+        let pass = admitted.map_err(|retry_after| EngineError::Unavailable {
+            reason: "too many requests failed lately".to_owned(),
+            retry_after,
+        })?;
+        Ok(Leave::new(Arc::clone(self), pass))
+    }
+
+    /// Hears what came of a request.
+    pub(crate) fn record(self: &Arc<Self>, pass: Pass, verdict: Verdict) {
+        let now = self.now();
+        let begin = {
+            let mut state = self.lock();
+            let opened = state.breaker.record(now, pass, verdict);
+            opened && state.automatic.begin(now)
+        };
+        // A request may be dropped where no runtime is.
+        if begin && let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            tracing::warn!("too many requests failed, recovery begins");
+            let control = Arc::clone(self);
+            // Before anybody is told that the circuit is open: requests wait for the recovery instead.
+            let gate = Gate::close(self);
+            runtime.spawn(async move {
+                control.recover(true).await;
+                drop(gate);
+            });
+        }
+    }
+
+    /// Runs a request until it succeeds or nothing speaks for another try.
+    pub(crate) async fn with_retry<'a, T>(
+        &self,
+        total: Option<Deadline>,
+        run: impl Fn() -> BoxFuture<'a, Result<T, EngineError>> + Send + Sync,
+    ) -> Result<T, EngineError> {
+        self.lock().budget.deposit();
+        let mut retries = 0;
+        loop {
+            let error = match run().await {
+                Ok(result) => return Ok(result),
+                Err(error) => error,
+            };
+            let Some(wait) = self.wait(&error, retries, total) else {
+                return Err(error);
+            };
+            tracing::debug!(%error, ?wait, retries, "request is tried again");
+            sleep(wait).await;
+            retries += 1;
+        }
+    }
+
+    /// How long to wait before another try; `None` where there is to be none.
+    fn wait(&self, error: &EngineError, retries: u32, total: Option<Deadline>) -> Option<Duration> {
+        let configuration = &self.configuration.retry;
+        if !error.is_retryable() || retries >= configuration.max_retries {
+            return None;
+        }
+        let wait = delay(configuration, retries, chance(), error.retry_after());
+        let again = Instant::now().checked_add(wait)?;
+        let in_time = total.is_none_or(|total| again < total.at);
+        (in_time && self.lock().budget.withdraw()).then_some(wait)
+    }
+
+    pub(crate) async fn recover(self: &Arc<Self>, automatic: bool) -> RecoveryReport {
+        let _one = self.one_recovery.lock().await;
+        let _gate = Gate::close(self);
+        let begins = || {
+            self.recoveries.fetch_add(1, Ordering::AcqRel);
+        };
+        let configuration = &self.configuration.recovery;
+        let report = recovery::run(&*self.recoverer, configuration, automatic, begins).await;
+        let mut state = self.lock();
+        if report.recovered {
+            state.breaker.reset();
+        }
+        state.last_recovery = Some(report.clone());
+        report
+    }
+}
+
+/// Holds new requests back until it is dropped.
+struct Gate(Arc<Control>);
+
+impl Gate {
+    fn close(control: &Arc<Control>) -> Self {
+        control.recovering.send_replace(true);
+        Self(Arc::clone(control))
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.0.recovering.send_replace(false);
+    }
+}

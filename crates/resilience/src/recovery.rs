@@ -1,0 +1,361 @@
+//! What can be done to a broken engine, in which order, and what came of it.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use mlx_engine_core::{
+    Backend, EngineError, EventStream, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+};
+use mlx_engine_monitor::{ErrorKind, Monitored, ProbeFailure, probe};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, timeout};
+
+use crate::RecoveryConfiguration;
+
+/// Something that may bring an engine back, in the order of what it costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum RecoveryStep {
+    /// Gives back the memory that is held for speed alone.
+    ClearCaches,
+    /// Makes a new stream on the device, after an error of the device.
+    RebuildStream,
+    /// Starts a new worker for the model that is loaded.
+    RestartWorker,
+    /// Loads the model again.
+    ReloadModel,
+    /// Serves from something else: a smaller model, or the mock.
+    FallBack,
+}
+
+impl RecoveryStep {
+    /// Every step, in the order in which they are taken.
+    pub const ALL: [Self; 5] = [
+        Self::ClearCaches,
+        Self::RebuildStream,
+        Self::RestartWorker,
+        Self::ReloadModel,
+        Self::FallBack,
+    ];
+}
+
+impl fmt::Display for RecoveryStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::ClearCaches => "clear caches",
+            Self::RebuildStream => "rebuild stream",
+            Self::RestartWorker => "restart worker",
+            Self::ReloadModel => "reload model",
+            Self::FallBack => "fall back",
+        })
+    }
+}
+
+/// An engine that can do something about its own faults.
+pub trait Recover: LlmEngine {
+    /// Whether it can take a step now. An engine that was unloaded on purpose can take none.
+    fn can(&self, step: RecoveryStep) -> bool;
+
+    /// Takes a step. Requests that run may end with an error. Dropping the future gives the step up.
+    ///
+    /// # Errors
+    ///
+    /// Why the step could not be taken.
+    fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>>;
+
+    /// Shows that the engine works: by a token, unless it knows better.
+    fn prove(&self) -> BoxFuture<'_, Result<(), ProbeFailure>> {
+        Box::pin(probe(self))
+    }
+}
+
+impl<R: Recover + ?Sized> Recover for Arc<R> {
+    fn can(&self, step: RecoveryStep) -> bool {
+        (**self).can(step)
+    }
+
+    fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>> {
+        (**self).recover(step)
+    }
+
+    fn prove(&self) -> BoxFuture<'_, Result<(), ProbeFailure>> {
+        (**self).prove()
+    }
+}
+
+/// The token that proves is a probe in the metrics, and health hears of it.
+impl<R: Recover> Recover for Monitored<R> {
+    fn can(&self, step: RecoveryStep) -> bool {
+        self.engine().can(step)
+    }
+
+    fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.engine().recover(step)
+    }
+
+    fn prove(&self) -> BoxFuture<'_, Result<(), ProbeFailure>> {
+        Box::pin(self.probe())
+    }
+}
+
+/// An engine that can do nothing about its faults.
+pub(crate) struct Unrecoverable<E>(pub(crate) Arc<E>);
+
+impl<E: LlmEngine> LlmEngine for Unrecoverable<E> {
+    fn stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        self.0.stream(prompt, params)
+    }
+
+    fn backend(&self) -> Option<Backend> {
+        self.0.backend()
+    }
+
+    fn model(&self) -> Option<Arc<ModelConfiguration>> {
+        self.0.model()
+    }
+
+    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.0.unload()
+    }
+}
+
+impl<E: LlmEngine> Recover for Unrecoverable<E> {
+    fn can(&self, _step: RecoveryStep) -> bool {
+        false
+    }
+
+    fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>> {
+        Box::pin(async move { Err(EngineError::internal(format!("the engine cannot {step}"))) })
+    }
+}
+
+/// What a recovery found, did and achieved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RecoveryReport {
+    /// Whether the engine works, as it showed by a token.
+    pub recovered: bool,
+    /// Why it gave no token at first; `None` where it did, and nothing had to be done.
+    pub before: Option<ProbeFailure>,
+    /// What was done, in order. None where the engine is only busy or can do nothing.
+    pub steps: Vec<StepReport>,
+    /// What computes the tokens now.
+    pub backend: Option<Backend>,
+    /// Whether the recovery began by itself.
+    pub automatic: bool,
+    /// How long it took, in seconds.
+    pub took_s: f64,
+}
+
+impl RecoveryReport {
+    /// A recovery that was ended from outside, with its runtime.
+    pub(crate) fn interrupted(backend: Option<Backend>) -> Self {
+        Self {
+            recovered: false,
+            before: None,
+            steps: Vec::new(),
+            backend,
+            automatic: false,
+            took_s: 0.0,
+        }
+    }
+}
+
+/// One step of a recovery.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// What was done.
+    pub step: RecoveryStep,
+    /// What came of it.
+    pub outcome: StepOutcome,
+    /// How long it took, in seconds, the proof included.
+    pub took_s: f64,
+}
+
+/// What came of a step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum StepOutcome {
+    /// A token came after it.
+    Recovered,
+    /// It was taken, and no token came after it.
+    NoToken {
+        /// Why.
+        failure: ProbeFailure,
+    },
+    /// It could not be taken.
+    Failed {
+        /// The kind of the error.
+        kind: ErrorKind,
+        /// What the error says.
+        message: String,
+    },
+    /// It took longer than it may.
+    TimedOut,
+}
+
+/// Brings an engine back: the cheapest step first, each followed by a proof, until one succeeds. `begins` is called
+/// before the first step.
+pub(crate) async fn run(
+    engine: &dyn Recover,
+    configuration: &RecoveryConfiguration,
+    automatic: bool,
+    begins: impl FnOnce(),
+) -> RecoveryReport {
+    let began = Instant::now();
+    let mut report = RecoveryReport {
+        recovered: false,
+        before: None,
+        steps: Vec::new(),
+        backend: None,
+        automatic,
+        took_s: 0.0,
+    };
+    report.before = prove(engine, configuration.proof_timeout).await.err();
+    match report.before {
+        None => report.recovered = true,
+        // An engine that is busy is not helped by what would end its requests.
+        Some(failure) if failure.is_fault() || matches!(failure, ProbeFailure::Abandoned { .. }) => {
+            begins();
+            for step in RecoveryStep::ALL {
+                if !engine.can(step) || (step == RecoveryStep::FallBack && !configuration.fall_back) {
+                    continue;
+                }
+                let began = Instant::now();
+                let outcome = take(engine, step, configuration).await;
+                tracing::info!(%step, ?outcome, "recovery step");
+                report.recovered = outcome == StepOutcome::Recovered;
+                report.steps.push(StepReport {
+                    step,
+                    outcome,
+                    took_s: began.elapsed().as_secs_f64(),
+                });
+                if report.recovered {
+                    break;
+                }
+            }
+        }
+        Some(_) => {}
+    }
+    report.backend = engine.backend();
+    report.took_s = began.elapsed().as_secs_f64();
+    report
+}
+
+/// Takes one step and proves that it helped.
+async fn take(engine: &dyn Recover, step: RecoveryStep, limits: &RecoveryConfiguration) -> StepOutcome {
+    // A step that panics has failed like any other.
+    let taken = AssertUnwindSafe(async { engine.recover(step).await }).catch_unwind();
+    match timeout(limits.step_timeout, taken).await {
+        Err(_) => return StepOutcome::TimedOut,
+        Ok(Err(_)) => {
+            return StepOutcome::Failed {
+                kind: ErrorKind::WorkerPanicked,
+                message: "the step panicked".to_owned(),
+            };
+        }
+        Ok(Ok(Err(error))) => {
+            return StepOutcome::Failed {
+                kind: ErrorKind::of(&error),
+                message: error.to_string(),
+            };
+        }
+        Ok(Ok(Ok(()))) => {}
+    }
+    match prove(engine, limits.proof_timeout).await {
+        Ok(()) => StepOutcome::Recovered,
+        Err(failure) => StepOutcome::NoToken { failure },
+    }
+}
+
+async fn prove(engine: &dyn Recover, limit: Duration) -> Result<(), ProbeFailure> {
+    let proof = AssertUnwindSafe(async { engine.prove().await }).catch_unwind();
+    match timeout(limit, proof).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) => Err(ProbeFailure::Error {
+            kind: ErrorKind::WorkerPanicked,
+        }),
+        Err(_) => Err(ProbeFailure::Abandoned {
+            after_s: limit.as_secs_f64(),
+        }),
+    }
+}
+
+/// How often recovery may begin by itself.
+#[derive(Debug)]
+pub(crate) struct AutomaticLimit {
+    most: u32,
+    window: Duration,
+    began: VecDeque<Duration>,
+}
+
+impl AutomaticLimit {
+    pub(crate) fn new(configuration: &RecoveryConfiguration) -> Self {
+        Self {
+            most: if configuration.automatic {
+                configuration.max_automatic
+            } else {
+                0
+            },
+            window: configuration.automatic_window,
+            began: VecDeque::new(),
+        }
+    }
+
+    /// Whether one may begin now; it then counts.
+    pub(crate) fn begin(&mut self, now: Duration) -> bool {
+        self.began
+            .retain(|began| now.saturating_sub(*began) < self.window);
+        let may = self.began.len() < self.most as usize;
+        if may {
+            self.began.push_back(now);
+        }
+        may
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn steps_are_in_their_order_and_written_as_words() {
+        assert!(RecoveryStep::ALL.is_sorted());
+        assert_eq!(serde_json::to_value(RecoveryStep::FallBack).unwrap(), "fall_back");
+        assert_eq!(format!("{:>13}", RecoveryStep::ClearCaches), " clear caches");
+    }
+
+    proptest! {
+        #[test]
+        fn no_window_holds_more_than_may_begin(
+            most in 1..5_u32, waits in prop::collection::vec(0..30_u64, 0..100), automatic: bool,
+        ) {
+            let configuration = RecoveryConfiguration {
+                automatic, max_automatic: most, automatic_window: Duration::from_mins(1), ..RecoveryConfiguration::default()
+            };
+            let mut limit = AutomaticLimit::new(&configuration);
+            let mut began: Vec<u64> = Vec::new();
+            let mut now = 0;
+            for wait in waits {
+                now += wait;
+                let recent = began.iter().filter(|&&at| now - at < 60).count();
+                let may = automatic && recent < most as usize;
+                prop_assert_eq!(limit.begin(Duration::from_secs(now)), may);
+                if may {
+                    began.push(now);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! The wrapper.
+
+use std::fmt;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use futures::{StreamExt, stream};
+use mlx_engine_core::{
+    Backend, EngineError, EventStream, GenerateOutput, GenerateParams, GenerationEvent, LlmEngine,
+    ModelConfiguration, ParamError, Prompt, collect_events,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::attempt::{Deadline, Guarded};
+use crate::control::Control;
+use crate::recovery::Unrecoverable;
+use crate::{BreakerState, Recover, RecoveryReport, ResilienceConfiguration};
+
+/// An engine that is protected from too much at once and from being asked when it cannot answer, whose requests can be tried
+/// again, and that can be brought back.
+///
+/// [`stream`](LlmEngine::stream) and [`generate`](LlmEngine::generate) try once. Clones are the same engine.
+///
+/// A request waits while a recovery runs, then for a place in the bulkhead. The breaker counts what finishes as a
+/// success, and as a fault what fails by a [fault of the engine](mlx_engine_monitor::ErrorClass::Fault) or takes longer than it
+/// may; an error of the caller's and an engine that is full say nothing. A request that a recovery ends is
+/// [`Unavailable`](EngineError::Unavailable) and may be tried again.
+#[derive(Debug)]
+pub struct Resilient<E> {
+    engine: Arc<E>,
+    control: Arc<Control>,
+}
+
+impl<E> Clone for Resilient<E> {
+    fn clone(&self) -> Self {
+        Self {
+            engine: Arc::clone(&self.engine),
+            control: Arc::clone(&self.control),
+        }
+    }
+}
+
+impl<E: LlmEngine + 'static> Resilient<E> {
+    /// Protects an engine that cannot be recovered, with the [defaults](ResilienceConfiguration::default).
+    pub fn new(engine: E) -> Self {
+        Self::builder(engine).finish()
+    }
+
+    /// Protects an engine as told.
+    pub fn builder(engine: E) -> ResilientBuilder<E> {
+        ResilientBuilder {
+            engine: Arc::new(engine),
+            recoverer: None,
+            configuration: ResilienceConfiguration::default(),
+        }
+    }
+
+    /// The engine itself. What is asked of it directly is not limited here.
+    pub fn engine(&self) -> &E {
+        &self.engine
+    }
+
+    /// Runs a request to its end, and again from its beginning where that may help: the caller sees the whole answer or
+    /// none of it.
+    ///
+    /// Dropping the future cancels what runs, and the wait. Where the wait would last beyond
+    /// [`timeouts.total`](crate::TimeoutConfiguration::total), the last error is returned at once.
+    ///
+    /// # Errors
+    ///
+    /// The error of the last attempt.
+    pub async fn generate_with_retry(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> Result<GenerateOutput, EngineError> {
+        let total = self.control.deadline();
+        let run = || -> BoxFuture<'_, Result<GenerateOutput, EngineError>> {
+            let attempt = self.attempt(prompt.clone(), params.clone(), total);
+            Box::pin(async move { collect_events(attempt.await?).await })
+        };
+        self.control.with_retry(total, run).await
+    }
+
+    /// Submits a request, and again where that may help, until the first text or token comes. The future resolves then,
+    /// and nothing is tried again after it: the caller never sees a part of an answer twice.
+    ///
+    /// # Errors
+    ///
+    /// The error of the last attempt.
+    pub async fn stream_with_retry(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> Result<EventStream, EngineError> {
+        let total = self.control.deadline();
+        let run = || -> BoxFuture<'_, Result<EventStream, EngineError>> {
+            let attempt = self.attempt(prompt.clone(), params.clone(), total);
+            Box::pin(async move {
+                let mut events = attempt.await?;
+                let mut head = Vec::new();
+                while let Some(event) = events.next().await {
+                    let event = event?;
+                    let begun = !matches!(event, GenerationEvent::Started { .. });
+                    head.push(Ok(event));
+                    if begun {
+                        break;
+                    }
+                }
+                Ok(stream::iter(head).chain(events).boxed())
+            })
+        };
+        self.control.with_retry(total, run).await
+    }
+
+    /// Brings the engine back, if it gives no token: takes the steps that it can take, the cheapest first, each followed
+    /// by a proof. An engine that works, or is only busy, is left alone.
+    ///
+    /// New requests wait meanwhile. One recovery runs at a time, and it goes on where the future is dropped.
+    pub async fn attempt_recovery(&self) -> RecoveryReport {
+        let control = Arc::clone(&self.control);
+        let report = tokio::spawn(async move { control.recover(false).await }).await;
+        report.unwrap_or_else(|_| RecoveryReport::interrupted(self.backend()))
+    }
+
+    /// How it stands: the circuit, the places, the budget, the last recovery.
+    pub fn status(&self) -> ResilienceStatus {
+        let control = &self.control;
+        let now = control.now();
+        let mut state = control.lock();
+        ResilienceStatus {
+            breaker: state.breaker.state(now),
+            running: control.bulkhead.running(),
+            waiting: control.bulkhead.waiting(),
+            retries_left: state.budget.left(),
+            recovering: *control.recovering.borrow(),
+            recoveries: control.recoveries(),
+            last_recovery: state.last_recovery.clone(),
+        }
+    }
+
+    /// What it was told.
+    pub fn configuration(&self) -> &ResilienceConfiguration {
+        &self.control.configuration
+    }
+
+    /// Sends a request once.
+    async fn attempt(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+        total: Option<Deadline>,
+    ) -> Result<Guarded, EngineError> {
+        let control = &self.control;
+        let timeouts = &control.configuration.timeouts;
+        Deadline::enforce(total, async {
+            control.recovered().await;
+            let place = control.bulkhead.enter().await?;
+            // One may have begun while a place was waited for.
+            control.recovered().await;
+            let mut leave = control.leave()?;
+            let first_token = Deadline::after(timeouts.first_token);
+            let admitted = Deadline::enforce(first_token, async {
+                Ok(self
+                    .engine
+                    .stream(prompt, params)
+                    .await
+                    .map_err(|error| leave.failed(error)))
+            });
+            let admitted = match admitted.await {
+                Ok(admitted) => admitted,
+                Err(late) => {
+                    leave.timed_out();
+                    return Err(late);
+                }
+            };
+            let between = timeouts.between_tokens;
+            Ok(Guarded::new(admitted?, place, leave, total, first_token, between))
+        })
+        .await
+    }
+}
+
+impl<E: LlmEngine + 'static> LlmEngine for Resilient<E> {
+    fn stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        Box::pin(async move {
+            let total = self.control.deadline();
+            Ok(self.attempt(prompt, params, total).await?.boxed())
+        })
+    }
+
+    fn backend(&self) -> Option<Backend> {
+        self.engine.backend()
+    }
+
+    fn model(&self) -> Option<Arc<ModelConfiguration>> {
+        self.engine.model()
+    }
+
+    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.engine.unload()
+    }
+}
+
+/// How [`Resilient`] stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ResilienceStatus {
+    /// The state of the circuit.
+    pub breaker: BreakerState,
+    /// Requests that the engine has.
+    pub running: usize,
+    /// Requests that wait for a place.
+    pub waiting: usize,
+    /// Retries that the budget has left; a whole one is needed.
+    pub retries_left: f64,
+    /// Whether a recovery runs.
+    pub recovering: bool,
+    /// Recoveries that took a step.
+    pub recoveries: u64,
+    /// The last recovery that came to its end.
+    pub last_recovery: Option<RecoveryReport>,
+}
+
+/// How an engine is to be protected.
+#[must_use]
+pub struct ResilientBuilder<E> {
+    engine: Arc<E>,
+    recoverer: Option<Arc<dyn Recover>>,
+    configuration: ResilienceConfiguration,
+}
+
+impl<E> fmt::Debug for ResilientBuilder<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResilientBuilder")
+            .field("configuration", &self.configuration)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<E: LlmEngine + 'static> ResilientBuilder<E> {
+    /// Takes these limits.
+    pub fn configuration(mut self, configuration: ResilienceConfiguration) -> Self {
+        self.configuration = configuration;
+        self
+    }
+
+    /// Uses what the engine can do about its own faults. Without it recovery looks whether the engine works, and no more.
+    pub fn recoverable(mut self) -> Self
+    where
+        E: Recover,
+    {
+        let engine = Arc::clone(&self.engine);
+        self.recoverer = Some(engine);
+        self
+    }
+
+    /// Begins to protect it.
+    ///
+    /// # Errors
+    ///
+    /// The field of the configuration that is out of its range.
+    pub fn build(self) -> Result<Resilient<E>, ParamError> {
+        self.configuration.validate()?;
+        Ok(self.finish())
+    }
+
+    fn finish(self) -> Resilient<E> {
+        let Self {
+            engine,
+            recoverer,
+            configuration,
+        } = self;
+        let recoverer = recoverer.unwrap_or_else(|| Arc::new(Unrecoverable(Arc::clone(&engine))));
+        Resilient {
+            control: Arc::new(Control::new(recoverer, configuration)),
+            engine,
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! An engine that fails as it is told, on a clock that is moved and never waited for.
+
+mod support;
+
+mod recovery;
+mod retry;
