@@ -1,7 +1,7 @@
 //! The engine that programs hold.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use mlx_engine_core::{
@@ -9,21 +9,14 @@ use mlx_engine_core::{
     ModelConfiguration, Prompt,
 };
 use mlx_engine_engine::{Engine, EngineOptions, MockScript, ProgressFn, PromptEncoder, Score};
+use mlx_engine_monitor::{
+    DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, Monitored,
+};
 use mlx_engine_registry::ModelRegistry;
+use mlx_engine_resilience::{RecoveryReport, ResilienceConfiguration, ResilienceStatus, Resilient};
 
 use crate::ChatSession;
-
-/// Which backend to load a model on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum BackendChoice {
-    /// MLX, and the mock where the [`FallbackPolicy`] allows it.
-    #[default]
-    Auto,
-    /// MLX or an error.
-    Mlx,
-    /// The mock.
-    Mock,
-}
+use crate::slot::{BackendChoice, Settings, Slot};
 
 /// An engine that loads one model at a time and answers with it. Clones share the model.
 ///
@@ -39,55 +32,35 @@ pub enum BackendChoice {
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct InferenceEngine {
-    options: EngineOptions,
-    choice: BackendChoice,
-    fallback: FallbackPolicy,
-    mock: MockScript,
-    registry: Option<Arc<ModelRegistry>>,
-    state: Arc<Mutex<State>>,
+    settings: Settings,
+    health: HealthConfiguration,
+    engine: Resilient<Monitored<Arc<Slot>>>,
 }
 
-#[derive(Default)]
-enum State {
-    #[default]
-    Empty,
-    Loading {
-        model: String,
-    },
-    Loaded {
-        engine: Arc<Engine>,
-        /// Why the mock stands in for the model, where it does.
-        fallback_reason: Option<String>,
-    },
+impl Default for InferenceEngine {
+    fn default() -> Self {
+        let engine = Resilient::new(Monitored::new(Arc::new(Slot::default())));
+        let mut this = Self {
+            settings: Settings::default(),
+            health: HealthConfiguration::default(),
+            engine,
+        };
+        if let Ok(engine) = this.wrapped(HealthConfiguration::default(), ResilienceConfiguration::default()) {
+            this.engine = engine;
+        }
+        this
+    }
 }
 
 impl fmt::Debug for InferenceEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("InferenceEngine")
-            .field("choice", &self.choice)
-            .field("fallback", &self.fallback)
+            .field("choice", &self.settings.choice)
+            .field("fallback", &self.settings.fallback)
             .field("backend", &self.backend())
             .finish_non_exhaustive()
-    }
-}
-
-/// Puts the state back where a load fails or is dropped.
-struct LoadGuard<'a>(Option<&'a Mutex<State>>);
-
-impl LoadGuard<'_> {
-    /// The load is over: what is `Loading` from now on is another one.
-    fn disarm(&mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for LoadGuard<'_> {
-    fn drop(&mut self) {
-        if let Some(state) = self.0 {
-            *state.lock().unwrap_or_else(PoisonError::into_inner) = State::Empty;
-        }
     }
 }
 
@@ -99,32 +72,71 @@ impl InferenceEngine {
 
     /// Sets how requests are scheduled, for models that are loaded from now on.
     pub fn with_options(mut self, options: EngineOptions) -> Self {
-        self.options = options;
+        self.settings.options = options;
         self
     }
 
     /// Sets which backend models are loaded on.
     pub fn with_backend(mut self, choice: BackendChoice) -> Self {
-        self.choice = choice;
+        self.settings.choice = choice;
         self
     }
 
     /// Sets when the mock may stand in for a model.
     pub fn with_fallback(mut self, policy: FallbackPolicy) -> Self {
-        self.fallback = policy;
+        self.settings.fallback = policy;
         self
     }
 
     /// Sets how the mock behaves.
     pub fn with_mock(mut self, script: MockScript) -> Self {
-        self.mock = script;
+        self.settings.mock = script;
         self
     }
 
     /// Sets the registry that names are looked up in; [`ModelRegistry::builtin`] unless told.
     pub fn with_registry(mut self, registry: ModelRegistry) -> Self {
-        self.registry = Some(Arc::new(registry));
+        self.settings.registry = Some(Arc::new(registry));
         self
+    }
+
+    /// Sets from where on the engine is not well. What was counted so far stays with the clones made before.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::InvalidParameter`] for a field that is out of its range.
+    pub fn with_health(mut self, health: HealthConfiguration) -> Result<Self, EngineError> {
+        self.engine = self.wrapped(health.clone(), self.engine.configuration().clone())?;
+        self.health = health;
+        Ok(self)
+    }
+
+    /// Sets the limits, the retries and the recovery of requests. What was counted so far stays with the clones made
+    /// before.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::InvalidParameter`] for a field that is out of its range.
+    pub fn with_resilience(mut self, resilience: ResilienceConfiguration) -> Result<Self, EngineError> {
+        self.engine = self.wrapped(self.health.clone(), resilience)?;
+        Ok(self)
+    }
+
+    /// The slot, seen through new wrappers.
+    fn wrapped(
+        &self,
+        health: HealthConfiguration,
+        resilience: ResilienceConfiguration,
+    ) -> Result<Resilient<Monitored<Arc<Slot>>>, EngineError> {
+        let monitored = Monitored::builder(Arc::clone(self.slot()))
+            .health(health)
+            .build()?;
+        let resilient = Resilient::builder(monitored).configuration(resilience);
+        Ok(resilient.recoverable().build()?)
+    }
+
+    fn slot(&self) -> &Arc<Slot> {
+        self.engine.engine().engine()
     }
 
     /// Loads a model in place of the one that is loaded: a folder, a `.gguf` file, a name of the registry, or a hub
@@ -136,7 +148,7 @@ impl InferenceEngine {
     /// [`EngineError::MlxUnavailable`] where the fallback policy is `Never`, and what is wrong with the model's files.
     /// After an error no model is loaded.
     pub async fn load_model(&self, model: &str) -> Result<Arc<ModelConfiguration>, EngineError> {
-        self.load(model, None).await
+        self.slot().load(model, &self.settings, None).await
     }
 
     /// As [`load_model`](Self::load_model), telling `progress` how far it has come, on a thread of the engine.
@@ -149,100 +161,7 @@ impl InferenceEngine {
         model: &str,
         progress: ProgressFn,
     ) -> Result<Arc<ModelConfiguration>, EngineError> {
-        self.load(model, Some(progress)).await
-    }
-
-    async fn load(
-        &self,
-        model: &str,
-        progress: Option<ProgressFn>,
-    ) -> Result<Arc<ModelConfiguration>, EngineError> {
-        let previous = {
-            let mut state = self.state();
-            if let State::Loading { model } = &*state {
-                return Err(EngineError::LoadInProgress { model: model.clone() });
-            }
-            std::mem::replace(
-                &mut *state,
-                State::Loading {
-                    model: model.to_owned(),
-                },
-            )
-        };
-        let mut guard = LoadGuard(Some(&self.state));
-        if let State::Loaded { engine, .. } = previous {
-            // Two models at once might not fit.
-            engine.unload().await?;
-        }
-        let (engine, fallback_reason) = self.choose(model, progress).await?;
-        let configuration = engine
-            .model()
-            .ok_or_else(|| EngineError::internal("a model was loaded and is gone"))?;
-        let mut state = self.state();
-        *state = State::Loaded {
-            engine: Arc::new(engine),
-            fallback_reason,
-        };
-        guard.disarm();
-        drop(state);
-        Ok(configuration)
-    }
-
-    /// Loads on the backend that choice and policy lead to.
-    async fn choose(
-        &self,
-        model: &str,
-        progress: Option<ProgressFn>,
-    ) -> Result<(Engine, Option<String>), EngineError> {
-        if self.choice == BackendChoice::Mock {
-            return Ok((self.load_mock(model).await?, None));
-        }
-        let error = match self.load_mlx(model, progress).await {
-            Ok(engine) => return Ok((engine, None)),
-            Err(error) => error,
-        };
-        let allowed = match self.fallback {
-            _ if self.choice == BackendChoice::Mlx => false,
-            FallbackPolicy::Never => false,
-            FallbackPolicy::WhenMlxUnavailable => matches!(error, EngineError::MlxUnavailable { .. }),
-            FallbackPolicy::OnLoadFailure => !matches!(error, EngineError::Cancelled),
-        };
-        if !allowed {
-            return Err(error);
-        }
-        let reason = chain(&error);
-        tracing::warn!(model, reason, "the mock stands in for the model");
-        Ok((self.load_mock(model).await?, Some(reason)))
-    }
-
-    async fn load_mock(&self, model: &str) -> Result<Engine, EngineError> {
-        Engine::mock(model, self.mock.clone(), self.options.clone()).await
-    }
-
-    #[cfg(feature = "mlx")]
-    async fn load_mlx(&self, model: &str, progress: Option<ProgressFn>) -> Result<Engine, EngineError> {
-        // A model that does not exist is an error on every backend: the mock must not stand in for it.
-        let location = crate::locate(model, self.registry())?;
-        crate::platform().require_mlx()?;
-        mlx_engine_engine::mlx_device()?;
-        mlx_engine_engine::load_mlx(
-            location.path,
-            location.configuration,
-            self.options.clone(),
-            progress,
-        )
-        .await
-    }
-
-    #[cfg(not(feature = "mlx"))]
-    #[expect(clippy::unused_async, reason = "it stands for the one that loads")]
-    async fn load_mlx(&self, _model: &str, _progress: Option<ProgressFn>) -> Result<Engine, EngineError> {
-        match crate::platform().require_mlx() {
-            Err(error) => Err(error),
-            Ok(()) => Err(EngineError::internal(
-                "this build has no MLX and says that it has",
-            )),
-        }
+        self.slot().load(model, &self.settings, Some(progress)).await
     }
 
     /// Reads the tokenizer and the template of a model without its weights.
@@ -258,32 +177,21 @@ impl InferenceEngine {
 
     /// The registry that names are looked up in.
     pub fn registry(&self) -> &ModelRegistry {
-        self.registry
-            .as_deref()
-            .unwrap_or_else(|| ModelRegistry::builtin())
+        self.settings.registry()
     }
 
     /// Why the mock stands in for the model, where it does without having been chosen.
     pub fn fallback_reason(&self) -> Option<String> {
-        match &*self.state() {
-            State::Loaded { fallback_reason, .. } => fallback_reason.clone(),
-            _ => None,
-        }
+        self.slot().fallback_reason()
     }
 
-    /// The loaded engine.
+    /// The loaded engine, without retries, limits and counts around it.
     ///
     /// # Errors
     ///
     /// [`EngineError::NotLoaded`] and [`EngineError::LoadInProgress`].
     pub fn engine(&self) -> Result<Arc<Engine>, EngineError> {
-        match &*self.state() {
-            State::Loaded { engine, .. } => Ok(Arc::clone(engine)),
-            State::Loading { model } => Err(EngineError::LoadInProgress { model: model.clone() }),
-            State::Empty => Err(EngineError::NotLoaded {
-                model: "none".to_owned(),
-            }),
-        }
+        self.slot().engine()
     }
 
     /// Answers a prompt; a string is a question to a chat model.
@@ -296,7 +204,7 @@ impl InferenceEngine {
         prompt: impl Into<Prompt>,
         params: GenerateParams,
     ) -> Result<GenerateOutput, EngineError> {
-        self.engine()?.generate(prompt.into(), params).await
+        self.engine.generate(prompt.into(), params).await
     }
 
     /// Answers a prompt piece by piece; dropping the stream cancels the request.
@@ -309,7 +217,74 @@ impl InferenceEngine {
         prompt: impl Into<Prompt>,
         params: GenerateParams,
     ) -> Result<EventStream, EngineError> {
-        self.engine()?.stream(prompt.into(), params).await
+        self.engine.stream(prompt.into(), params).await
+    }
+
+    /// As [`generate`](Self::generate), trying again what may succeed later.
+    ///
+    /// # Errors
+    ///
+    /// The error of the last try.
+    pub async fn generate_with_retry(
+        &self,
+        prompt: impl Into<Prompt>,
+        params: GenerateParams,
+    ) -> Result<GenerateOutput, EngineError> {
+        self.engine.generate_with_retry(prompt.into(), params).await
+    }
+
+    /// As [`stream`](Self::stream), trying again until the first token is there: never what the caller has seen.
+    ///
+    /// # Errors
+    ///
+    /// The error of the last try.
+    pub async fn stream_with_retry(
+        &self,
+        prompt: impl Into<Prompt>,
+        params: GenerateParams,
+    ) -> Result<EventStream, EngineError> {
+        self.engine.stream_with_retry(prompt.into(), params).await
+    }
+
+    /// What was counted and measured since the engine was made, and in the last minute.
+    pub fn performance_metrics(&self) -> InferenceMetrics {
+        self.engine.engine().metrics()
+    }
+
+    /// The same as text that Prometheus reads.
+    pub fn prometheus(&self) -> String {
+        self.engine.engine().prometheus()
+    }
+
+    /// How the engine is, by what was measured so far; at once.
+    pub fn health(&self) -> HealthReport {
+        self.engine.engine().health()
+    }
+
+    /// How the engine is, after one token of the real model.
+    pub async fn check_health(&self) -> HealthReport {
+        self.engine.engine().check_health().await
+    }
+
+    /// Changes of health from now on.
+    pub fn health_events(&self) -> HealthEvents {
+        self.engine.engine().subscribe()
+    }
+
+    /// Everything that is known, in one report that can be written as JSON.
+    pub fn detailed_status(&self) -> DetailedStatus {
+        self.engine.engine().detailed_status()
+    }
+
+    /// How the circuit breaker, the limits and recovery stand.
+    pub fn resilience_status(&self) -> ResilienceStatus {
+        self.engine.status()
+    }
+
+    /// Brings a broken engine back by loading its model again, and says what it did and whether a token of the model
+    /// proved it. A working engine is left alone. Needs a tokio runtime.
+    pub async fn attempt_recovery(&self) -> RecoveryReport {
+        self.engine.attempt_recovery().await
     }
 
     /// The log-probabilities of a text.
@@ -332,33 +307,8 @@ impl InferenceEngine {
     ///
     /// [`EngineError::LoadInProgress`], and why the memory could not be given back.
     pub async fn unload(&self) -> Result<(), EngineError> {
-        let previous = {
-            let mut state = self.state();
-            if let State::Loading { model } = &*state {
-                return Err(EngineError::LoadInProgress { model: model.clone() });
-            }
-            std::mem::take(&mut *state)
-        };
-        match previous {
-            State::Loaded { engine, .. } => engine.unload().await,
-            _ => Ok(()),
-        }
+        self.engine.unload().await
     }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// An error with its sources, in one line.
-fn chain(error: &EngineError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        text = format!("{text}: {inner}");
-        source = inner.source();
-    }
-    text
 }
 
 impl LlmEngine for InferenceEngine {
@@ -367,18 +317,18 @@ impl LlmEngine for InferenceEngine {
         prompt: Prompt,
         params: GenerateParams,
     ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
-        Box::pin(async move { self.engine()?.stream(prompt, params).await })
+        self.engine.stream(prompt, params)
     }
 
     fn backend(&self) -> Option<Backend> {
-        self.engine().ok()?.backend()
+        self.engine.backend()
     }
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
-        self.engine().ok()?.model()
+        self.engine.model()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        Box::pin(InferenceEngine::unload(self))
+        self.engine.unload()
     }
 }

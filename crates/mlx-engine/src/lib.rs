@@ -27,16 +27,25 @@ mod chat;
 mod inference;
 mod platform;
 mod resolve;
+mod slot;
 
 pub use chat::{ChatSession, ChatStream};
-pub use inference::{BackendChoice, InferenceEngine};
+pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
 #[cfg(feature = "mlx")]
 pub use mlx_engine_engine::mlx_device;
 pub use mlx_engine_engine::{Engine, EngineOptions, MockFault, MockScript, ProgressFn, PromptEncoder, Score};
+pub use mlx_engine_monitor::{
+    DetailedStatus, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason, HealthReport,
+    InferenceMetrics,
+};
 pub use mlx_engine_registry::{ModelQuery, ModelRegistry, RegistryError};
+pub use mlx_engine_resilience::{
+    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration,
+};
 pub use platform::platform;
 pub use resolve::{ModelLocation, hub_cache, locate};
+pub use slot::BackendChoice;
 
 /// What most programs use.
 pub mod prelude {

@@ -198,6 +198,9 @@ pub(crate) struct HostRows<'a> {
     pub(crate) rows: usize,
 }
 
+/// The bits of the exponent of a float32: all of them are set in infinity and NaN alone.
+const EXPONENT: u32 = f32::INFINITY.to_bits();
+
 impl Model {
     /// Runs a step.
     fn run<E: mlx_engine_kernels::KvElement>(
@@ -211,8 +214,7 @@ impl Model {
         let done = self.forward(&mut workspace, ids, parts, wanted, logits);
         workspace.count();
         done.map_err(|error| error.to_string())?;
-        // Infinity and NaN have the largest exponent. A maximum of integers takes no branch for each.
-        const EXPONENT: u32 = f32::INFINITY.to_bits();
+        // A maximum of integers takes no branch for each.
         let largest = logits
             .iter()
             .fold(0, |largest, logit| (logit.to_bits() & EXPONENT).max(largest));

@@ -1,0 +1,277 @@
+//! The place of the model: what is loaded there, how it came, and how it comes again.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures::future::BoxFuture;
+use mlx_engine_core::{
+    Backend, EngineError, EventStream, FallbackPolicy, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+};
+use mlx_engine_engine::{Engine, EngineOptions, MockScript, ProgressFn};
+use mlx_engine_registry::ModelRegistry;
+use mlx_engine_resilience::{Recover, RecoveryStep};
+
+/// Which backend to load a model on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// MLX, and the mock where the [`FallbackPolicy`] allows it.
+    #[default]
+    Auto,
+    /// MLX or an error.
+    Mlx,
+    /// The mock.
+    Mock,
+}
+
+/// How models are loaded.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Settings {
+    pub(crate) options: EngineOptions,
+    pub(crate) choice: BackendChoice,
+    pub(crate) fallback: FallbackPolicy,
+    pub(crate) mock: MockScript,
+    pub(crate) registry: Option<Arc<ModelRegistry>>,
+}
+
+/// Where one model is loaded at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Slot {
+    state: Mutex<State>,
+    /// What was loaded last, and how, until it is unloaded: recovery loads it again.
+    last: Mutex<Option<(String, Settings)>>,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    Empty,
+    Loading {
+        model: String,
+    },
+    Loaded {
+        engine: Arc<Engine>,
+        /// Why the mock stands in for the model, where it does.
+        fallback_reason: Option<String>,
+    },
+}
+
+/// Puts the state back where a load fails or is dropped.
+struct LoadGuard<'a>(Option<&'a Mutex<State>>);
+
+impl LoadGuard<'_> {
+    /// The load is over: what is `Loading` from now on is another one.
+    fn disarm(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for LoadGuard<'_> {
+    fn drop(&mut self) {
+        if let Some(state) = self.0 {
+            *state.lock().unwrap_or_else(PoisonError::into_inner) = State::Empty;
+        }
+    }
+}
+
+impl Settings {
+    /// Loads on the backend that choice and policy lead to.
+    async fn choose(
+        &self,
+        model: &str,
+        progress: Option<ProgressFn>,
+    ) -> Result<(Engine, Option<String>), EngineError> {
+        if self.choice == BackendChoice::Mock {
+            return Ok((self.load_mock(model).await?, None));
+        }
+        let error = match self.load_mlx(model, progress).await {
+            Ok(engine) => return Ok((engine, None)),
+            Err(error) => error,
+        };
+        let allowed = match self.fallback {
+            _ if self.choice == BackendChoice::Mlx => false,
+            FallbackPolicy::Never => false,
+            FallbackPolicy::WhenMlxUnavailable => matches!(error, EngineError::MlxUnavailable { .. }),
+            FallbackPolicy::OnLoadFailure => !matches!(error, EngineError::Cancelled),
+        };
+        if !allowed {
+            return Err(error);
+        }
+        let reason = chain(&error);
+        tracing::warn!(model, reason, "the mock stands in for the model");
+        Ok((self.load_mock(model).await?, Some(reason)))
+    }
+
+    async fn load_mock(&self, model: &str) -> Result<Engine, EngineError> {
+        Engine::mock(model, self.mock.clone(), self.options.clone()).await
+    }
+
+    #[cfg(feature = "mlx")]
+    async fn load_mlx(&self, model: &str, progress: Option<ProgressFn>) -> Result<Engine, EngineError> {
+        // A model that does not exist is an error on every backend: the mock must not stand in for it.
+        let location = crate::locate(model, self.registry())?;
+        crate::platform().require_mlx()?;
+        mlx_engine_engine::mlx_device()?;
+        mlx_engine_engine::load_mlx(
+            location.path,
+            location.configuration,
+            self.options.clone(),
+            progress,
+        )
+        .await
+    }
+
+    #[cfg(not(feature = "mlx"))]
+    #[expect(clippy::unused_async, reason = "it stands for the one that loads")]
+    async fn load_mlx(&self, _model: &str, _progress: Option<ProgressFn>) -> Result<Engine, EngineError> {
+        match crate::platform().require_mlx() {
+            Err(error) => Err(error),
+            Ok(()) => Err(EngineError::internal(
+                "this build has no MLX and says that it has",
+            )),
+        }
+    }
+
+    /// The registry that names are looked up in.
+    pub(crate) fn registry(&self) -> &ModelRegistry {
+        self.registry
+            .as_deref()
+            .unwrap_or_else(|| ModelRegistry::builtin())
+    }
+}
+
+impl Slot {
+    /// Loads a model in place of the one that is there.
+    pub(crate) async fn load(
+        &self,
+        model: &str,
+        settings: &Settings,
+        progress: Option<ProgressFn>,
+    ) -> Result<Arc<ModelConfiguration>, EngineError> {
+        let previous = {
+            let mut state = self.state();
+            if let State::Loading { model } = &*state {
+                return Err(EngineError::LoadInProgress { model: model.clone() });
+            }
+            std::mem::replace(
+                &mut *state,
+                State::Loading {
+                    model: model.to_owned(),
+                },
+            )
+        };
+        let mut guard = LoadGuard(Some(&self.state));
+        *self.last() = None;
+        if let State::Loaded { engine, .. } = previous {
+            // Two models at once might not fit.
+            engine.unload().await?;
+        }
+        let (engine, fallback_reason) = settings.choose(model, progress).await?;
+        let configuration = engine
+            .model()
+            .ok_or_else(|| EngineError::internal("a model was loaded and is gone"))?;
+        *self.last() = Some((model.to_owned(), settings.clone()));
+        let mut state = self.state();
+        *state = State::Loaded {
+            engine: Arc::new(engine),
+            fallback_reason,
+        };
+        guard.disarm();
+        drop(state);
+        Ok(configuration)
+    }
+
+    /// Why the mock stands in for the model, where it does without having been chosen.
+    pub(crate) fn fallback_reason(&self) -> Option<String> {
+        match &*self.state() {
+            State::Loaded { fallback_reason, .. } => fallback_reason.clone(),
+            _ => None,
+        }
+    }
+
+    /// The loaded engine.
+    pub(crate) fn engine(&self) -> Result<Arc<Engine>, EngineError> {
+        match &*self.state() {
+            State::Loaded { engine, .. } => Ok(Arc::clone(engine)),
+            State::Loading { model } => Err(EngineError::LoadInProgress { model: model.clone() }),
+            State::Empty => Err(EngineError::NotLoaded {
+                model: "none".to_owned(),
+            }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<(String, Settings)>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl LlmEngine for Slot {
+    fn stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        Box::pin(async move { self.engine()?.stream(prompt, params).await })
+    }
+
+    fn backend(&self) -> Option<Backend> {
+        self.engine().ok()?.backend()
+    }
+
+    fn model(&self) -> Option<Arc<ModelConfiguration>> {
+        self.engine().ok()?.model()
+    }
+
+    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        Box::pin(async move {
+            let previous = {
+                let mut state = self.state();
+                if let State::Loading { model } = &*state {
+                    return Err(EngineError::LoadInProgress { model: model.clone() });
+                }
+                *self.last() = None;
+                std::mem::take(&mut *state)
+            };
+            match previous {
+                State::Loaded { engine, .. } => engine.unload().await,
+                _ => Ok(()),
+            }
+        })
+    }
+}
+
+impl Recover for Slot {
+    fn can(&self, step: RecoveryStep) -> bool {
+        step == RecoveryStep::ReloadModel && self.last().is_some()
+    }
+
+    fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>> {
+        Box::pin(async move {
+            let last = self.last().clone();
+            let Some((model, settings)) = last.filter(|_| step == RecoveryStep::ReloadModel) else {
+                return Err(EngineError::internal(format!(
+                    "{step:?} is no step of this engine"
+                )));
+            };
+            let loaded = self.load(&model, &settings, None).await;
+            if loaded.is_err() {
+                // It may be tried again.
+                *self.last() = Some((model, settings));
+            }
+            loaded.map(drop)
+        })
+    }
+}
+
+/// An error with its sources, in one line.
+fn chain(error: &EngineError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        text = format!("{text}: {inner}");
+        source = inner.source();
+    }
+    text
+}
