@@ -21,16 +21,22 @@
 
 mod detokenizer;
 mod error;
+#[cfg(feature = "grammar")]
+mod grammar;
 mod pretokenizer;
 mod spm;
 mod stop;
 mod strftime;
 mod template;
+#[cfg(feature = "grammar")]
+mod token_bytes;
 mod tokenizer;
 mod vocabulary;
 
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+#[cfg(feature = "grammar")]
+pub use grammar::{CompiledGrammar, Constraint, Grammar, TokenMask, TokenTable};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatTemplate, TemplateContext};
 pub use tokenizer::Tokenizer;
