@@ -146,8 +146,55 @@ fn compact(schema: &Value) -> Result<Value, String> {
         return Err("the keyword `x-guidance` is not for callers to set".to_owned());
     }
     let settings = json!({"whitespace_flexible": false, "lenient": false, "coerce_one_of": false});
-    object.insert("x-guidance".to_owned(), settings);
-    Ok(Value::Object(object))
+    let mut schema = Value::Object(object);
+    spaces(&mut schema);
+    schema["x-guidance"] = settings;
+    Ok(schema)
+}
+
+/// The characters that `\s` matches in the regular expressions of JSON schema, which are ECMA 262's. Those of the library
+/// have U+0085 instead of U+FEFF.
+const SPACES: &str = r"\t-\r \u{a0}\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}\u{feff}";
+
+/// Writes `\s` and `\S` out in the patterns of a schema.
+fn spaces(schema: &mut Value) {
+    match schema {
+        Value::Array(items) => items.iter_mut().for_each(spaces),
+        Value::Object(object) => {
+            for (key, value) in object.iter_mut() {
+                match (key.as_str(), &mut *value) {
+                    ("const" | "enum" | "default" | "examples", _) => {}
+                    ("pattern", Value::String(pattern)) => *pattern = written_out(pattern),
+                    ("patternProperties", Value::Object(properties)) => {
+                        let old = std::mem::take(properties);
+                        properties.extend(old.into_iter().map(|(key, value)| (written_out(&key), value)));
+                        properties.values_mut().for_each(spaces);
+                    }
+                    _ => spaces(value),
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+fn written_out(pattern: &str) -> String {
+    let mut out = String::with_capacity(pattern.len());
+    let mut characters = pattern.chars();
+    while let Some(character) = characters.next() {
+        match (
+            character,
+            (character == '\\').then(|| characters.next()).flatten(),
+        ) {
+            ('\\', Some('s')) => out.extend(["[", SPACES, "]"]),
+            ('\\', Some('S')) => out.extend(["[^", SPACES, "]"]),
+            (first, second) => {
+                out.push(first);
+                out.extend(second);
+            }
+        }
+    }
+    out
 }
 
 /// An error of the library, without the traces of where it stood.
