@@ -170,15 +170,12 @@ pub(super) fn gemma(body: &str) -> Option<Vec<Call>> {
     let mut object = Map::new();
     while !rest.is_empty() {
         let (key, after) = rest.split_once(':')?;
-        let (found, after) = match after.strip_prefix("<escape>") {
-            Some(text) => {
-                let (text, after) = text.split_once("<escape>")?;
-                (Value::String(text.to_owned()), after)
-            }
-            None => {
-                let end = after.find(',').unwrap_or(after.len());
-                (value(&after[..end]), &after[end..])
-            }
+        let (found, after) = if let Some(text) = after.strip_prefix("<escape>") {
+            let (text, after) = text.split_once("<escape>")?;
+            (Value::String(text.to_owned()), after)
+        } else {
+            let (text, after) = after.split_at(after.find(',').unwrap_or(after.len()));
+            (value(text), after)
         };
         object.insert(key.trim().to_owned(), found);
         rest = after.strip_prefix(',').unwrap_or(after);

@@ -121,7 +121,7 @@ impl OutputParser {
             State::Reasoning(close) => {
                 let found = self.held.find(close);
                 let end =
-                    found.unwrap_or_else(|| self.held.len() - open_tail(&self.held, [close].into_iter()));
+                    found.unwrap_or_else(|| self.held.len() - open_tail(&self.held, &[close].into_iter()));
                 let rest = self.held.split_off(end);
                 let text = std::mem::replace(&mut self.held, rest);
                 add(events, ParsedEvent::Reasoning(text));
@@ -167,7 +167,7 @@ impl OutputParser {
         let anywhere = || self.marks.iter().filter(|mark| !mark.only_first);
         let found = anywhere().filter_map(|mark| Some((self.held.find(mark.open)?, mark)));
         let found = found.min_by_key(|(at, mark)| (*at, std::cmp::Reverse(mark.open.len())));
-        let open = open_tail(&self.held, anywhere().map(|mark| mark.open));
+        let open = open_tail(&self.held, &anywhere().map(|mark| mark.open));
         let Some((at, mark)) = found else {
             let rest = self.held.split_off(self.held.len() - open);
             let text = std::mem::replace(&mut self.held, rest);
@@ -239,7 +239,7 @@ fn add(events: &mut Vec<ParsedEvent>, event: ParsedEvent) {
 }
 
 /// Length of the longest end of a text that begins one of the marks.
-fn open_tail<'a>(text: &str, marks: impl Iterator<Item = &'a str> + Clone) -> usize {
+fn open_tail<'a>(text: &str, marks: &(impl Iterator<Item = &'a str> + Clone)) -> usize {
     let at = text.char_indices().map(|(at, _)| at);
     at.into_iter()
         .find(|&at| {
