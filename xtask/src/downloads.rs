@@ -9,6 +9,9 @@ pub(crate) const TEST_MODEL: &str = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
 /// Folder of the tokenizer vectors and chat templates in the cache.
 pub(crate) const TEST_DATA: &str = "test-data";
 
+/// Folder of the JSON-Schema-Test-Suite in the cache.
+const SCHEMA_SUITE: &str = "test-data/json-schema-test-suite";
+
 /// One pinned file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Download {
@@ -285,12 +288,30 @@ pub(crate) fn test_data() -> Piece {
     }
 }
 
+/// The JSON-Schema-Test-Suite.
+pub(crate) fn schema_suite() -> Piece {
+    Piece {
+        name: "the JSON-Schema-Test-Suite",
+        download: Download {
+            from: Registry::SourceArchive,
+            package: "jsonschema",
+            version: "4.26.0",
+            file: "jsonschema-4.26.0.tar.gz",
+            bytes: 366_583,
+            sha256: "0c26707e2efad8aa1bfc5b7ce170f3fccc2e4918ff85989ba9ffa9facb2be326",
+        },
+        rules: vec![("jsonschema-4.26.0/json/", format!("{SCHEMA_SUITE}/"))],
+        places: vec![SCHEMA_SUITE],
+        unpacked: 2_526_773,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn all() -> Vec<Piece> {
-        let mut pieces = vec![mlx_c(), test_model(), test_data()];
+        let mut pieces = vec![mlx_c(), test_model(), test_data(), schema_suite()];
         for host in [Host::LinuxX86, Host::LinuxArm, Host::MacArm, Host::MacX86] {
             pieces.push(libclang(host));
             for device in [Device::Cpu, Device::Cuda, Device::Metal] {

@@ -18,7 +18,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum)]
     device: Option<Device>,
 
-    /// Fetch the tokenizer vectors and chat templates too
+    /// Fetch the tokenizer vectors, chat templates and JSON schemas too
     #[arg(long)]
     test_data: bool,
 }
@@ -58,6 +58,7 @@ pub(crate) fn fill(device: Option<Device>, test_data: bool) -> Result<Cache> {
     pieces.push(downloads::test_model());
     if test_data {
         pieces.push(downloads::test_data());
+        pieces.push(downloads::schema_suite());
     }
     let folder = folder()?;
     check_compiler()?;

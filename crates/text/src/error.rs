@@ -49,4 +49,18 @@ pub enum TextError {
         /// What it says.
         message: String,
     },
+    /// The grammar cannot be enforced.
+    #[error("the {kind} is refused: {reason}")]
+    Grammar {
+        /// What was given: a JSON schema, a regular expression or a Lark grammar.
+        kind: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// An answer cannot go on under its grammar.
+    #[error("the answer cannot go on under its grammar: {reason}")]
+    Constraint {
+        /// Why.
+        reason: String,
+    },
 }

@@ -2,7 +2,8 @@
 //!
 //! [`Tokenizer`] turns text to ids and back, from a `tokenizer.json` or from the vocabulary of a GGUF file.
 //! [`ChatTemplate`] turns a conversation to text, byte for byte as Python's jinja2 does. [`Detokenizer`] gives the text
-//! of ids as they come and never half a character, and [`StopMatcher`] finds stop strings across pieces of text.
+//! of ids as they come and never half a character, and [`StopMatcher`] finds stop strings across pieces of text. [`OutputParser`] tells
+//! text, reasoning and tool calls apart.
 //!
 //! ```
 //! use mlx_engine_text::{ChatTemplate, StopMatcher, TemplateContext};
@@ -21,17 +22,25 @@
 
 mod detokenizer;
 mod error;
+#[cfg(feature = "grammar")]
+mod grammar;
+mod parser;
 mod pretokenizer;
 mod python;
 mod spm;
 mod stop;
 mod strftime;
 mod template;
+#[cfg(feature = "grammar")]
+mod token_bytes;
 mod tokenizer;
 mod vocabulary;
 
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+#[cfg(feature = "grammar")]
+pub use grammar::{CompiledGrammar, Constraint, Grammar, TokenMask, TokenTable};
+pub use parser::{OutputParser, ParsedEvent, ToolFormat};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatTemplate, TemplateContext};
 pub use tokenizer::Tokenizer;

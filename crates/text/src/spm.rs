@@ -216,6 +216,19 @@ impl Spm {
         );
     }
 
+    /// The bytes of each token in the middle of a text; none for the unknown token.
+    #[cfg(feature = "grammar")]
+    pub(crate) fn token_bytes(&self) -> Vec<Vec<u8>> {
+        let tokens = self.tokens.iter().enumerate();
+        tokens
+            .map(|(id, token)| match self.byte_of.get(&(id as u32)) {
+                Some(&byte) => vec![byte],
+                None if id as u32 == self.unknown => Vec::new(),
+                None => token.replace(SPACE, " ").into_bytes(),
+            })
+            .collect()
+    }
+
     pub(crate) fn decode(&self, ids: &[u32], skip_special: bool) -> String {
         let mut bytes = Vec::new();
         for &id in ids {

@@ -282,6 +282,19 @@ impl Tokenizer {
         self.inner.chat_template.as_deref()
     }
 
+    /// The bytes that each token stands for, by id; empty where an id has no token. Special tokens have their text.
+    ///
+    /// # Errors
+    ///
+    /// Where the decoder gives tokens no bytes of their own.
+    #[cfg(feature = "grammar")]
+    pub(crate) fn token_bytes(&self) -> Result<Vec<Vec<u8>>, TextError> {
+        match &self.inner.kind {
+            Kind::HuggingFace(tokenizer) => crate::token_bytes::of_hugging_face(tokenizer),
+            Kind::Spm(spm, _) => Ok(spm.token_bytes()),
+        }
+    }
+
     /// Whether a token is a special one, which has no text of its own.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.special.contains(&id)
