@@ -116,6 +116,13 @@ impl Sampling {
 
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
+    /// Keep the answer valid under this JSON schema
+    #[arg(long, value_name = "F", conflicts_with = "regex")]
+    pub(crate) json_schema: Option<PathBuf>,
+    /// Keep the answer to this regular expression
+    #[arg(long, value_name = "S", allow_hyphen_values = true)]
+    pub(crate) regex: Option<String>,
+
     #[command(flatten)]
     pub(crate) model: Model,
     /// The prompt

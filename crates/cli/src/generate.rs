@@ -6,7 +6,7 @@ use std::time::Instant;
 use futures::StreamExt;
 use mlx_engine::{
     ChatMessage, FinishReason, GenerateOutput, GenerateSummary, GenerationEvent, InferenceEngine, LlmEngine,
-    Prompt, Timings, TokenInfo, Usage,
+    OutputConstraint, Prompt, Timings, TokenInfo, Usage,
 };
 
 use crate::args::Generate;
@@ -36,6 +36,13 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
     let mut params = args.sampling.params();
     if let Some(top) = args.logprobs {
         params = params.with_logprobs(true).with_top_logprobs(top);
+    }
+    if let Some(path) = &args.json_schema {
+        let schema = serde_json::from_str(&input::file(path)?)
+            .map_err(|error| Failure::other(format!("`{}` is no JSON: {error}", path.display())))?;
+        params = params.with_constraint(OutputConstraint::JsonSchema(schema));
+    } else if let Some(pattern) = &args.regex {
+        params = params.with_constraint(OutputConstraint::Regex(pattern.clone()));
     }
     // What is wrong with the parameters is said before seconds are spent on the model.
     params.validate().map_err(mlx_engine::EngineError::from)?;

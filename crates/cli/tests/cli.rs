@@ -444,6 +444,49 @@ mod real {
     }
 
     #[test]
+    #[cfg(feature = "grammar")]
+    fn an_answer_keeps_to_a_schema_and_to_an_expression() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("schema.json");
+        let schema = r#"{"type": "object", "properties": {"city": {"type": "string", "maxLength": 12}, "population": {"type":
+            "integer", "minimum": 0, "maximum": 99}}, "required": ["city", "population"], "additionalProperties": false}"#;
+        std::fs::write(&file, schema).expect("a file");
+        let file = file.to_str().expect("a name");
+        let model = model();
+        for seed in ["1", "2", "3"] {
+            let args = [
+                "generate",
+                "--model",
+                &model,
+                "--prompt",
+                "Name a city.",
+                "--json",
+                "--seed",
+                seed,
+            ];
+            let hot = ["--temperature", "2", "--json-schema", file];
+            let (code, out, err) = run(&[&args[..], &hot].concat(), "");
+            assert_eq!(code, 0, "{err}");
+            let answer = json(json(&out)["text"].as_str().expect("a text"));
+            assert!(
+                answer["city"].as_str().expect("a string").chars().count() <= 12,
+                "{answer}"
+            );
+            assert!(
+                answer["population"].as_u64().expect("an integer") <= 99,
+                "{answer}"
+            );
+            assert_eq!(json(&out)["finish_reason"], "stop");
+            let (_, out, _) = run(&[&args[..], &["--regex", "(yes|no), sir"]].concat(), "");
+            let answer = json(&out)["text"].clone();
+            assert!(answer == "yes, sir" || answer == "no, sir", "{answer}");
+        }
+        let args = ["generate", "--model", &model, "--prompt", "x", "--regex", "("];
+        let (code, _, err) = run(&args, "");
+        assert!(code == 1 && err.contains("output constraint refused"), "{err}");
+    }
+
+    #[test]
     fn a_bench_that_does_not_fit_the_context_is_refused() {
         let (code, _, err) = run(&["bench", "--model", &model(), "-p", "8000", "-n", "800"], "");
         assert_eq!(code, 1);

@@ -86,6 +86,13 @@ pub enum EngineError {
         source: Option<ErrorSource>,
     },
 
+    /// What the answer should keep to cannot be enforced.
+    #[error("output constraint refused: {message}")]
+    Constraint {
+        /// Why.
+        message: String,
+    },
+
     /// MLX cannot run here.
     #[error("mlx is unavailable: {reason}")]
     MlxUnavailable {
@@ -228,6 +235,7 @@ impl EngineError {
             | Self::UnsupportedModel { .. }
             | Self::Tokenizer { .. }
             | Self::Template { .. }
+            | Self::Constraint { .. }
             | Self::MlxUnavailable { .. }
             | Self::InsufficientMemory { .. }
             | Self::NotLoaded { .. }

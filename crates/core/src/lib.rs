@@ -5,7 +5,7 @@
 //! have to name it.
 //!
 //! ```
-//! use mlx_engine_core::{ChatMessage, GenerateParams, Prompt};
+//! use mlx_engine_core::{ChatMessage, GenerateParams, OutputConstraint, Prompt};
 //!
 //! let prompt = Prompt::chat([
 //!     ChatMessage::system("Answer in one sentence."),
@@ -42,6 +42,6 @@ pub use event::{
 };
 pub use message::{ChatMessage, Prompt, Role, ToolCall};
 pub use model::{ModelConfiguration, ModelType, Quantization};
-pub use params::{GenerateParams, ParamError};
+pub use params::{GenerateParams, OutputConstraint, ParamError};
 pub use platform::{Device, Platform};
 pub use progress::LoadProgress;

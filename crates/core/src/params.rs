@@ -56,6 +56,30 @@ pub struct GenerateParams {
     pub top_logprobs: u8,
     /// Generates past the model's end-of-sequence tokens, to `max_tokens`. For benchmarks.
     pub ignore_eos: bool,
+    /// What the answer has to keep to, token by token; `None` leaves it free.
+    pub constraint: Option<OutputConstraint>,
+}
+
+/// What an answer has to keep to. It is compiled when the request is admitted, and refused there with the reason where
+/// that fails. An answer that is cut at `max_tokens` is the beginning of one that keeps to it.
+///
+/// ```
+/// use mlx_engine_core::{GenerateParams, OutputConstraint};
+///
+/// let params = GenerateParams::default().with_constraint(OutputConstraint::Regex("(yes|no)".into()));
+/// assert_eq!(serde_json::to_value(&params.constraint)?, serde_json::json!({"regex": "(yes|no)"}));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum OutputConstraint {
+    /// JSON that is valid under this schema, of draft 2020-12 unless its `$schema` says another.
+    JsonSchema(serde_json::Value),
+    /// A text that matches this regular expression as a whole, without anchors, look-around and word boundaries.
+    Regex(String),
+    /// A text of this grammar in llguidance's form of Lark, which begins with the rule `start`.
+    Lark(String),
 }
 
 impl Default for GenerateParams {
@@ -77,6 +101,7 @@ impl Default for GenerateParams {
             logprobs: false,
             top_logprobs: 0,
             ignore_eos: false,
+            constraint: None,
         }
     }
 }
@@ -139,6 +164,12 @@ impl GenerateParams {
     /// Sets [`frequency_penalty`](Self::frequency_penalty).
     pub fn with_frequency_penalty(mut self, penalty: f32) -> Self {
         self.frequency_penalty = penalty;
+        self
+    }
+
+    /// Sets [`constraint`](Self::constraint).
+    pub fn with_constraint(mut self, constraint: OutputConstraint) -> Self {
+        self.constraint = Some(constraint);
         self
     }
 
@@ -427,7 +458,7 @@ mod tests {
             GenerateParams {
                 max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, repetition_window,
                 presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_tokens,
-                logprobs: top_logprobs > 0, top_logprobs, ignore_eos,
+                logprobs: top_logprobs > 0, top_logprobs, ignore_eos, constraint: None,
             }
         }
     }

@@ -15,6 +15,7 @@ use mlx_engine_core::{
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::constraint::Compiler;
 use crate::mock::{self, MockScript};
 use crate::request::Request;
 use crate::worker::{Command, Identity, Worker, panicked};
@@ -81,6 +82,7 @@ pub struct Engine {
     model: Arc<ModelConfiguration>,
     identity: Identity,
     encoder: PromptEncoder,
+    compiler: Compiler,
     commands: Mutex<Option<mpsc::Sender<Command>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -230,6 +232,7 @@ impl Engine {
         Ok(Self {
             model,
             identity,
+            compiler: Compiler::new(encoder.tokenizer().clone()),
             encoder,
             commands: Mutex::new(Some(commands)),
             thread: Mutex::new(thread),
@@ -315,14 +318,20 @@ impl LlmEngine for Engine {
                 });
             }
             // Started, an event a token at most, Finished or an error. The channel takes memory as it fills.
+            let walk = params
+                .constraint
+                .as_ref()
+                .map(|constraint| self.compiler.compile(constraint).map(Box::new))
+                .transpose()?;
             let most = u64::from(params.max_tokens).min(context_length) as usize + 3;
             let (events, receiver) = mpsc::channel(most);
-            self.send(Command::Generate(Request {
+            self.send(Command::Generate(Box::new(Request {
                 tokens,
                 params,
+                walk,
                 events,
                 submitted: Instant::now(),
-            }))?;
+            })))?;
             Ok(ReceiverStream::new(receiver).boxed())
         })
     }

@@ -18,6 +18,7 @@
 //! # }).unwrap();
 //! ```
 
+mod constraint;
 mod engine;
 #[cfg(feature = "mlx")]
 mod mlx;

@@ -332,11 +332,12 @@ impl TokenModel for MlxModel {
         _params: &GenerateParams,
         tokens: &[u32],
         prompt_len: usize,
+        mask: &mut dyn FnMut(&mut [f32]),
     ) -> Result<Chosen, EngineError> {
         let step = sequence.steps.pop_front().zip(sequence.sampler.as_ref());
         let (step, sampler) =
             step.ok_or_else(|| EngineError::internal("a token was read that nobody chose"))?;
-        let sampled = step.read(sampler, tokens, prompt_len).map_err(run_error)?;
+        let sampled = step.read(sampler, tokens, prompt_len, mask).map_err(run_error)?;
         Ok(Chosen {
             token: sampled.token,
             logprob: sampled.logprob,

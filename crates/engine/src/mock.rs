@@ -203,6 +203,7 @@ impl TokenModel for MockModel {
         params: &GenerateParams,
         _tokens: &[u32],
         _prompt_len: usize,
+        mask: &mut dyn FnMut(&mut [f32]),
     ) -> Result<Chosen, EngineError> {
         if sequence.chosen.is_empty() {
             return Err(EngineError::internal("a token was read that nobody chose"));
@@ -214,8 +215,17 @@ impl TokenModel for MockModel {
                 source: None,
             });
         }
+        let mut token = sequence.chosen.remove(0);
+        if params.constraint.is_some() {
+            // The script's token where it may come, else the first that may.
+            let mut logits: Vec<f32> = (0..=END).map(|id| f32::from(u8::from(id == token))).collect();
+            mask(&mut logits);
+            let allowed = |id: &u32| logits[*id as usize] > f32::NEG_INFINITY;
+            let scripted = Some(token).filter(allowed);
+            token = scripted.or_else(|| (0..=END).find(allowed)).unwrap_or(END);
+        }
         Ok(Chosen {
-            token: sequence.chosen.remove(0),
+            token,
             logprob: None,
             top: Vec::new(),
         })

@@ -107,6 +107,7 @@ pub trait TokenModel {
     }
 
     /// Waits for the oldest token that is being chosen. `tokens` are all so far, the answer begins at `prompt_len`.
+    /// Where the parameters have a constraint, `mask` makes the logits of tokens that may not come minus infinity.
     ///
     /// # Errors
     ///
@@ -117,6 +118,7 @@ pub trait TokenModel {
         params: &GenerateParams,
         tokens: &[u32],
         prompt_len: usize,
+        mask: &mut dyn FnMut(&mut [f32]),
     ) -> Result<Chosen, EngineError>;
 
     /// The log-probability of each token after the ones before it; the first has none.

@@ -10,6 +10,7 @@ use mlx_engine_text::{Detokenizer, StopMatcher, Tokenizer};
 use tokio::sync::mpsc;
 
 use crate::Chosen;
+use crate::constraint::Walk;
 
 /// The way back to the caller. It holds as many events as the request can have, so that the worker never waits.
 pub(crate) type Events = mpsc::Sender<Result<GenerationEvent, EngineError>>;
@@ -19,6 +20,8 @@ pub(crate) type Events = mpsc::Sender<Result<GenerationEvent, EngineError>>;
 pub(crate) struct Request {
     pub(crate) tokens: Vec<u32>,
     pub(crate) params: GenerateParams,
+    /// Where the answer is in its grammar.
+    pub(crate) walk: Option<Box<Walk>>,
     pub(crate) events: Events,
     pub(crate) submitted: Instant,
 }
@@ -51,11 +54,13 @@ impl Answer {
         }
     }
 
-    /// Takes a token and returns the event that it makes certain, and the reason to end here.
+    /// Takes a token and returns the event that it makes certain, and the reason to end here. `complete` says that
+    /// nothing can follow it.
     pub(crate) fn take(
         &mut self,
         chosen: Chosen,
         params: &GenerateParams,
+        complete: bool,
         now: Instant,
     ) -> (Option<GenerationEvent>, Option<FinishReason>) {
         let token = chosen.token;
@@ -73,7 +78,7 @@ impl Answer {
             let piece = self.detokenizer.push(token);
             let outcome = self.stop.push(&piece);
             text = outcome.text;
-            if outcome.stopped {
+            if outcome.stopped || complete {
                 reason = Some(FinishReason::Stop);
             } else if self.generated >= params.max_tokens {
                 reason = Some(FinishReason::Length);

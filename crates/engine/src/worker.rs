@@ -17,7 +17,7 @@ use crate::{Chosen, Feed, TokenModel};
 /// What reaches the worker.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Generate(Request),
+    Generate(Box<Request>),
     Score {
         tokens: Vec<u32>,
         reply: oneshot::Sender<Result<Score, EngineError>>,
@@ -118,7 +118,7 @@ impl<M: TokenModel> Worker<M> {
 
     fn accept(&mut self, command: Command, commands: &mpsc::Receiver<Command>) {
         match command {
-            Command::Generate(request) => self.admit(request),
+            Command::Generate(request) => self.admit(*request),
             Command::Score { tokens, reply } => {
                 let go_on = || !reply.is_closed() && !commands.is_closed();
                 let scored = catch_unwind(AssertUnwindSafe(|| self.model.score(&tokens, &go_on)));
@@ -191,7 +191,8 @@ impl<M: TokenModel> Worker<M> {
         }
         self.feed(&mut failed, |model, active| {
             let more = active.wants_more(model.context_length());
-            (more && model.can_look_ahead(&active.sequence)).then_some(None)
+            let free = active.request.walk.is_none();
+            (more && free && model.can_look_ahead(&active.sequence)).then_some(None)
         });
         for active in self.active.iter_mut().filter(|active| active.is_due()) {
             if failed.iter().any(|(number, _)| *number == active.number) {
@@ -363,16 +364,37 @@ fn read<M: TokenModel>(
     active: &mut Active<M::Sequence>,
 ) -> Result<Option<FinishReason>, EngineError> {
     let room = active.tokens.len() + 1 < model.context_length();
-    let params = &active.request.params;
-    let chosen = model.read(&mut active.sequence, params, &active.tokens, active.prompt_len)?;
+    let Request { params, walk, .. } = &mut active.request;
+    if let Some(walk) = walk {
+        walk.prepare()?;
+    }
+    let mut masked = Ok(());
+    let mut mask = |logits: &mut [f32]| {
+        if let Some(walk) = walk {
+            masked = walk.mask(logits);
+        }
+    };
+    let chosen = model.read(
+        &mut active.sequence,
+        params,
+        &active.tokens,
+        active.prompt_len,
+        &mut mask,
+    )?;
+    masked?;
     active.tokens.push(chosen.token);
-    let reason = emit(active, chosen);
+    let complete = match walk {
+        Some(walk) => walk.commit(chosen.token)?,
+        None => false,
+    };
+    let reason = emit(active, chosen, complete);
     Ok(reason.or((!room).then_some(FinishReason::Length)))
 }
 
 /// Hands a token's text to the caller.
-fn emit<S>(active: &mut Active<S>, chosen: Chosen) -> Option<FinishReason> {
-    let (event, reason) = active.answer.take(chosen, &active.request.params, Instant::now());
+fn emit<S>(active: &mut Active<S>, chosen: Chosen, complete: bool) -> Option<FinishReason> {
+    let params = &active.request.params;
+    let (event, reason) = active.answer.take(chosen, params, complete, Instant::now());
     if let Some(event) = event {
         // A caller who is gone is noticed before the next step.
         let _ = active.request.events.try_send(Ok(event));

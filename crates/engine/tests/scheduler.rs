@@ -308,3 +308,29 @@ proptest! {
         });
     }
 }
+
+#[tokio::test]
+#[cfg(feature = "grammar")]
+async fn constrained_and_free_requests_share_a_batch() {
+    use mlx_engine_core::OutputConstraint;
+
+    let engine = mock(MockScript::reply("42 Paris")).await;
+    let digits = params().with_constraint(OutputConstraint::Regex("[0-9]{2}".into()));
+    let word = params().with_constraint(OutputConstraint::Regex("z+y".into()));
+    let (free, digits, word) = futures::join!(
+        engine.generate(Prompt::text("a"), params()),
+        engine.generate(Prompt::text("b"), digits),
+        engine.generate(Prompt::text("c"), word.with_max_tokens(3)),
+    );
+    assert_eq!(free.unwrap().text, "42 Paris");
+    let digits = digits.unwrap();
+    assert_eq!(
+        (digits.text.as_str(), digits.finish_reason),
+        ("42", FinishReason::Stop)
+    );
+    // What the script says may not come: the first byte that may is the mock's then, and y is before z.
+    assert_eq!(word.unwrap().text, "zy");
+    let refused = params().with_constraint(OutputConstraint::Regex("(".into()));
+    let error = error(&engine, Prompt::text("d"), refused).await;
+    assert!(error.to_string().contains("output constraint refused"), "{error}");
+}

@@ -20,6 +20,9 @@
 //!
 //! # Features
 //!
+//! `grammar` (default) lets answers keep to a JSON schema, a regular expression or a grammar
+//! ([`GenerateParams::constraint`]); without it such requests are refused.
+//!
 //! `mlx` (default) brings MLX. Without it everything builds and runs on the mock alone, with no other dependency than
 //! Rust itself.
 

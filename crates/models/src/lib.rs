@@ -20,7 +20,7 @@
 //! let sampler = Sampler::new(&GenerateParams::default().with_temperature(0.0), 0);
 //! let logits = decoder.forward(&[1, 2, 3], &mut sequence)?;
 //! let step = sampler.start(&logits, 0)?;
-//! println!("{}", step.read(&sampler, &[1, 2, 3], 3)?.token);
+//! println!("{}", step.read(&sampler, &[1, 2, 3], 3, &mut |_| {})?.token);
 //! # Ok::<(), mlx_engine_models::ModelError>(())
 //! ```
 

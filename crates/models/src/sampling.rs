@@ -60,7 +60,8 @@ impl Sampler {
     /// Whether the device can choose, so that the next step can be built before this one is read.
     pub fn on_device(&self) -> bool {
         let p = &self.params;
-        !(p.logprobs
+        !(p.constraint.is_some()
+            || p.logprobs
             || p.top_logprobs > 0
             || p.repetition_penalty != 1.0
             || p.presence_penalty != 0.0
@@ -90,10 +91,18 @@ impl Sampler {
     }
 
     /// Chooses from logits that have been read. `tokens` are those of the prompt and of the answer so far, which
-    /// begins at `prompt_len`.
-    pub fn choose(&self, logits: &[f32], number: u64, tokens: &[u32], prompt_len: usize) -> Sampled {
+    /// begins at `prompt_len`. `mask` makes those of tokens that may not come minus infinity, after bias and penalties.
+    pub fn choose(
+        &self,
+        logits: &[f32],
+        number: u64,
+        tokens: &[u32],
+        prompt_len: usize,
+        mask: &mut dyn FnMut(&mut [f32]),
+    ) -> Sampled {
         let mut logits = logits.to_vec();
         self.change(&mut logits, tokens, prompt_len);
+        mask(&mut logits);
         let logprobs = log_softmax(&logits);
         let token = if self.params.is_greedy() {
             likeliest(&logits)
@@ -199,7 +208,13 @@ impl Step {
     /// # Errors
     ///
     /// Where MLX fails.
-    pub fn read(self, sampler: &Sampler, tokens: &[u32], prompt_len: usize) -> Result<Sampled, ModelError> {
+    pub fn read(
+        self,
+        sampler: &Sampler,
+        tokens: &[u32],
+        prompt_len: usize,
+        mask: &mut dyn FnMut(&mut [f32]),
+    ) -> Result<Sampled, ModelError> {
         match self.kind {
             StepKind::Chosen(token) => {
                 token.eval()?;
@@ -216,7 +231,13 @@ impl Step {
                 logits.eval()?;
                 let logits = logits.contiguous()?;
                 logits.eval()?;
-                Ok(sampler.choose(logits.try_as_slice::<f32>()?, self.number, tokens, prompt_len))
+                Ok(sampler.choose(
+                    logits.try_as_slice::<f32>()?,
+                    self.number,
+                    tokens,
+                    prompt_len,
+                    mask,
+                ))
             }
         }
     }
@@ -238,7 +259,15 @@ fn top_of(logprobs: &[f32], count: usize) -> Vec<(u32, f32)> {
     if count == 0 {
         return Vec::new();
     }
-    let mut all: Vec<(u32, f32)> = (0..).zip(logprobs.iter().copied()).collect();
+    // What may not come is no alternative.
+    let possible = logprobs
+        .iter()
+        .copied()
+        .map(|logprob| (logprob > f32::NEG_INFINITY).then_some(logprob));
+    let mut all: Vec<(u32, f32)> = (0..)
+        .zip(possible)
+        .filter_map(|(token, logprob)| Some((token, logprob?)))
+        .collect();
     let by_logprob = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let count = count.min(all.len());
     if count < all.len() {

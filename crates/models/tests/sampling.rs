@@ -12,7 +12,7 @@ fn params() -> GenerateParams {
 /// The greedy token and the log-probabilities after the parameters have changed the logits.
 fn changed(params: &GenerateParams, logits: &[f32], tokens: &[u32], prompt_len: usize) -> Vec<f32> {
     let params = params.clone().with_top_logprobs(20);
-    let sampled = Sampler::new(&params, 0).choose(logits, 0, tokens, prompt_len);
+    let sampled = Sampler::new(&params, 0).choose(logits, 0, tokens, prompt_len, &mut |_| {});
     let mut logprobs = vec![f32::NAN; logits.len()];
     for (token, logprob) in sampled.top {
         logprobs[token as usize] = logprob;
@@ -56,7 +56,7 @@ fn shares(params: &GenerateParams, logits: &[f32]) -> Vec<f64> {
     let sampler = Sampler::new(params, 0);
     let mut counts = vec![0.0; logits.len()];
     for number in 0..DRAWS {
-        counts[sampler.choose(logits, number, &[], 0).token as usize] += 1.0 / DRAWS as f64;
+        counts[sampler.choose(logits, number, &[], 0, &mut |_| {}).token as usize] += 1.0 / DRAWS as f64;
     }
     counts
 }
@@ -95,7 +95,10 @@ fn the_device_draws_from_the_same_distribution() {
     let mut counts = [0.0; 4];
     for number in 0..4000 {
         let step = sampler.start(&logits, number).expect("the step starts");
-        counts[step.read(&sampler, &[], 0).expect("the token is read").token as usize] += 1.0 / 4000.0;
+        counts[step
+            .read(&sampler, &[], 0, &mut |_| {})
+            .expect("the token is read")
+            .token as usize] += 1.0 / 4000.0;
     }
     for (found, weight) in counts.iter().zip(weights) {
         let expected = weight / weights.iter().sum::<f64>();
@@ -105,7 +108,7 @@ fn the_device_draws_from_the_same_distribution() {
 
 #[test]
 fn the_likeliest_are_reported_in_order() {
-    let sampled = Sampler::new(&params().with_top_logprobs(2), 0).choose(&LOGITS, 0, &[], 0);
+    let sampled = Sampler::new(&params().with_top_logprobs(2), 0).choose(&LOGITS, 0, &[], 0, &mut |_| {});
     let logprobs = log_softmax(&LOGITS);
     assert_eq!((sampled.token, sampled.logprob), (0, Some(logprobs[0])));
     assert_eq!(sampled.top, [(0, logprobs[0]), (1, logprobs[1])]);
@@ -118,7 +121,7 @@ proptest! {
         seed in any::<u64>(),
         number in 0u64..1000,
     ) {
-        let drawn = |params: &GenerateParams, default| Sampler::new(params, default).choose(&logits, number, &[], 0).token;
+        let drawn = |params: &GenerateParams, default| Sampler::new(params, default).choose(&logits, number, &[], 0, &mut |_| {}).token;
         let params = params().with_temperature(0.8).with_top_p(0.9);
         prop_assert_eq!(drawn(&params, seed), drawn(&params.clone().with_seed(seed), 1));
         let greedy = params.with_temperature(0.0);

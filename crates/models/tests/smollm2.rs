@@ -45,7 +45,7 @@ fn greedy(decoder: &Decoder, prompt: &[u32], count: usize) -> Vec<u32> {
             .expect("the step runs");
         let next = sampler.start(&logits, number).expect("the step starts");
         tokens.push(
-            step.read(&sampler, &tokens, prompt.len())
+            step.read(&sampler, &tokens, prompt.len(), &mut |_| {})
                 .expect("the token is read")
                 .token,
         );
