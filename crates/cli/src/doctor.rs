@@ -12,11 +12,13 @@ pub(crate) fn run(args: &Doctor) -> Result<(), Failure> {
     let mlx = platform.require_mlx().and_then(|()| mlx_opens());
     let reason = mlx.as_ref().err().map(ToString::to_string);
     let hint = mlx.as_ref().err().and_then(mlx_engine::EngineError::hint);
+    let kernels = kernels();
     let cache = hub_cache();
     if args.json {
         outln!(
             "{}",
-            json!({"platform": platform, "mlx": reason.is_none(), "problem": reason, "hint": hint, "hub_cache": cache})
+            json!({"platform": platform, "mlx": reason.is_none(), "problem": reason, "hint": hint, "hub_cache": cache,
+                   "cpu_kernels": kernels.as_ref().ok().map(|(name, _)| name), "cpu_threads": kernels.as_ref().ok().map(|(_, threads)| threads)})
         );
         return Ok(());
     }
@@ -42,6 +44,10 @@ pub(crate) fn run(args: &Doctor) -> Result<(), Failure> {
         None => outln!("device      {}", platform.device),
         Some(reason) => outln!("device      none: {reason}"),
     }
+    match kernels {
+        Ok((name, threads)) => outln!("cpu kernels {name}, {threads} threads"),
+        Err(problem) => outln!("cpu kernels none: {problem}"),
+    }
     match cache {
         Some(path) if path.is_dir() => outln!("hub cache   {}", path.display()),
         Some(path) => outln!("hub cache   {} (not there yet)", path.display()),
@@ -51,6 +57,20 @@ pub(crate) fn run(args: &Doctor) -> Result<(), Failure> {
         outln!("to do       {hint}; `cargo xtask setup` brings MLX to a checkout");
     }
     Ok(())
+}
+
+/// The kernels of a CPU and their threads, or why there are none.
+#[cfg(feature = "mlx")]
+fn kernels() -> Result<(&'static str, usize), String> {
+    mlx_engine::cpu_kernels().map_err(|error| {
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        source.unwrap_or_else(|| error.to_string())
+    })
+}
+
+#[cfg(not(feature = "mlx"))]
+fn kernels() -> Result<(&'static str, usize), String> {
+    Err("not in this build".to_owned())
 }
 
 #[cfg(feature = "mlx")]

@@ -35,6 +35,11 @@ pub struct EngineOptions {
     pub prefill_chunk: usize,
     /// Sequences that are kept after their request, for requests that begin alike.
     pub kept_sequences: usize,
+    /// Bytes that the model's weights and the keys and values of all its sequences may take together; no limit where
+    /// `None`. A model or a request that can never fit is refused with
+    /// [`InsufficientMemory`](EngineError::InsufficientMemory), a request that does not fit now waits, and sequences that are
+    /// only kept make room first. A request counts with its prompt and all the tokens that it may generate.
+    pub memory_limit: Option<u64>,
     /// Whether a CPU computes all in float32, several times slower, where it would use 16-bit integers for
     /// activations and float16 for keys and values. A GPU computes in the type of the checkpoint either way.
     pub exact: bool,
@@ -47,6 +52,7 @@ impl Default for EngineOptions {
             max_active: 16,
             prefill_chunk: 512,
             kept_sequences: 2,
+            memory_limit: None,
             exact: false,
         }
     }

@@ -31,7 +31,7 @@ mod worker;
 
 pub use engine::{Engine, EngineOptions, ProgressFn, Score};
 #[cfg(feature = "mlx")]
-pub use mlx::{load_encoder, load_mlx, mlx_device};
+pub use mlx::{cpu_kernels, load_encoder, load_mlx, mlx_device};
 pub use mock::{MockFault, MockModel, MockScript};
 pub use model::{Chosen, Feed, TokenModel};
 pub use prompt::PromptEncoder;

@@ -17,6 +17,9 @@ use crate::{Chosen, Feed, PromptEncoder, TokenModel};
 /// Tokens that are scored at once; the logits of each are kept until they are read.
 const SCORE_CHUNK: usize = 128;
 
+/// Positions by which keys and values grow, at most.
+const CACHE_BLOCK: usize = 256;
+
 /// Answers that a step takes further at once.
 const BATCH_LIMIT: usize = 32;
 
@@ -42,7 +45,8 @@ pub fn mlx_device() -> Result<Device, EngineError> {
 ///
 /// # Errors
 ///
-/// [`EngineError::MlxUnavailable`], [`EngineError::UnsupportedModel`], [`EngineError::ModelLoad`] with what is wrong
+/// [`EngineError::MlxUnavailable`], [`EngineError::UnsupportedModel`], [`EngineError::InsufficientMemory`] where the files are
+/// larger than [`EngineOptions::memory_limit`], [`EngineError::ModelLoad`] with what is wrong
 /// with the files, and the errors of tokenizer and template.
 pub async fn load_mlx(
     path: PathBuf,
@@ -55,8 +59,9 @@ pub async fn load_mlx(
     } else {
         Compute::Fastest
     };
+    let memory_limit = options.memory_limit;
     Engine::load(options, progress, move |cancelled, progress| {
-        load(&path, configuration, compute, cancelled, progress)
+        load(&path, configuration, compute, memory_limit, cancelled, progress)
     })
     .await
 }
@@ -65,6 +70,7 @@ fn load(
     path: &Path,
     configuration: Option<ModelConfiguration>,
     compute: Compute,
+    memory_limit: Option<u64>,
     cancelled: &AtomicBool,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<MlxModel>, EngineError> {
@@ -73,6 +79,13 @@ fn load(
     let id = configuration.as_ref().map_or(shown, |known| known.id.clone());
     let failed = |error: ModelError| load_error(&id, error);
     let mut source = Source::open(path).map_err(failed)?;
+    let weight_bytes = source.total_bytes();
+    if let Some(available) = memory_limit.filter(|&limit| limit < weight_bytes) {
+        return Err(EngineError::InsufficientMemory {
+            required: weight_bytes,
+            available,
+        });
+    }
     // The tokenizer first: it is read in a moment, and a model without one is of no use.
     let tokenizer = read_tokenizer(&source, &id)?;
     let mut configuration = configuration.unwrap_or_else(|| described(path, &source, &tokenizer));
@@ -89,7 +102,10 @@ fn load(
     })
     .map_err(failed)?;
     Ok(Loaded {
-        model: MlxModel { decoder },
+        model: MlxModel {
+            decoder,
+            weight_bytes,
+        },
         configuration,
         encoder,
         backend: Backend::Mlx,
@@ -113,6 +129,15 @@ pub fn load_encoder(path: &Path, known: Option<&ModelConfiguration>) -> Result<P
         tokenizer,
         known.and_then(|known| known.default_system_prompt.clone()),
     )
+}
+
+/// The kernels that a CPU would compute with, and on how many threads.
+///
+/// # Errors
+///
+/// Where the environment names an instruction set that is not there.
+pub fn cpu_kernels() -> Result<(&'static str, usize), EngineError> {
+    models::cpu_kernels().map_err(|error| EngineError::device("the kernels cannot be chosen", error))
 }
 
 fn read_tokenizer(source: &Source, id: &str) -> Result<Tokenizer, EngineError> {
@@ -203,6 +228,7 @@ fn vocabulary(metadata: &Metadata) -> Result<GgufVocabulary, mlx_engine_checkpoi
 /// A decoder and the steps that it has begun.
 struct MlxModel {
     decoder: Decoder,
+    weight_bytes: u64,
 }
 
 /// A sequence of a decoder, with the tokens that are being chosen: the oldest first, two at most.
@@ -360,6 +386,15 @@ impl TokenModel for MlxModel {
             logprobs.extend(scored.into_iter().map(Some));
         }
         Ok(logprobs)
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    fn sequence_bytes(&self, tokens: usize) -> u64 {
+        // Caches grow by blocks.
+        (tokens.next_multiple_of(CACHE_BLOCK) * self.decoder.kv_bytes_per_token()) as u64
     }
 
     fn peak_memory_bytes(&self) -> u64 {

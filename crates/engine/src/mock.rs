@@ -32,6 +32,7 @@ pub struct MockScript {
     step_delay: Duration,
     fault: Option<(u64, MockFault)>,
     context_length: Option<usize>,
+    bytes_per_token: u64,
 }
 
 impl MockScript {
@@ -76,6 +77,12 @@ impl MockScript {
     /// Has a context of this many tokens; 4096 unless told.
     pub fn with_context_length(mut self, tokens: usize) -> Self {
         self.context_length = Some(tokens);
+        self
+    }
+
+    /// Counts this many bytes for each token of a sequence; none unless told.
+    pub fn with_bytes_per_token(mut self, bytes: u64) -> Self {
+        self.bytes_per_token = bytes;
         self
     }
 
@@ -235,6 +242,10 @@ impl TokenModel for MockModel {
         Err(EngineError::MlxUnavailable {
             reason: "the mock has no probabilities to score with".to_owned(),
         })
+    }
+
+    fn sequence_bytes(&self, tokens: usize) -> u64 {
+        tokens as u64 * self.script.bytes_per_token
     }
 
     fn peak_memory_bytes(&self) -> u64 {

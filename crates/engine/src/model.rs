@@ -130,6 +130,17 @@ pub trait TokenModel {
     /// What the device says, and that a model has no probabilities.
     fn score(&mut self, tokens: &[u32], go_on: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>, EngineError>;
 
+    /// Bytes of the weights; 0 for a model without.
+    fn weight_bytes(&self) -> u64 {
+        0
+    }
+
+    /// Bytes that a sequence of this many tokens takes.
+    fn sequence_bytes(&self, tokens: usize) -> u64 {
+        let _ = tokens;
+        0
+    }
+
     /// The most bytes that the model had allocated at once.
     fn peak_memory_bytes(&self) -> u64;
 }

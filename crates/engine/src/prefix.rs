@@ -44,6 +44,18 @@ impl<S> PrefixCache<S> {
         }
     }
 
+    /// Lengths of the sequences in tokens.
+    pub(crate) fn lengths(&self) -> impl Iterator<Item = usize> {
+        self.kept.iter().map(|kept| kept.tokens.len())
+    }
+
+    /// Gives the oldest up; `false` where there is none.
+    pub(crate) fn drop_oldest(&mut self) -> bool {
+        let some = !self.kept.is_empty();
+        self.kept.drain(..usize::from(some));
+        some
+    }
+
     /// Gives all up, where memory is short.
     pub(crate) fn clear(&mut self) {
         self.kept.clear();

@@ -39,6 +39,8 @@ pub(crate) struct Worker<M: TokenModel> {
     identity: Identity,
     options: EngineOptions,
     prefixes: PrefixCache<M::Sequence>,
+    /// The next request, which does not fit beside those that run.
+    waiting: Option<Request>,
     /// In the order in which they came.
     active: Vec<Active<M::Sequence>>,
     /// Requests so far.
@@ -82,6 +84,7 @@ impl<M: TokenModel> Worker<M> {
             identity,
             options,
             prefixes,
+            waiting: None,
             active: Vec::new(),
             admitted: 0,
         }
@@ -90,13 +93,16 @@ impl<M: TokenModel> Worker<M> {
     /// Serves requests until nobody can send any.
     pub(crate) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
-            if self.active.is_empty() {
+            if let Some(request) = self.waiting.take() {
+                self.admit(request);
+            }
+            if self.active.is_empty() && self.waiting.is_none() {
                 match commands.blocking_recv() {
                     Some(command) => self.accept(command, &commands),
                     None => return,
                 }
             }
-            while self.active.len() < self.options.max_active {
+            while self.active.len() < self.options.max_active && self.waiting.is_none() {
                 match commands.try_recv() {
                     Ok(command) => self.accept(command, &commands),
                     Err(_) => break,
@@ -104,11 +110,12 @@ impl<M: TokenModel> Worker<M> {
             }
             if commands.is_closed() {
                 // The engine was unloaded: nobody waits for what is left.
-                for active in self.active.drain(..) {
+                let active = self.active.drain(..).map(|active| active.request);
+                for request in active.chain(self.waiting.take()) {
                     let error = EngineError::NotLoaded {
                         model: self.identity.model.to_string(),
                     };
-                    let _ = active.request.events.try_send(Err(error));
+                    let _ = request.events.try_send(Err(error));
                 }
                 return;
             }
@@ -139,6 +146,20 @@ impl<M: TokenModel> Worker<M> {
             let _ = request.events.try_send(Err(error));
             return;
         }
+        if request.events.is_closed() {
+            return;
+        }
+        match self.make_room(&request) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.waiting = Some(request);
+                return;
+            }
+            Err(error) => {
+                let _ = request.events.try_send(Err(error));
+                return;
+            }
+        }
         let started = Instant::now();
         let (sequence, cached) = match self.prefixes.take(&request.tokens) {
             Some((mut sequence, len)) => {
@@ -168,6 +189,36 @@ impl<M: TokenModel> Worker<M> {
             finished: None,
         });
         self.admitted += 1;
+    }
+
+    /// Bytes that a request may come to take.
+    fn most_bytes(&self, request: &Request) -> u64 {
+        let answer = request.params.max_tokens as usize;
+        let most = request.tokens.len().saturating_add(answer);
+        self.model.sequence_bytes(most.min(self.model.context_length()))
+    }
+
+    /// Whether a request fits beside those that run. Sequences that are only kept are given up for it.
+    fn make_room(&mut self, request: &Request) -> Result<bool, EngineError> {
+        let Some(limit) = self.options.memory_limit else {
+            return Ok(true);
+        };
+        let available = limit.saturating_sub(self.model.weight_bytes());
+        let required = self.most_bytes(request);
+        if required > available {
+            return Err(EngineError::InsufficientMemory { required, available });
+        }
+        let running = self.active.iter().map(|active| self.most_bytes(&active.request));
+        let free = available.saturating_sub(running.sum());
+        if required > free {
+            return Ok(false);
+        }
+        let kept = |worker: &Self| {
+            let lengths = worker.prefixes.lengths();
+            lengths.map(|len| worker.model.sequence_bytes(len)).sum::<u64>()
+        };
+        while required.saturating_add(kept(self)) > free && self.prefixes.drop_oldest() {}
+        Ok(true)
     }
 
     /// Takes a chunk of the prompt that came first, and every answer a token further.

@@ -334,3 +334,33 @@ async fn constrained_and_free_requests_share_a_batch() {
     let error = error(&engine, Prompt::text("d"), refused).await;
     assert!(error.to_string().contains("output constraint refused"), "{error}");
 }
+
+#[tokio::test]
+async fn memory_is_asked_for_before_it_is_used() {
+    let options = EngineOptions {
+        memory_limit: Some(1000),
+        max_active: 8,
+        ..EngineOptions::default()
+    };
+    let script = MockScript::reply("Paris").with_bytes_per_token(10);
+    let engine = Engine::mock("tiny", script, options).await.unwrap();
+    // A prompt of 2 tokens and an answer of 98 are all that there is.
+    let fits = params().with_max_tokens(98);
+    let found = error(&engine, Prompt::text("Hi"), params().with_max_tokens(99)).await;
+    let EngineError::InsufficientMemory { required, available } = found else {
+        panic!("{found}")
+    };
+    assert_eq!((required, available), (1010, 1000));
+    // Those that do not fit beside each other come one after the other, and what is kept makes room.
+    let requests = (0..20).map(|_| engine.generate(Prompt::text("Hi"), fits.clone()));
+    for output in futures::future::join_all(requests).await {
+        assert_eq!(output.unwrap().text, "Paris");
+    }
+    // One that waits is given up with its stream, or with the engine.
+    let running = engine.stream(Prompt::text("Hi"), fits.clone()).await.unwrap();
+    let waiting = engine.stream(Prompt::text("Hi"), fits.clone()).await.unwrap();
+    let last = engine.stream(Prompt::text("Hi"), fits).await.unwrap();
+    drop(waiting);
+    assert!(events(running).await.last().unwrap().is_ok());
+    assert!(events(last).await.last().unwrap().is_ok());
+}

@@ -35,9 +35,9 @@ mod slot;
 pub use chat::{ChatSession, ChatStream};
 pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
-#[cfg(feature = "mlx")]
-pub use mlx_engine_engine::mlx_device;
 pub use mlx_engine_engine::{Engine, EngineOptions, MockFault, MockScript, ProgressFn, PromptEncoder, Score};
+#[cfg(feature = "mlx")]
+pub use mlx_engine_engine::{cpu_kernels, mlx_device};
 pub use mlx_engine_monitor::{
     DetailedStatus, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason, HealthReport,
     InferenceMetrics,

@@ -11,6 +11,15 @@ pub fn platform() -> Platform {
     Platform::detect(cfg!(feature = "mlx"), device(), memory)
 }
 
+/// Bytes that could be allocated now without others having to give some back.
+#[cfg(feature = "mlx")]
+pub(crate) fn available_memory() -> Option<u64> {
+    let system = sysinfo::System::new_with_specifics(
+        sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram()),
+    );
+    Some(system.available_memory()).filter(|&bytes| bytes > 0)
+}
+
 #[cfg(feature = "mlx")]
 fn device() -> Device {
     mlx_engine_engine::mlx_device().unwrap_or(Device::Cpu)

@@ -110,13 +110,12 @@ impl Settings {
         let location = crate::locate(model, self.registry())?;
         crate::platform().require_mlx()?;
         mlx_engine_engine::mlx_device()?;
-        mlx_engine_engine::load_mlx(
-            location.path,
-            location.configuration,
-            self.options.clone(),
-            progress,
-        )
-        .await
+        let mut options = self.options.clone();
+        // What the system says is a limit where the device uses its memory.
+        if options.memory_limit.is_none() && crate::platform().device != mlx_engine_core::Device::Cuda {
+            options.memory_limit = crate::platform::available_memory();
+        }
+        mlx_engine_engine::load_mlx(location.path, location.configuration, options, progress).await
     }
 
     #[cfg(not(feature = "mlx"))]

@@ -292,3 +292,36 @@ async fn what_is_wrong_with_a_model_is_said() {
         "prompt of 512 tokens does not fit the context of 512"
     );
 }
+
+#[tokio::test]
+async fn a_model_that_does_not_fit_the_memory_is_refused_with_the_numbers() {
+    let path = std::env::var("MLX_ENGINE_TEST_MODEL").expect("the tests are run by `cargo xtask test`");
+    let bytes = std::fs::metadata(&path).unwrap().len();
+    let load = async |limit| {
+        let options = mlx_engine::EngineOptions {
+            memory_limit: Some(limit),
+            ..mlx_engine::EngineOptions::default()
+        };
+        let engine = InferenceEngine::new().with_options(options);
+        engine.load_model(&path).await.map(|_| engine)
+    };
+    let error = load(bytes - 1).await.unwrap_err();
+    let refused = matches!(error, EngineError::InsufficientMemory { required, available }
+        if required == bytes && available == bytes - 1);
+    assert!(refused, "{error}");
+    // 30 layers of 3 heads of 64, keys and values in float16, in blocks of 256 positions.
+    let block = 30 * 3 * 64 * 2 * 2 * 256;
+    let engine = load(bytes + block).await.unwrap();
+    let params = GenerateParams::default().with_max_tokens(4);
+    engine
+        .generate(Prompt::text("Hello"), params.clone())
+        .await
+        .unwrap();
+    let error = engine
+        .generate(Prompt::text("Hello"), params.with_max_tokens(300))
+        .await
+        .unwrap_err();
+    let refused = matches!(error, EngineError::InsufficientMemory { required, available }
+        if required == 2 * block && available == block);
+    assert!(refused, "{error}");
+}

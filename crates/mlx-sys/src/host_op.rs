@@ -74,8 +74,8 @@ impl<'a> HostOutput<'a> {
     }
 
     /// An output that begins as the contents of this input, which has the same shape and type: in the same memory
-    /// where nobody else holds the input when it is evaluated, else in a copy. The function sees the input through the
-    /// output only where the memory is shared, so it must not read it as an input.
+    /// where nobody else holds the input when it is evaluated, else in a copy. The function finds the contents in the
+    /// output; where the memory is shared, the input is empty.
     pub fn starting_from(mut self, input: usize) -> Self {
         self.start_from = Some(input);
         self
@@ -325,14 +325,20 @@ unsafe extern "C" fn trampoline(
                 span(outputs, outputs_len),
             )
         };
+        let given_over = |input: &mlx_host_array| outputs.iter().any(|output| output.data == input.data);
         let inputs: Vec<HostArray<'_>> = inputs
             .iter()
             .map(|array| HostArray {
                 // SAFETY: C++ gives the length with the pointer.
                 shape: unsafe { span(array.shape, array.ndim) },
                 dtype: array.dtype,
-                // SAFETY: as above; nobody writes to an input while the function runs.
-                bytes: unsafe { span(array.data.cast_const().cast(), array.bytes) },
+                bytes: if given_over(array) {
+                    &[]
+                } else {
+                    // SAFETY: as above; nobody writes to an input while the function runs, as one whose memory an output
+                    // took over is not among them.
+                    unsafe { span(array.data.cast_const().cast(), array.bytes) }
+                },
             })
             .collect();
         let mut outputs: Vec<HostArrayMut<'_>> = outputs

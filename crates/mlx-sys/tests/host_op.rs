@@ -179,6 +179,15 @@ fn an_output_takes_over_the_memory_of_an_input_that_nobody_holds() {
     }
     assert_eq!(x.as_slice::<f32>(), &[300.0, 1.0, 2.0]);
     assert_eq!(x.as_slice::<f32>().as_ptr(), before);
+    // An input whose memory was taken over cannot be read beside the output.
+    let lengths = HostOp::new(c"lengths", |inputs, outputs| {
+        outputs[0].as_mut_slice::<f32>()?[0] = inputs[0].bytes().len() as f32;
+        Ok(())
+    });
+    let y = call(&lengths, &[&x], &[HostOutput::new(&[3], F32).starting_from(0)]).remove(0);
+    assert_eq!(y.as_slice::<f32>()[0], 12.0, "`x` is held, so that it was copied");
+    x = call(&lengths, &[&x], &[HostOutput::new(&[3], F32).starting_from(0)]).remove(0);
+    assert_eq!(x.as_slice::<f32>()[0], 0.0, "nobody holds it");
 }
 
 #[test]

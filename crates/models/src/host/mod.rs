@@ -189,6 +189,15 @@ impl HostDecoder {
     }
 }
 
+/// The instruction set that the kernels would be chosen for, and the threads that they would run on.
+///
+/// # Errors
+///
+/// Where the environment names an instruction set that is not there.
+pub fn cpu_kernels() -> Result<(&'static str, usize), ModelError> {
+    Ok((Isa::from_environment()?.name(), Pool::physical_cores()))
+}
+
 /// What a step feeds to one sequence.
 pub(crate) struct HostRows<'a> {
     pub(crate) cache: &'a mut HostCache,
