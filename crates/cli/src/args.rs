@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mlx_engine::{BackendChoice, GenerateParams};
+use mlx_engine::{BackendChoice, GenerateParams, UseCase};
 
 /// Runs language models on Apple's MLX.
 #[derive(Debug, Parser)]
@@ -221,6 +221,44 @@ pub(crate) enum ModelsCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Search the models of the registry
+    Search {
+        /// Words that all have to be found; case, order and small typing errors do not matter
+        words: Vec<String>,
+        /// Only this family
+        #[arg(long, value_name = "NAME")]
+        family: Option<String>,
+        /// Only weights of at most so many bytes
+        #[arg(long, value_name = "BYTES")]
+        max_size: Option<u64>,
+        /// Only contexts of at least so many tokens
+        #[arg(long, value_name = "TOKENS")]
+        min_context: Option<u32>,
+        /// At most so many models
+        #[arg(long, value_name = "N")]
+        limit: Option<usize>,
+        /// Print a JSON list
+        #[arg(long)]
+        json: bool,
+    },
+    /// Recommend models for a use, with the reason for each
+    Recommend {
+        /// What they are for
+        #[arg(value_enum)]
+        use_case: Purpose,
+        /// Memory of the device in bytes; this machine's unless told
+        #[arg(long, value_name = "BYTES")]
+        memory: Option<u64>,
+        /// Bytes a second that the device reads from memory, which sets the speed
+        #[arg(long, value_name = "BYTES", default_value_t = 100_000_000_000)]
+        bandwidth: u64,
+        /// At most so many models
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        limit: usize,
+        /// Print a JSON list
+        #[arg(long)]
+        json: bool,
+    },
     /// Show one model
     Show {
         /// Its id, alias or name
@@ -229,6 +267,48 @@ pub(crate) enum ModelsCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// What a model is for.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Purpose {
+    /// On a phone, beside other apps
+    OnPhone,
+    /// Conversation beside other programs
+    LaptopChat,
+    /// Writing and changing source code
+    Code,
+    /// Problems that take thinking
+    Reasoning,
+    /// Texts of 64 Ki tokens
+    LongDocuments,
+    /// Calling tools
+    ToolUse,
+    /// Images
+    Vision,
+    /// Vectors of texts
+    Embeddings,
+    /// The fastest answers
+    LowestLatency,
+    /// The best answers
+    HighestQuality,
+}
+
+impl From<Purpose> for UseCase {
+    fn from(use_case: Purpose) -> Self {
+        match use_case {
+            Purpose::OnPhone => Self::OnPhone,
+            Purpose::LaptopChat => Self::LaptopChat,
+            Purpose::Code => Self::Code,
+            Purpose::Reasoning => Self::Reasoning,
+            Purpose::LongDocuments => Self::LongDocuments,
+            Purpose::ToolUse => Self::ToolUse,
+            Purpose::Vision => Self::Vision,
+            Purpose::Embeddings => Self::Embeddings,
+            Purpose::LowestLatency => Self::LowestLatency,
+            Purpose::HighestQuality => Self::HighestQuality,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -1,6 +1,9 @@
 //! `mlx-engine models`.
 
-use mlx_engine::{EngineError, ModelConfiguration, ModelRegistry};
+use mlx_engine::{
+    DeviceDescription, EngineError, ModelConfiguration, ModelRegistry, SearchCriteria, platform,
+};
+use serde_json::json;
 
 use crate::args::{Models, ModelsCommand};
 use crate::failure::Failure;
@@ -14,14 +17,63 @@ pub(crate) fn run(args: &Models) -> Result<(), Failure> {
             if *json {
                 return print_json(&models);
             }
-            for model in models {
-                let size = model.size_bytes as f64 / 1e9;
-                let parameters = model.parameters as f64 / 1e9;
-                outln!(
-                    "{:55} {parameters:7.2} B {size:7.2} GB  {}",
-                    model.id,
-                    model.description
-                );
+            models.into_iter().try_for_each(print_line)?;
+        }
+        ModelsCommand::Search {
+            words,
+            family,
+            max_size,
+            min_context,
+            limit,
+            json,
+        } => {
+            let criteria = SearchCriteria {
+                query: words.join(" "),
+                family: family.clone(),
+                max_size_bytes: *max_size,
+                min_context: *min_context,
+                limit: *limit,
+                ..SearchCriteria::default()
+            };
+            let found = registry.search_models(&criteria);
+            if *json {
+                return print_json(&found);
+            }
+            if found.is_empty() {
+                return Err(Failure::other(
+                    "no model is like that; ask for less, or see `models list`",
+                ));
+            }
+            found.into_iter().try_for_each(|model| print_line(model))?;
+        }
+        ModelsCommand::Recommend {
+            use_case,
+            memory,
+            bandwidth,
+            limit,
+            json,
+        } => {
+            let memory = memory.or(platform().memory_bytes).ok_or_else(|| {
+                Failure::usage("how much memory there is could not be found out: give --memory")
+            })?;
+            let device = DeviceDescription::new(memory, *bandwidth);
+            let mut picks = registry.recommended_models((*use_case).into(), &device);
+            picks.truncate(*limit);
+            if *json {
+                let picks: Vec<_> = picks
+                    .iter()
+                    .map(|pick| json!({"model": pick.model, "reason": pick.reason}))
+                    .collect();
+                return print_json(&picks);
+            }
+            if picks.is_empty() {
+                let memory = memory as f64 / 1e9;
+                return Err(Failure::other(format!(
+                    "no model of the registry suits this use on a device with {memory:.1} GB"
+                )));
+            }
+            for pick in picks {
+                outln!("{:55} {}", pick.model.id, pick.reason);
             }
         }
         ModelsCommand::Show { name, json } => {
@@ -51,6 +103,18 @@ pub(crate) fn run(args: &Models) -> Result<(), Failure> {
             }
         }
     }
+    Ok(())
+}
+
+/// One model in one line.
+fn print_line(model: &ModelConfiguration) -> Result<(), Failure> {
+    let size = model.size_bytes as f64 / 1e9;
+    let parameters = model.parameters as f64 / 1e9;
+    outln!(
+        "{:55} {parameters:7.2} B {size:7.2} GB  {}",
+        model.id,
+        model.description
+    );
     Ok(())
 }
 

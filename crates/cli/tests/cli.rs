@@ -569,6 +569,49 @@ mod real {
 }
 
 #[test]
+fn models_are_searched_and_recommended() {
+    let (code, out, _) = run(
+        &["models", "search", "qwen3", "4bit", "--limit", "3", "--json"],
+        "",
+    );
+    let found = json(&out);
+    let ids: Vec<&str> = found
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| model["id"].as_str().unwrap())
+        .collect();
+    assert!(code == 0 && ids.len() == 3, "{ids:?}");
+    assert!(
+        ids.iter().all(|id| id.to_lowercase().contains("qwen3")),
+        "{ids:?}"
+    );
+    let (code, _, err) = run(&["models", "search", "no", "such", "model", "at", "all"], "");
+    assert!(code == 1 && err.contains("no model is like that"), "{err}");
+
+    let on = |memory| {
+        run(
+            &["models", "recommend", "laptop-chat", "--memory", memory, "--json"],
+            "",
+        )
+    };
+    let (_, small, _) = on("8000000000");
+    let (_, large, _) = on("64000000000");
+    for (picks, most) in [(&small, 8e9), (&large, 64e9)] {
+        for pick in json(picks).as_array().unwrap() {
+            assert!(pick["model"]["size_bytes"].as_f64().unwrap() < most, "{pick}");
+            assert!(!pick["reason"].as_str().unwrap().is_empty());
+        }
+    }
+    assert_ne!(small, large);
+    let (code, _, err) = run(&["models", "recommend", "code", "--memory", "1000000"], "");
+    assert!(
+        code == 1 && err.contains("no model of the registry suits"),
+        "{err}"
+    );
+}
+
+#[test]
 #[cfg(unix)]
 fn ctrl_c_ends_what_waits_for_stdin() {
     use std::io::{BufRead, BufReader, Write};

@@ -8,7 +8,9 @@ use mlx_engine_core::{
     Backend, EngineError, EventStream, FallbackPolicy, GenerateOutput, GenerateParams, LlmEngine,
     ModelConfiguration, Prompt,
 };
-use mlx_engine_engine::{Engine, EngineOptions, MockScript, ProgressFn, PromptEncoder, Score};
+#[cfg(feature = "mlx")]
+use mlx_engine_engine::PromptEncoder;
+use mlx_engine_engine::{Engine, EngineOptions, MockScript, ProgressFn, Score};
 use mlx_engine_monitor::{
     DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, Monitored,
 };

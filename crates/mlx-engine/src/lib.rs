@@ -42,7 +42,10 @@ pub use mlx_engine_monitor::{
     DetailedStatus, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason, HealthReport,
     InferenceMetrics,
 };
-pub use mlx_engine_registry::{ModelQuery, ModelRegistry, RegistryError};
+pub use mlx_engine_registry::{
+    Capability, Compatibility, DeviceDescription, Fit, ModelEntry, ModelEstimate, ModelQuery, ModelRegistry,
+    Recommendation, RegistryError, SearchCriteria, SortBy, UseCase,
+};
 pub use mlx_engine_resilience::{
     RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration,
 };
