@@ -289,6 +289,12 @@ impl Engine {
         scored.await.map_err(|_| self.not_loaded())?
     }
 
+    /// Whether the worker takes requests: it was not unloaded, and its thread lives.
+    fn is_serving(&self) -> bool {
+        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        commands.as_ref().is_some_and(|commands| !commands.is_closed())
+    }
+
     fn not_loaded(&self) -> EngineError {
         EngineError::NotLoaded {
             model: self.model.id.clone(),
@@ -343,13 +349,11 @@ impl LlmEngine for Engine {
     }
 
     fn backend(&self) -> Option<Backend> {
-        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        commands.as_ref().map(|_| self.identity.backend)
+        self.is_serving().then_some(self.identity.backend)
     }
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
-        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        commands.as_ref().map(|_| Arc::clone(&self.model))
+        self.is_serving().then(|| Arc::clone(&self.model))
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
