@@ -116,6 +116,9 @@ impl Sampling {
 
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
+    /// Say on stderr what was counted, and how the engine is
+    #[arg(long)]
+    pub(crate) verbose: bool,
     /// Keep the answer valid under this JSON schema
     #[arg(long, value_name = "F", conflicts_with = "regex")]
     pub(crate) json_schema: Option<PathBuf>,
@@ -313,6 +316,9 @@ impl From<Purpose> for UseCase {
 
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
+    /// Load this model too, and have it generate a token
+    #[arg(long, value_name = "REF")]
+    pub(crate) model: Option<String>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

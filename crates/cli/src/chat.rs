@@ -10,12 +10,13 @@ use rustyline::error::ReadlineError;
 use crate::args::Chat;
 use crate::failure::Failure;
 use crate::generate::report;
-use crate::load;
 use crate::output::{errln, outln, write};
+use crate::{load, stats};
 
 const HELP: &str = "\
 /help     this list
 /history  what was said
+/stats    what was counted, and how the engine is
 /clear    forget the conversation, but for the system prompt
 /quit     leave (so does Ctrl-D)
 Ctrl-C stops an answer or drops a line; twice on a line it leaves.";
@@ -38,6 +39,7 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
             "" => {}
             "/help" => errln!("{HELP}"),
             "/quit" | "/exit" => break,
+            "/stats" => stats::report(&engine),
             "/clear" => session.clear(),
             "/history" => {
                 for message in session.history() {

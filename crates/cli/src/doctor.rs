@@ -1,23 +1,27 @@
 //! `mlx-engine doctor`.
 
-use mlx_engine::{hub_cache, platform};
+use mlx_engine::{FallbackPolicy, HealthReport, InferenceEngine, hub_cache, platform};
 use serde_json::json;
 
 use crate::args::Doctor;
 use crate::failure::Failure;
 use crate::output::outln;
 
-pub(crate) fn run(args: &Doctor) -> Result<(), Failure> {
+pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
     let platform = platform();
     let mlx = platform.require_mlx().and_then(|()| mlx_opens());
     let reason = mlx.as_ref().err().map(ToString::to_string);
     let hint = mlx.as_ref().err().and_then(mlx_engine::EngineError::hint);
     let kernels = kernels();
     let cache = hub_cache();
+    let health = match &args.model {
+        Some(model) => Some(examined(model).await?),
+        None => None,
+    };
     if args.json {
         outln!(
             "{}",
-            json!({"platform": platform, "mlx": reason.is_none(), "problem": reason, "hint": hint, "hub_cache": cache,
+            json!({"platform": platform, "mlx": reason.is_none(), "problem": reason, "hint": hint, "hub_cache": cache, "health": health,
                    "cpu_kernels": kernels.as_ref().ok().map(|(name, _)| name), "cpu_threads": kernels.as_ref().ok().map(|(_, threads)| threads)})
         );
         return Ok(());
@@ -53,10 +57,23 @@ pub(crate) fn run(args: &Doctor) -> Result<(), Failure> {
         Some(path) => outln!("hub cache   {} (not there yet)", path.display()),
         None => outln!("hub cache   unknown: HOME is not set"),
     }
+    if let Some(health) = &health {
+        outln!("model       {}", health.status);
+        for reason in &health.reasons {
+            outln!("            {reason}");
+        }
+    }
     if let Some(hint) = hint {
         outln!("to do       {hint}; `cargo xtask setup` brings MLX to a checkout");
     }
     Ok(())
+}
+
+/// The health of a model, by a token of it.
+async fn examined(model: &str) -> Result<HealthReport, Failure> {
+    let engine = InferenceEngine::new().with_fallback(FallbackPolicy::Never);
+    engine.load_model(model).await?;
+    Ok(engine.check_health().await)
 }
 
 /// The kernels of a CPU and their threads, or why there are none.

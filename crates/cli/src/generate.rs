@@ -12,7 +12,7 @@ use mlx_engine::{
 use crate::args::Generate;
 use crate::failure::Failure;
 use crate::output::{errln, outln, write};
-use crate::{input, load};
+use crate::{input, load, stats};
 
 pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
     let text = match (&args.prompt, &args.prompt_file, &args.stdin) {
@@ -73,6 +73,9 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
         if let Some(summary) = &summary {
             report(summary);
         }
+    }
+    if args.verbose {
+        stats::report(&engine);
     }
     if interrupted {
         Err(Failure::Interrupted)

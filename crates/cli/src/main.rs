@@ -13,6 +13,7 @@ mod load;
 mod models;
 mod output;
 mod score;
+mod stats;
 mod tokenize;
 
 use std::process::ExitCode;
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
             Command::Tokenize(args) => tokenize::run(&args),
             Command::Bench(args) => bench::run(args).await,
             Command::Models(args) => models::run(&args),
-            Command::Doctor(args) => doctor::run(&args),
+            Command::Doctor(args) => doctor::run(&args).await,
         }
     });
     // A read of stdin that nobody waits for must not hold the process up.

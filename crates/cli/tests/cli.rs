@@ -487,6 +487,18 @@ mod real {
     }
 
     #[test]
+    fn a_model_is_examined_by_a_token_of_it() {
+        let (code, out, err) = run(&["doctor", "--model", &model(), "--json"], "");
+        assert_eq!(
+            (code, &json(&out)["health"]["status"]),
+            (0, &"healthy".into()),
+            "{err}"
+        );
+        let (code, _, err) = run(&["doctor", "--model", "no/such/model"], "");
+        assert!(code == 1 && err.contains("not found"), "{err}");
+    }
+
+    #[test]
     fn a_bench_that_does_not_fit_the_context_is_refused() {
         let (code, _, err) = run(&["bench", "--model", &model(), "-p", "8000", "-n", "800"], "");
         assert_eq!(code, 1);
@@ -566,6 +578,17 @@ mod real {
         assert!(killed.success());
         assert_eq!(child.wait().expect("it ends").code(), Some(130));
     }
+}
+
+#[test]
+fn what_was_counted_is_told() {
+    let (_, out, err) = run(&mock(&["--prompt", "Hi", "--raw", "--verbose"]), "");
+    assert_eq!(out, "Hi\n");
+    assert!(err.contains("requests    1 (0 cancelled, 0 failed)"), "{err}");
+    assert!(err.contains("health      degraded"), "{err}");
+    let chat = ["chat", "--model", "tiny", "--backend", "mock"];
+    let (_, _, err) = run(&chat, "a\nb\n/stats\n");
+    assert!(err.contains("requests    2 "), "{err}");
 }
 
 #[test]

@@ -39,8 +39,8 @@ pub use mlx_engine_engine::{Engine, EngineOptions, MockFault, MockScript, Progre
 #[cfg(feature = "mlx")]
 pub use mlx_engine_engine::{cpu_kernels, mlx_device};
 pub use mlx_engine_monitor::{
-    DetailedStatus, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason, HealthReport,
-    InferenceMetrics,
+    DetailedStatus, Distribution, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason,
+    HealthReport, InferenceMetrics,
 };
 pub use mlx_engine_registry::{
     Capability, Compatibility, DeviceDescription, Fit, ModelEntry, ModelEstimate, ModelQuery, ModelRegistry,
