@@ -4,12 +4,13 @@ use std::fmt;
 
 use mlx_engine_core::{Device, LoadProgress};
 use mlx_rs::ops::indexing::TryIndexOp;
-use mlx_rs::{Array, transforms};
+use mlx_rs::{Array, ops};
 
 use crate::device::{self, DeviceInfo};
 use crate::graph::{GraphDecoder, KvCache};
-use crate::host::{HostCache, HostDecoder, HostRows, Precision};
+use crate::host::{HostDecoder, HostRows, Precision};
 use crate::sampling::log_softmax;
+use crate::sequence::{Cache, Sequence};
 use crate::weights::Loader;
 use crate::{DecoderSpec, ModelError, Source};
 
@@ -52,12 +53,44 @@ pub enum NextToken {
     Unread(Array),
 }
 
-/// Which positions logits are wanted of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Logits {
+/// The tokens that a step feeds to one sequence, and the logits that it gives for them.
+#[derive(Clone, Debug)]
+pub struct Feed<'a> {
+    /// The tokens, one at least.
+    pub tokens: FeedTokens<'a>,
+    /// After which of them logits are wanted.
+    pub logits: Wanted,
+}
+
+/// Tokens that may still be being chosen.
+#[derive(Clone, Debug)]
+pub enum FeedTokens<'a> {
+    /// Some that are known.
+    Read(&'a [u32]),
+    /// Some that are being chosen: an array of `u32`.
+    Unread(Array),
+}
+
+/// After which of the tokens that are fed logits are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Wanted {
+    /// After none.
     None,
+    /// After the last.
     Last,
+    /// After each.
     All,
+}
+
+impl Wanted {
+    /// The number of rows of logits for this many tokens.
+    fn rows(self, tokens: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last => tokens.min(1),
+            Self::All => tokens,
+        }
+    }
 }
 
 /// A decoder whose weights are in memory.
@@ -65,51 +98,13 @@ pub(crate) enum Logits {
 pub struct Decoder {
     spec: DecoderSpec,
     device: DeviceInfo,
-    body: Body,
+    pub(crate) body: Body,
 }
 
 #[derive(Debug)]
-enum Body {
+pub(crate) enum Body {
     Graph(GraphDecoder),
     Host(HostDecoder),
-}
-
-/// What a decoder remembers of one sequence: how many tokens it has seen, and their keys and values.
-#[derive(Debug)]
-pub struct Sequence {
-    cache: Cache,
-    offset: usize,
-}
-
-#[derive(Debug)]
-enum Cache {
-    Graph(Vec<KvCache>),
-    Host(HostCache),
-}
-
-impl Sequence {
-    /// Tokens seen.
-    pub fn len(&self) -> usize {
-        self.offset
-    }
-
-    /// Whether nothing was seen yet.
-    pub fn is_empty(&self) -> bool {
-        self.offset == 0
-    }
-
-    /// Forgets all but the first `len` tokens. The memory is kept for the tokens that follow.
-    pub fn truncate(&mut self, len: usize) {
-        self.offset = self.offset.min(len);
-    }
-
-    /// Bytes that the keys and values take, with what is reserved.
-    pub fn bytes(&self) -> usize {
-        match &self.cache {
-            Cache::Graph(layers) => layers.iter().flat_map(KvCache::arrays).map(Array::nbytes).sum(),
-            Cache::Host(cache) => cache.bytes(),
-        }
-    }
 }
 
 impl Decoder {
@@ -182,7 +177,7 @@ impl Decoder {
     ///
     /// For no tokens, a token out of the vocabulary, and a sequence longer than the context.
     pub fn forward(&self, tokens: &[u32], sequence: &mut Sequence) -> Result<Array, ModelError> {
-        self.feed(&self.ids(tokens)?, sequence, Logits::Last)
+        self.logits(&self.ids(tokens)?, sequence, Wanted::Last)
     }
 
     /// Feeds tokens and returns the logits after each, `[tokens, vocab_size]` float32, not evaluated yet.
@@ -191,7 +186,7 @@ impl Decoder {
     ///
     /// As [`forward`](Self::forward).
     pub fn forward_all(&self, tokens: &[u32], sequence: &mut Sequence) -> Result<Array, ModelError> {
-        self.feed(&self.ids(tokens)?, sequence, Logits::All)
+        self.logits(&self.ids(tokens)?, sequence, Wanted::All)
     }
 
     /// Feeds tokens for their keys and values alone, and waits until those are there.
@@ -200,12 +195,8 @@ impl Decoder {
     ///
     /// As [`forward`](Self::forward), and where MLX fails.
     pub fn prefill(&self, tokens: &[u32], sequence: &mut Sequence) -> Result<(), ModelError> {
-        let done = self.feed(&self.ids(tokens)?, sequence, Logits::None)?;
-        let mut arrays = vec![&done];
-        if let Cache::Graph(layers) = &sequence.cache {
-            arrays.extend(layers.iter().flat_map(KvCache::arrays));
-        }
-        Ok(transforms::eval(arrays)?)
+        self.feed(&self.ids(tokens)?, sequence, Wanted::None)?;
+        sequence.wait()
     }
 
     /// Feeds a token that has not been read yet, an array of one `u32`, and returns the logits after it.
@@ -214,7 +205,7 @@ impl Decoder {
     ///
     /// Where the sequence would be longer than the context.
     pub fn forward_unread(&self, token: &Array, sequence: &mut Sequence) -> Result<Array, ModelError> {
-        self.feed(token, sequence, Logits::Last)
+        self.logits(token, sequence, Wanted::Last)
     }
 
     /// Feeds one token to each of several sequences in one step, and returns the logits after each, `[1, vocab_size]`
@@ -222,49 +213,89 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// Where there are not as many tokens as sequences, and as [`forward`](Self::forward); then no sequence was fed.
+    /// As [`step`](Self::step).
     pub fn forward_batch(
         &self,
         tokens: &[NextToken],
         sequences: &mut [&mut Sequence],
     ) -> Result<Vec<Array>, ModelError> {
-        if tokens.is_empty() || tokens.len() != sequences.len() {
+        let feeds: Vec<Feed<'_>> = tokens
+            .iter()
+            .map(|token| Feed {
+                tokens: match token {
+                    NextToken::Read(token) => FeedTokens::Read(std::slice::from_ref(token)),
+                    NextToken::Unread(token) => FeedTokens::Unread(token.clone()),
+                },
+                logits: Wanted::Last,
+            })
+            .collect();
+        Ok(self.step(&feeds, sequences)?.into_iter().flatten().collect())
+    }
+
+    /// Feeds any number of tokens to each of several sequences in one step, and returns the logits that each wants,
+    /// `[rows, vocab_size]` float32, not evaluated yet. On a CPU each sequence gets the bits that it gets alone. Where a
+    /// sequence wants none, the step is run when one of the others is, or by [`Sequence::wait`].
+    ///
+    /// A step of some guessed tokens with all their logits is how a guess is verified; what was wrong is given up by
+    /// [`Sequence::truncate`].
+    ///
+    /// # Errors
+    ///
+    /// Where there are not as many feeds as sequences, and as [`forward`](Self::forward); then no sequence was fed.
+    pub fn step(
+        &self,
+        feeds: &[Feed<'_>],
+        sequences: &mut [&mut Sequence],
+    ) -> Result<Vec<Option<Array>>, ModelError> {
+        if feeds.is_empty() || feeds.len() != sequences.len() {
             return Err(ModelError::NoTokens);
         }
-        let ids: Vec<Array> = tokens
+        let ids: Vec<Array> = feeds
             .iter()
-            .map(|token| match token {
-                NextToken::Read(token) => self.ids(&[*token]),
-                NextToken::Unread(token) => Ok(token.reshape(&[1])?),
+            .map(|feed| match &feed.tokens {
+                FeedTokens::Read(tokens) => self.ids(tokens),
+                FeedTokens::Unread(tokens) if tokens.size() == 0 => Err(ModelError::NoTokens),
+                FeedTokens::Unread(tokens) => Ok(tokens.reshape(&[-1])?),
             })
             .collect::<Result<_, _>>()?;
-        for sequence in sequences.iter() {
-            self.check_room(sequence, 1)?;
+        for (ids, sequence) in ids.iter().zip(sequences.iter()) {
+            self.check_room(sequence, ids.size())?;
         }
         let Body::Host(host) = &self.body else {
-            let fed = ids.iter().zip(sequences.iter_mut());
-            return fed
-                .map(|(ids, sequence)| self.feed(ids, sequence, Logits::Last))
+            return ids
+                .iter()
+                .zip(feeds)
+                .zip(sequences.iter_mut())
+                .map(|((ids, feed), sequence)| self.feed(ids, sequence, feed.logits))
                 .collect();
         };
-        let ids = mlx_rs::ops::concatenate(&ids.iter().collect::<Vec<_>>(), 0)?;
+        let all = ops::concatenate(&ids.iter().collect::<Vec<_>>(), 0)?;
         let mut rows = Vec::with_capacity(sequences.len());
-        for sequence in sequences.iter_mut() {
+        for ((sequence, ids), feed) in sequences.iter_mut().zip(&ids).zip(feeds) {
             let Cache::Host(cache) = &mut sequence.cache else {
                 return Err(Self::foreign());
             };
             rows.push(HostRows {
                 cache,
                 position: sequence.offset,
-                rows: 1,
+                rows: ids.size(),
+                wanted: feed.logits.rows(ids.size()),
             });
         }
-        let logits = host.forward(&ids, &mut rows, tokens.len())?;
-        for sequence in sequences.iter_mut() {
-            sequence.offset += 1;
+        let wanted: Vec<usize> = rows.iter().map(|rows| rows.wanted).collect();
+        let logits = host.forward(&all, &mut rows)?;
+        for (sequence, ids) in sequences.iter_mut().zip(&ids) {
+            sequence.offset += ids.size();
         }
-        (0..tokens.len() as i32)
-            .map(|row| Ok(logits.try_index((row..row + 1, ..))?))
+        let mut first = 0;
+        wanted
+            .into_iter()
+            .map(|rows| {
+                let own = first..first + rows as i32;
+                first = own.end;
+                let logits = logits.as_ref().filter(|_| rows > 0);
+                Ok(logits.map(|logits| logits.try_index((own, ..))).transpose()?)
+            })
             .collect()
     }
 
@@ -314,38 +345,41 @@ impl Decoder {
         Ok(end)
     }
 
-    fn foreign() -> ModelError {
+    pub(crate) fn foreign() -> ModelError {
         ModelError::config("the sequence is of another decoder".to_owned())
     }
 
-    /// Where no logits are wanted, the array is small and there once the keys and values are.
-    fn feed(&self, ids: &Array, sequence: &mut Sequence, logits: Logits) -> Result<Array, ModelError> {
+    fn feed(
+        &self,
+        ids: &Array,
+        sequence: &mut Sequence,
+        logits: Wanted,
+    ) -> Result<Option<Array>, ModelError> {
         let end = self.check_room(sequence, ids.size())?;
         let position = sequence.offset;
         let result = match (&self.body, &mut sequence.cache) {
-            (Body::Graph(graph), Cache::Graph(layers)) => graph
-                .forward(ids, layers, position, logits)?
-                .unwrap_or_else(|| ids.clone()),
+            (Body::Graph(graph), Cache::Graph(layers)) => graph.forward(ids, layers, position, logits)?,
             (Body::Host(host), Cache::Host(cache)) => {
                 let rows = ids.size();
-                let wanted = match logits {
-                    Logits::None => 0,
-                    Logits::Last => 1,
-                    Logits::All => rows,
-                };
+                let wanted = logits.rows(rows);
                 host.forward(
                     ids,
                     &mut [HostRows {
                         cache,
                         position,
                         rows,
+                        wanted,
                     }],
-                    wanted,
                 )?
             }
             _ => return Err(Self::foreign()),
         };
         sequence.offset = end;
         Ok(result)
+    }
+
+    /// As [`feed`](Self::feed), where logits are wanted.
+    fn logits(&self, ids: &Array, sequence: &mut Sequence, logits: Wanted) -> Result<Array, ModelError> {
+        self.feed(ids, sequence, logits)?.ok_or(ModelError::NoTokens)
     }
 }

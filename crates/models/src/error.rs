@@ -91,6 +91,34 @@ pub enum ModelError {
         /// The most it may be.
         context_length: usize,
     },
+    /// A block of keys and values is not what was written.
+    #[error("the block of keys and values is damaged: {message}")]
+    DamagedBlock {
+        /// What is wrong with it.
+        message: String,
+    },
+    /// A block of keys and values is of another model, of another kind of computing or of other positions.
+    #[error("the block of keys and values is {found}, and {expected} was asked for")]
+    ForeignBlock {
+        /// What the block says of itself.
+        found: String,
+        /// What would do.
+        expected: String,
+    },
+    /// Positions of which keys and values cannot be taken out.
+    #[error(
+        "positions {start} to {end} cannot be exported: the sequence has {len}, and a block begins at a multiple of {multiple}"
+    )]
+    BlockRange {
+        /// The first.
+        start: usize,
+        /// The one behind the last.
+        end: usize,
+        /// Positions of the sequence.
+        len: usize,
+        /// What the first has to be a multiple of.
+        multiple: usize,
+    },
     /// There was nothing to feed.
     #[error("no tokens were given")]
     NoTokens,

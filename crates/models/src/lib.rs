@@ -24,6 +24,7 @@
 //! # Ok::<(), mlx_engine_models::ModelError>(())
 //! ```
 
+mod block;
 mod decoder;
 mod device;
 mod error;
@@ -33,16 +34,18 @@ mod host;
 mod memory;
 mod names;
 mod sampling;
+mod sequence;
 mod source;
 mod spec;
 mod weights;
 
-pub use decoder::{Compute, Decoder, NextToken, Sequence};
+pub use decoder::{Compute, Decoder, Feed, FeedTokens, NextToken, Wanted};
 pub use device::{DeviceInfo, detect};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};
 pub use host::cpu_kernels;
 pub use memory::{active_memory, clear_cache, peak_memory, reset_peak_memory};
 pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax};
+pub use sequence::Sequence;
 pub use source::Source;
 pub use spec::{DecoderSpec, RopeScaling, RopeSpec};

@@ -8,10 +8,10 @@ use mlx_rs::fast::{ScaledDotProductAttentionMask, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::IndexOp;
 use mlx_rs::{Array, Dtype, nn, ops, transforms};
 
-pub(crate) use cache::KvCache;
+pub(crate) use cache::{KvCache, LAYOUT, element};
 use layers::{Linear, Matrix, Norm, Rope};
 
-use crate::decoder::Logits;
+use crate::decoder::Wanted;
 use crate::device::DeviceInfo;
 use crate::names::{Part, Place};
 use crate::weights::{Loader, RawMatrix, StoredType};
@@ -242,6 +242,11 @@ impl GraphDecoder {
         })
     }
 
+    /// The type of keys and values.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     /// Bytes of an element of keys and values.
     pub(crate) fn kv_element_bytes(&self) -> usize {
         if self.dtype == Dtype::Float32 { 4 } else { 2 }
@@ -254,7 +259,7 @@ impl GraphDecoder {
         ids: &Array,
         caches: &mut [KvCache],
         offset: usize,
-        logits: Logits,
+        logits: Wanted,
     ) -> Result<Option<Array>, ModelError> {
         let ids = ids.reshape(&[1, -1])?;
         let mut x = self.embedding.rows(&ids, self.dtype)?;
@@ -262,9 +267,9 @@ impl GraphDecoder {
             x = block.forward(&x, cache, offset)?;
         }
         match logits {
-            Logits::None => Ok(None),
-            Logits::Last => self.logits(&x.index((.., -1, ..))).map(Some),
-            Logits::All => self.logits(&x.index((0, .., ..))).map(Some),
+            Wanted::None => Ok(None),
+            Wanted::Last => self.logits(&x.index((.., -1, ..))).map(Some),
+            Wanted::All => self.logits(&x.index((0, .., ..))).map(Some),
         }
     }
 

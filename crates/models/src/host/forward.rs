@@ -1,22 +1,26 @@
 //! One step of a decoder.
 
+use std::sync::Arc;
+
 use mlx_engine_kernels::{
     Activations, AttentionSpec, Gate, KernelError, KvElement, PAGE, Product, Queries, RopeLayout, Rotation,
     attend, gated, project, rms_norm, rotate,
 };
 
-use super::cache::{Page, grow, layout};
+use super::cache::{Page, layout, make_room};
 use super::{Block, Model};
 use crate::memory::Held;
 
 /// The rows of a step that belong to one sequence.
 pub(super) struct Part<'a, E> {
     /// The sequence's keys and values, which grow with it.
-    pub(super) pages: &'a mut Vec<Page<E>>,
+    pub(super) pages: &'a mut Vec<Arc<Page<E>>>,
     /// Positions before the first row.
     pub(super) position: usize,
     /// Tokens that are fed.
     pub(super) rows: usize,
+    /// How many of the last of them give logits.
+    pub(super) wanted: usize,
 }
 
 /// Memory that a step needs and the next one uses again.
@@ -50,13 +54,12 @@ impl Workspace {
 }
 
 impl Model {
-    /// Feeds the tokens of all parts, one after the other in `ids`, and writes the logits of the last `logits_rows` rows.
+    /// Feeds the tokens of all parts, one after the other in `ids`, and writes the logits of the rows that each part wants.
     pub(super) fn forward<E: KvElement>(
         &self,
         work: &mut Workspace,
         ids: &[u32],
         parts: &mut [Part<'_, E>],
-        logits_rows: usize,
         logits: &mut [f32],
     ) -> Result<(), KernelError> {
         let spec = &self.spec;
@@ -67,7 +70,7 @@ impl Model {
         }
         let mut rotations = Vec::with_capacity(ids.len());
         for part in parts.iter_mut() {
-            grow(part.pages, spec, part.position + part.rows);
+            make_room(part.pages, spec, part.position, part.rows);
             let positions = part.position..part.position + part.rows;
             rotations
                 .extend(positions.map(|p| Rotation::new(p as f32 * spec.rope.scale(), &self.wavelengths)));
@@ -76,13 +79,18 @@ impl Model {
             self.attention(work, block, layer, parts, &rotations)?;
             self.mlp(work, block)?;
         }
-        if logits_rows == 0 {
+        let wanted = parts.iter().map(|part| part.wanted).sum();
+        if wanted == 0 {
             return Ok(());
         }
-        let first = ids.len().saturating_sub(logits_rows);
-        let last = &work.x[first * hidden..];
-        let normed = work.normed.resize(ids.len() - first, hidden);
-        rms_norm(self.isa, &self.pool, last, &self.norm, spec.norm_eps, normed)?;
+        let mut normed = work.normed.resize(wanted, hidden).chunks_exact_mut(hidden);
+        let mut rows = work.x.chunks_exact(hidden);
+        for part in parts.iter() {
+            let own = rows.by_ref().take(part.rows).skip(part.rows - part.wanted);
+            for (row, out) in own.zip(&mut normed) {
+                rms_norm(self.isa, &self.pool, row, &self.norm, spec.norm_eps, out)?;
+            }
+        }
         work.normed.prepare(self.isa, &self.pool, self.precision);
         let output = self.output.as_ref().unwrap_or(&self.embedding);
         let product = Product::write(output, None, logits);
@@ -136,8 +144,8 @@ impl Model {
             .zip(work.values.chunks_exact(kv_width));
         for part in parts.iter_mut() {
             for (position, (keys, values)) in (part.position..part.position + part.rows).zip(&mut kv) {
-                let page = &mut part.pages[position / PAGE].elements[own.clone()];
-                layout.write(page, position % PAGE, keys, values)?;
+                let page = Arc::make_mut(&mut part.pages[position / PAGE]);
+                layout.write(&mut page.elements[own.clone()], position % PAGE, keys, values)?;
             }
         }
         let pages: Vec<Vec<&[E]>> = parts

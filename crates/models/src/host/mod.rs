@@ -11,13 +11,14 @@ mod load;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mlx_engine_core::LoadProgress;
+pub(crate) use mlx_engine_kernels::PAGE;
 pub(crate) use mlx_engine_kernels::Precision;
-use mlx_engine_kernels::{Isa, Matrix, PAGE, Pool};
+use mlx_engine_kernels::{Isa, Matrix, Pool};
 use mlx_rs::{Array, Stream};
 use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_FLOAT32, mlx_dtype__MLX_UINT32};
 
-pub(crate) use cache::HostCache;
 use cache::Pages;
+pub(crate) use cache::{HostCache, LAYOUT};
 use forward::{Part, Workspace};
 
 use crate::memory::Held;
@@ -115,19 +116,27 @@ impl HostDecoder {
         self.0.spec.layers * cache::layout(&self.0.spec).page_len() / PAGE * element
     }
 
-    /// Feeds `[tokens]` ids, those of one sequence after those of another, and returns the logits of the last `wanted`
-    /// rows, `[wanted, vocab_size]` float32. Without any it is one number, there once the caches are written.
+    /// Feeds `[tokens]` ids, those of one sequence after those of another, and returns the logits of the rows that each
+    /// wants, `[wanted, vocab_size]` float32.
     pub(crate) fn forward(
         &self,
         ids: &Array,
         sequences: &mut [HostRows<'_>],
-        wanted: usize,
-    ) -> Result<Array, ModelError> {
+    ) -> Result<Option<Array>, ModelError> {
         let model = Arc::clone(&self.0);
         let parts: Vec<_> = sequences
             .iter()
-            .map(|sequence| (sequence.cache.pages(), sequence.position, sequence.rows))
+            .map(|sequence| {
+                let HostRows {
+                    position,
+                    rows,
+                    wanted,
+                    ..
+                } = *sequence;
+                (sequence.cache.pages(), [position, rows, wanted])
+            })
             .collect();
+        let wanted: usize = sequences.iter().map(|sequence| sequence.wanted).sum();
         let op = HostOp::new(c"decoder", move |inputs, outputs| {
             let (Some(ids), [written, logits]) = (inputs.first(), outputs) else {
                 return Err("the decoder takes ids and gives logits".to_owned());
@@ -140,24 +149,26 @@ impl HostDecoder {
                 .map(|(pages, ..)| pages.lock().unwrap_or_else(PoisonError::into_inner))
                 .collect();
             let (mut single, mut half) = (Vec::new(), Vec::new());
-            for (pages, &(_, position, rows)) in locked.iter_mut().zip(&parts) {
+            for (pages, &(_, [position, rows, wanted])) in locked.iter_mut().zip(&parts) {
                 match &mut **pages {
                     Pages::F32(pages) => single.push(Part {
                         pages,
                         position,
                         rows,
+                        wanted,
                     }),
                     Pages::F16(pages) => half.push(Part {
                         pages,
                         position,
                         rows,
+                        wanted,
                     }),
                 }
             }
             if half.is_empty() {
-                model.run(ids, &mut single, wanted, logits)
+                model.run(ids, &mut single, logits)
             } else {
-                model.run(ids, &mut half, wanted, logits)
+                model.run(ids, &mut half, logits)
             }
         });
         let mut inputs = vec![ids.as_ptr()];
@@ -185,7 +196,7 @@ impl HostDecoder {
         for sequence in sequences {
             sequence.cache.written = Some(written.clone());
         }
-        Ok(if wanted == 0 { written } else { logits })
+        Ok((wanted > 0).then_some(logits))
     }
 }
 
@@ -205,6 +216,8 @@ pub(crate) struct HostRows<'a> {
     pub(crate) position: usize,
     /// Tokens that it is fed.
     pub(crate) rows: usize,
+    /// How many of the last of them give logits.
+    pub(crate) wanted: usize,
 }
 
 /// The bits of the exponent of a float32: all of them are set in infinity and NaN alone.
@@ -216,11 +229,10 @@ impl Model {
         &self,
         ids: &[u32],
         parts: &mut [Part<'_, E>],
-        wanted: usize,
         logits: &mut [f32],
     ) -> Result<(), String> {
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = self.forward(&mut workspace, ids, parts, wanted, logits);
+        let done = self.forward(&mut workspace, ids, parts, logits);
         workspace.count();
         done.map_err(|error| error.to_string())?;
         // A maximum of integers takes no branch for each.
