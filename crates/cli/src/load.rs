@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use mlx_engine::{EngineOptions, InferenceEngine, LoadProgress, ProgressFn};
+use mlx_engine::{EngineConfig, InferenceEngine, LoadProgress, ProgressFn};
 
 use crate::args::Model;
 use crate::failure::Failure;
@@ -11,18 +11,18 @@ use crate::output::errln;
 
 /// Loads a model. Ctrl-C gives the load up.
 pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
-    load_with(model, EngineOptions::default()).await
+    load_with(model, EngineConfig::default()).await
 }
 
-/// As [`load`], with options beside those of the command line.
-pub(crate) async fn load_with(model: &Model, options: EngineOptions) -> Result<InferenceEngine, Failure> {
-    let options = EngineOptions {
+/// As [`load`], with a configuration beside those of the command line.
+pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<InferenceEngine, Failure> {
+    let config = EngineConfig {
         exact: model.exact,
-        ..options
+        ..config
     };
     let engine = InferenceEngine::new()
         .with_backend(model.backend.into())
-        .with_options(options);
+        .with_config(config);
     // indicatif draws on a terminal alone.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}") {

@@ -22,6 +22,7 @@ mod model;
 
 mod message;
 mod params;
+mod priority;
 
 mod backend;
 mod platform;
@@ -44,4 +45,5 @@ pub use message::{ChatMessage, Prompt, Role, ToolCall};
 pub use model::{ModelConfiguration, ModelType, Quantization};
 pub use params::{GenerateParams, OutputConstraint, ParamError};
 pub use platform::{Device, Platform};
+pub use priority::Priority;
 pub use progress::LoadProgress;

@@ -6,6 +6,8 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Priority;
+
 /// How to sample and when to stop.
 ///
 /// The defaults sample at temperature 0.7 from the whole distribution, with every penalty off, and stop after 512
@@ -58,6 +60,15 @@ pub struct GenerateParams {
     pub ignore_eos: bool,
     /// What the answer has to keep to, token by token; `None` leaves it free.
     pub constraint: Option<OutputConstraint>,
+    /// How urgent the request is beside others that wait.
+    pub priority: Priority,
+    /// Seconds that the request may wait for its turn, above 0 and at most a year; `None` waits as long as it takes. One
+    /// that has waited longer is [`DeadlineExceeded`](crate::EngineError::DeadlineExceeded).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue_timeout_s: Option<f64>,
+    /// The same for the request as a whole, from its submission to the end of its answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_s: Option<f64>,
 }
 
 /// What an answer has to keep to. It is compiled when the request is admitted, and refused there with the reason where
@@ -102,11 +113,17 @@ impl Default for GenerateParams {
             top_logprobs: 0,
             ignore_eos: false,
             constraint: None,
+            priority: Priority::Normal,
+            queue_timeout_s: None,
+            timeout_s: None,
         }
     }
 }
 
 impl GenerateParams {
+    /// The longest timeout in seconds: a year.
+    pub const MAX_TIMEOUT_S: f64 = 31_536_000.0;
+
     /// The most alternatives that [`top_logprobs`](Self::top_logprobs) may ask for.
     pub const MAX_TOP_LOGPROBS: u8 = 20;
 
@@ -216,6 +233,24 @@ impl GenerateParams {
         self
     }
 
+    /// Sets [`priority`](Self::priority).
+    pub fn with_priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+
+    /// Sets [`queue_timeout_s`](Self::queue_timeout_s).
+    pub fn with_queue_timeout_s(mut self, seconds: f64) -> Self {
+        self.queue_timeout_s = Some(seconds);
+        self
+    }
+
+    /// Sets [`timeout_s`](Self::timeout_s).
+    pub fn with_timeout_s(mut self, seconds: f64) -> Self {
+        self.timeout_s = Some(seconds);
+        self
+    }
+
     /// Whether each step takes the likeliest token, which makes the seed irrelevant.
     pub fn is_greedy(&self) -> bool {
         self.temperature < Self::GREEDY_BELOW
@@ -257,7 +292,17 @@ impl GenerateParams {
                 "0 while `logprobs` is false",
             ));
         }
-        Ok(())
+        timeout("queue_timeout_s", self.queue_timeout_s)?;
+        timeout("timeout_s", self.timeout_s)
+    }
+}
+
+fn timeout(field: &str, seconds: Option<f64>) -> Result<(), ParamError> {
+    match seconds {
+        Some(seconds) if !(seconds > 0.0 && seconds <= GenerateParams::MAX_TIMEOUT_S) => {
+            Err(ParamError::new(field, seconds, "above 0 and at most 31536000"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -401,6 +446,14 @@ mod tests {
             &params().with_top_logprobs(5).with_logprobs(false),
             "`top_logprobs` is 5, allowed: 0 while `logprobs` is false",
         );
+        check(
+            &params().with_timeout_s(0.0),
+            "`timeout_s` is 0, allowed: above 0 and at most 31536000",
+        );
+        check(
+            &params().with_queue_timeout_s(f64::NAN),
+            "`queue_timeout_s` is NaN, allowed: above 0 and at most 31536000",
+        );
     }
 
     #[test]
@@ -441,6 +494,11 @@ mod tests {
         assert!(error.contains("unknown field `temprature`"), "{error}");
     }
 
+    /// Numbers of seconds that survive being written.
+    fn milliseconds() -> impl Strategy<Value = Option<f64>> {
+        prop::option::of((1u32..1_000_000).prop_map(|ms| f64::from(ms) / 1000.0))
+    }
+
     prop_compose! {
         fn valid_params()(
             (max_tokens, repetition_window, top_k) in (1u32.., 1u32.., any::<u32>()),
@@ -454,11 +512,14 @@ mod tests {
             stop in prop::collection::vec(".{1,8}", 0..4),
             stop_tokens in prop::collection::vec(any::<u32>(), 0..4),
             (top_logprobs, ignore_eos) in (0u8..=20, any::<bool>()),
+            priority in prop::sample::select(Priority::ALL.to_vec()),
+            (queue_timeout_s, timeout_s) in (milliseconds(), milliseconds()),
         ) -> GenerateParams {
             GenerateParams {
                 max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, repetition_window,
                 presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_tokens,
                 logprobs: top_logprobs > 0, top_logprobs, ignore_eos, constraint: None,
+                priority, queue_timeout_s, timeout_s,
             }
         }
     }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
@@ -15,48 +15,19 @@ use mlx_engine_core::{
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::clock::SystemClock;
+use crate::config::EngineConfig;
 use crate::constraint::Compiler;
 use crate::mock::{self, MockScript};
 use crate::request::Request;
 use crate::worker::{Command, Identity, Worker, panicked};
 use crate::{PromptEncoder, TokenModel};
 
+/// Commands on their way to the worker. Who comes when there are as many waits until they were taken.
+const HANDED_OVER: usize = 64;
+
 /// Hears how far a load has come, on the worker thread.
 pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
-
-/// How an engine schedules and computes.
-#[derive(Clone, Debug)]
-pub struct EngineOptions {
-    /// Requests that may wait; one more is refused with [`EngineError::QueueFull`].
-    pub queue_capacity: usize,
-    /// Requests that run at the same time, and are decoded together.
-    pub max_active: usize,
-    /// Prompt tokens that are fed at once, between two steps of the others.
-    pub prefill_chunk: usize,
-    /// Sequences that are kept after their request, for requests that begin alike.
-    pub kept_sequences: usize,
-    /// Bytes that the model's weights and the keys and values of all its sequences may take together; no limit where
-    /// `None`. A model or a request that can never fit is refused with
-    /// [`InsufficientMemory`](EngineError::InsufficientMemory), a request that does not fit now waits, and sequences that are
-    /// only kept make room first. A request counts with its prompt and all the tokens that it may generate.
-    pub memory_limit: Option<u64>,
-    /// Whether a CPU computes all in float32, several times slower, where it would use 16-bit integers for
-    /// activations and float16 for keys and values. A GPU computes in the type of the checkpoint either way.
-    pub exact: bool,
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        Self {
-            queue_capacity: 64,
-            max_active: 16,
-            prefill_chunk: 512,
-            kept_sequences: 2,
-            memory_limit: None,
-            exact: false,
-        }
-    }
-}
 
 /// The log-probabilities of a text.
 #[derive(Clone, Debug, PartialEq)]
@@ -150,9 +121,9 @@ impl Engine {
     /// # Errors
     ///
     /// What the script says.
-    pub async fn mock(name: &str, script: MockScript, options: EngineOptions) -> Result<Self, EngineError> {
+    pub async fn mock(name: &str, script: MockScript, config: EngineConfig) -> Result<Self, EngineError> {
         let id = name.to_owned();
-        Self::load(options, None, move |_, _| {
+        Self::load(config, None, move |_, _| {
             let model = script.load()?;
             let tokenizer = mock::tokenizer()
                 .map_err(|error| EngineError::tokenizer("the mock has no tokenizer", error))?;
@@ -173,7 +144,7 @@ impl Engine {
     /// Starts a thread, loads a model on it with `load`, and serves requests there. `load` hears whether it was given
     /// up through its first argument.
     pub(crate) async fn load<M, F>(
-        options: EngineOptions,
+        config: EngineConfig,
         progress: Option<ProgressFn>,
         load: F,
     ) -> Result<Self, EngineError>
@@ -183,9 +154,10 @@ impl Engine {
             + Send
             + 'static,
     {
+        config.validate()?;
         let cancelled = Arc::new(AtomicBool::new(false));
         let given_up = Arc::clone(&cancelled);
-        let (commands, receiver) = mpsc::channel(options.queue_capacity.max(1));
+        let (commands, receiver) = mpsc::channel(HANDED_OVER);
         let (ready, loaded) = oneshot::channel();
         let began = Instant::now();
         let body = move || {
@@ -216,7 +188,7 @@ impl Engine {
             };
             tracing::info!(model = %identity.model, backend = %backend, device = %device, load_s, "model loaded");
             let tokenizer = encoder.tokenizer().clone();
-            let worker = Worker::new(model, tokenizer, identity.clone(), options);
+            let worker = Worker::new(model, tokenizer, identity.clone(), &config, SystemClock);
             if ready
                 .send(Ok((identity, Arc::new(configuration), encoder)))
                 .is_ok()
@@ -285,7 +257,7 @@ impl Engine {
             });
         }
         let (reply, scored) = oneshot::channel();
-        self.send(Command::Score { tokens, reply })?;
+        self.send(Command::Score { tokens, reply }).await?;
         scored.await.map_err(|_| self.not_loaded())?
     }
 
@@ -301,15 +273,13 @@ impl Engine {
         }
     }
 
-    fn send(&self, command: Command) -> Result<(), EngineError> {
-        let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        let sender = commands.as_ref().ok_or_else(|| self.not_loaded())?;
-        sender.try_send(command).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => EngineError::QueueFull {
-                retry_after: Duration::from_secs(1),
-            },
-            mpsc::error::TrySendError::Closed(_) => self.not_loaded(),
-        })
+    /// Hands a command over to the worker, which takes all that there are between two of its turns.
+    async fn send(&self, command: Command) -> Result<(), EngineError> {
+        let sender = {
+            let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+            commands.as_ref().ok_or_else(|| self.not_loaded())?.clone()
+        };
+        sender.send(command).await.map_err(|_| self.not_loaded())
     }
 }
 
@@ -337,13 +307,16 @@ impl LlmEngine for Engine {
                 .transpose()?;
             let most = u64::from(params.max_tokens).min(context_length) as usize + 3;
             let (events, receiver) = mpsc::channel(most);
-            self.send(Command::Generate(Box::new(Request {
+            let (taken, queued) = oneshot::channel();
+            let request = Box::new(Request {
                 tokens,
                 params,
                 walk,
                 events,
                 submitted: Instant::now(),
-            })))?;
+            });
+            self.send(Command::Generate { request, taken }).await?;
+            queued.await.map_err(|_| self.not_loaded())??;
             Ok(ReceiverStream::new(receiver).boxed())
         })
     }

@@ -1,16 +1,17 @@
 //! The life cycle of a request.
 //!
-//! An [`Engine`] holds one model on one worker thread. Requests reach it over a bounded channel; it feeds prompts in
-//! chunks and takes the running requests forward in turn, one token each. What it runs is a [`TokenModel`]: an MLX
+//! An [`Engine`] holds one model on one worker thread. Requests reach it over a bounded channel and wait in the
+//! scheduler, which decides what runs when: prompts are fed in chunks, and the running requests go forward together, one
+//! token a turn. What it runs is a [`TokenModel`]: an MLX
 //! decoder with the feature `mlx`, or the scripted [`MockModel`], which lives below the scheduler so that streaming,
 //! cancelling and recovery are the same code for both.
 //!
 //! ```
 //! use mlx_engine_core::{GenerateParams, LlmEngine, Prompt};
-//! use mlx_engine_engine::{Engine, EngineOptions, MockScript};
+//! use mlx_engine_engine::{Engine, EngineConfig, MockScript};
 //!
 //! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-//! let engine = Engine::mock("demo", MockScript::reply("Hello from the script"), EngineOptions::default()).await?;
+//! let engine = Engine::mock("demo", MockScript::reply("Hello from the script"), EngineConfig::default()).await?;
 //! let output = engine.generate(Prompt::user("Hi"), GenerateParams::default()).await?;
 //! assert_eq!(output.text, "Hello from the script");
 //! assert_eq!(output.backend.to_string(), "mock");
@@ -18,6 +19,8 @@
 //! # }).unwrap();
 //! ```
 
+mod clock;
+mod config;
 mod constraint;
 mod engine;
 #[cfg(feature = "mlx")]
@@ -27,9 +30,11 @@ mod model;
 mod prefix;
 mod prompt;
 mod request;
+mod scheduler;
 mod worker;
 
-pub use engine::{Engine, EngineOptions, ProgressFn, Score};
+pub use config::{EngineConfig, PrefixCacheConfig};
+pub use engine::{Engine, ProgressFn, Score};
 #[cfg(feature = "mlx")]
 pub use mlx::{cpu_kernels, load_encoder, load_mlx, mlx_device};
 pub use mock::{MockFault, MockModel, MockScript};

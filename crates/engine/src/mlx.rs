@@ -11,7 +11,8 @@ use mlx_engine_core::{
 use mlx_engine_models::{self as models, Compute, Decoder, ModelError, NextToken, Sampler, Source, Step};
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 
-use crate::engine::{Engine, EngineOptions, Loaded, ProgressFn};
+use crate::config::EngineConfig;
+use crate::engine::{Engine, Loaded, ProgressFn};
 use crate::{Chosen, Feed, PromptEncoder, TokenModel};
 
 /// Tokens that are scored at once; the logits of each are kept until they are read.
@@ -19,6 +20,11 @@ const SCORE_CHUNK: usize = 128;
 
 /// Positions by which keys and values grow, at most.
 const CACHE_BLOCK: usize = 256;
+
+/// Tokens of a prompt that are fed at once. A GPU is kept busy by more than a CPU, whose products gain nothing beyond
+/// this and whose other requests would wait longer.
+const DEVICE_CHUNK: usize = 2048;
+const CPU_CHUNK: usize = 512;
 
 /// Answers that a step takes further at once.
 const BATCH_LIMIT: usize = 32;
@@ -46,21 +52,21 @@ pub fn mlx_device() -> Result<Device, EngineError> {
 /// # Errors
 ///
 /// [`EngineError::MlxUnavailable`], [`EngineError::UnsupportedModel`], [`EngineError::InsufficientMemory`] where the files are
-/// larger than [`EngineOptions::memory_limit`], [`EngineError::ModelLoad`] with what is wrong
+/// larger than [`EngineConfig::memory_limit`], [`EngineError::ModelLoad`] with what is wrong
 /// with the files, and the errors of tokenizer and template.
 pub async fn load_mlx(
     path: PathBuf,
     configuration: Option<ModelConfiguration>,
-    options: EngineOptions,
+    config: EngineConfig,
     progress: Option<ProgressFn>,
 ) -> Result<Engine, EngineError> {
-    let compute = if options.exact {
+    let compute = if config.exact {
         Compute::Exact
     } else {
         Compute::Fastest
     };
-    let memory_limit = options.memory_limit;
-    Engine::load(options, progress, move |cancelled, progress| {
+    let memory_limit = config.memory_limit;
+    Engine::load(config, progress, move |cancelled, progress| {
         load(&path, configuration, compute, memory_limit, cancelled, progress)
     })
     .await
@@ -267,6 +273,13 @@ impl TokenModel for MlxModel {
 
     fn context_length(&self) -> usize {
         self.decoder.spec().context_length
+    }
+
+    fn prefill_chunk(&self) -> usize {
+        match self.decoder.device().device {
+            Device::Cpu => CPU_CHUNK,
+            _ => DEVICE_CHUNK,
+        }
     }
 
     fn open(&mut self) -> MlxSequence {

@@ -32,7 +32,7 @@ pub struct MockScript {
     step_delay: Duration,
     fault: Option<(u64, MockFault)>,
     context_length: Option<usize>,
-    bytes_per_token: u64,
+    bytes_per_token: Option<u64>,
 }
 
 impl MockScript {
@@ -80,9 +80,9 @@ impl MockScript {
         self
     }
 
-    /// Counts this many bytes for each token of a sequence; none unless told.
+    /// Counts this many bytes for each token of a sequence; 4 unless told, which is what the mock remembers of one.
     pub fn with_bytes_per_token(mut self, bytes: u64) -> Self {
-        self.bytes_per_token = bytes;
+        self.bytes_per_token = Some(bytes);
         self
     }
 
@@ -245,7 +245,7 @@ impl TokenModel for MockModel {
     }
 
     fn sequence_bytes(&self, tokens: usize) -> u64 {
-        tokens as u64 * self.script.bytes_per_token
+        tokens as u64 * self.script.bytes_per_token.unwrap_or(size_of::<u32>() as u64)
     }
 
     fn peak_memory_bytes(&self) -> u64 {

@@ -37,6 +37,11 @@ pub trait TokenModel {
     /// The longest sequence, prompt and answer together, in tokens.
     fn context_length(&self) -> usize;
 
+    /// Tokens of a prompt that are fed at once, unless the configuration says otherwise.
+    fn prefill_chunk(&self) -> usize {
+        2048
+    }
+
     /// A sequence that has seen nothing.
     fn open(&mut self) -> Self::Sequence;
 

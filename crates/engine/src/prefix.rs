@@ -5,20 +5,21 @@
 struct Kept<S> {
     tokens: Vec<u32>,
     sequence: S,
+    bytes: u64,
 }
 
 /// The most recent sequences, the latest last.
 #[derive(Debug)]
 pub(crate) struct PrefixCache<S> {
     kept: Vec<Kept<S>>,
-    capacity: usize,
+    max_bytes: u64,
 }
 
 impl<S> PrefixCache<S> {
-    pub(crate) fn new(capacity: usize) -> Self {
+    pub(crate) fn new(max_bytes: u64) -> Self {
         Self {
             kept: Vec::new(),
-            capacity,
+            max_bytes,
         }
     }
 
@@ -33,27 +34,28 @@ impl<S> PrefixCache<S> {
         (len > 0).then(|| (self.kept.remove(index).sequence, len))
     }
 
-    /// Keeps a sequence that has seen `tokens`, and gives up the oldest beyond the capacity.
-    pub(crate) fn keep(&mut self, tokens: Vec<u32>, sequence: S) {
-        if self.capacity == 0 || tokens.is_empty() {
+    /// Keeps a sequence that has seen `tokens`, and gives up the oldest beyond the budget.
+    pub(crate) fn keep(&mut self, tokens: Vec<u32>, sequence: S, bytes: u64) {
+        if tokens.is_empty() || bytes > self.max_bytes || self.max_bytes == 0 {
             return;
         }
-        self.kept.push(Kept { tokens, sequence });
-        if self.kept.len() > self.capacity {
-            self.kept.remove(0);
+        self.kept.push(Kept {
+            tokens,
+            sequence,
+            bytes,
+        });
+        self.shrink(self.max_bytes);
+    }
+
+    /// Gives the oldest up until all take so many bytes at most.
+    pub(crate) fn shrink(&mut self, bytes: u64) {
+        let mut held: u64 = self.kept.iter().map(|kept| kept.bytes).sum();
+        let mut over = 0;
+        while held > bytes {
+            held -= self.kept[over].bytes;
+            over += 1;
         }
-    }
-
-    /// Lengths of the sequences in tokens.
-    pub(crate) fn lengths(&self) -> impl Iterator<Item = usize> {
-        self.kept.iter().map(|kept| kept.tokens.len())
-    }
-
-    /// Gives the oldest up; `false` where there is none.
-    pub(crate) fn drop_oldest(&mut self) -> bool {
-        let some = !self.kept.is_empty();
-        self.kept.drain(..usize::from(some));
-        some
+        self.kept.drain(..over);
     }
 
     /// Gives all up, where memory is short.
@@ -68,10 +70,10 @@ mod tests {
 
     #[test]
     fn the_longest_beginning_wins_and_the_last_token_is_left_to_feed() {
-        let mut cache = PrefixCache::new(3);
-        cache.keep(vec![1, 2], "short");
-        cache.keep(vec![1, 2, 3, 4], "long");
-        cache.keep(vec![9], "other");
+        let mut cache = PrefixCache::new(30);
+        cache.keep(vec![1, 2], "short", 10);
+        cache.keep(vec![1, 2, 3, 4], "long", 10);
+        cache.keep(vec![9], "other", 10);
         assert_eq!(cache.take(&[1, 2, 3, 4]), Some(("long", 3)));
         assert_eq!(cache.take(&[1, 2, 3, 4]), Some(("short", 2)));
         assert_eq!(cache.take(&[1, 2, 3, 4]), None);
@@ -81,16 +83,16 @@ mod tests {
 
     #[test]
     fn the_oldest_goes_first() {
-        let mut cache = PrefixCache::new(2);
+        let mut cache = PrefixCache::new(20);
         for (token, name) in [(1, "a"), (2, "b"), (3, "c")] {
-            cache.keep(vec![token, 0], name);
+            cache.keep(vec![token, 0], name, 10);
         }
         assert_eq!(cache.take(&[1, 0]), None);
         assert_eq!(cache.take(&[2, 0]), Some(("b", 1)));
         cache.clear();
         assert_eq!(cache.take(&[3, 0]), None);
         let mut none = PrefixCache::new(0);
-        none.keep(vec![1, 2], "a");
+        none.keep(vec![1, 2], "a", 0);
         assert_eq!(none.take(&[1, 2]), None);
     }
 }

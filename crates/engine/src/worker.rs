@@ -1,23 +1,30 @@
-//! The thread that owns the model.
+//! The thread that owns the model: it does what the scheduler decides.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mlx_engine_core::{Backend, Device, EngineError, FinishReason, GenerateSummary, GenerationEvent};
 use mlx_engine_text::Tokenizer;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::engine::{EngineOptions, Score};
+use crate::clock::Clock;
+use crate::config::EngineConfig;
+use crate::engine::Score;
 use crate::prefix::PrefixCache;
 use crate::request::{Answer, Request};
+use crate::scheduler::{Ask, Chunk, Id, Limits, Refusal, Scheduler};
 use crate::{Chosen, Feed, TokenModel};
 
 /// What reaches the worker.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Generate(Box<Request>),
+    Generate {
+        request: Box<Request>,
+        /// Hears whether the request is in the queue.
+        taken: oneshot::Sender<Result<(), EngineError>>,
+    },
     Score {
         tokens: Vec<u32>,
         reply: oneshot::Sender<Result<Score, EngineError>>,
@@ -33,90 +40,89 @@ pub(crate) struct Identity {
     pub(crate) load_s: f64,
 }
 
-pub(crate) struct Worker<M: TokenModel> {
+pub(crate) struct Worker<M: TokenModel, C> {
     model: M,
     tokenizer: Tokenizer,
     identity: Identity,
-    options: EngineOptions,
+    clock: C,
+    /// Bytes for all sequences, those that run and those that are kept; no limit where `None`.
+    available: Option<u64>,
+    scheduler: Scheduler,
     prefixes: PrefixCache<M::Sequence>,
-    /// The next request, which does not fit beside those that run.
-    waiting: Option<Request>,
-    /// In the order in which they came.
+    waiting: Vec<(Id, Request)>,
+    /// In the order in which they were admitted.
     active: Vec<Active<M::Sequence>>,
     /// Requests so far.
-    admitted: u64,
+    submitted: Id,
 }
 
 /// A request that is being run.
 struct Active<S> {
+    id: Id,
     request: Request,
     answer: Answer,
     sequence: S,
     /// Prompt and answer so far.
     tokens: Vec<u32>,
     prompt_len: usize,
-    /// Prompt tokens that were taken over from another request.
-    cached: usize,
-    phase: Phase,
+    /// Prompt tokens that were taken over from another request; `None` until its prompt is begun.
+    cached: Option<usize>,
     started: Instant,
-    /// Tells requests apart.
-    number: u64,
-    /// Whether the first token was begun in this turn.
-    fresh: bool,
     /// Whether the token after the one that is read was begun in this turn.
     ahead: bool,
     finished: Option<FinishReason>,
 }
 
-enum Phase {
-    /// This many tokens of the prompt have been fed.
-    Prefill(usize),
-    /// A token is being chosen.
-    Decode,
-}
+/// Requests that an error of this turn ends.
+type Failed = Vec<(Id, EngineError)>;
 
-impl<M: TokenModel> Worker<M> {
-    pub(crate) fn new(model: M, tokenizer: Tokenizer, identity: Identity, options: EngineOptions) -> Self {
-        let prefixes = PrefixCache::new(options.kept_sequences);
+impl<M: TokenModel, C: Clock> Worker<M, C> {
+    pub(crate) fn new(
+        model: M,
+        tokenizer: Tokenizer,
+        identity: Identity,
+        config: &EngineConfig,
+        clock: C,
+    ) -> Self {
+        let available = config
+            .memory_limit
+            .map(|limit| limit.saturating_sub(model.weight_bytes()));
+        let kept = config.prefix_cache.max_bytes;
+        let limits = Limits {
+            max_batch: config.max_batch,
+            max_queue: config.max_queue,
+            prefill_chunk: config.prefill_chunk.unwrap_or_else(|| model.prefill_chunk()),
+            available,
+        };
         Self {
+            prefixes: PrefixCache::new(kept.or(available.map(|bytes| bytes / 4)).unwrap_or(1 << 30)),
             model,
             tokenizer,
             identity,
-            options,
-            prefixes,
-            waiting: None,
+            clock,
+            available,
+            scheduler: Scheduler::new(limits),
+            waiting: Vec::new(),
             active: Vec::new(),
-            admitted: 0,
+            submitted: 0,
         }
     }
 
     /// Serves requests until nobody can send any.
     pub(crate) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
-            if let Some(request) = self.waiting.take() {
-                self.admit(request);
-            }
-            if self.active.is_empty() && self.waiting.is_none() {
+            if self.scheduler.is_idle() {
                 match commands.blocking_recv() {
                     Some(command) => self.accept(command, &commands),
                     None => return,
                 }
             }
-            while self.active.len() < self.options.max_active && self.waiting.is_none() {
-                match commands.try_recv() {
-                    Ok(command) => self.accept(command, &commands),
-                    Err(_) => break,
-                }
+            while let Ok(command) = commands.try_recv() {
+                self.accept(command, &commands);
             }
             if commands.is_closed() {
                 // The engine was unloaded: nobody waits for what is left.
-                let active = self.active.drain(..).map(|active| active.request);
-                for request in active.chain(self.waiting.take()) {
-                    let error = EngineError::NotLoaded {
-                        model: self.identity.model.to_string(),
-                    };
-                    let _ = request.events.try_send(Err(error));
-                }
+                self.abort();
                 return;
             }
             self.turn();
@@ -125,169 +131,243 @@ impl<M: TokenModel> Worker<M> {
 
     fn accept(&mut self, command: Command, commands: &mpsc::Receiver<Command>) {
         match command {
-            Command::Generate(request) => self.admit(*request),
+            Command::Generate { request, taken } => {
+                let result = self.submit(*request);
+                // A caller who is gone has dropped the other end of the request's events too.
+                let _ = taken.send(result);
+            }
             Command::Score { tokens, reply } => {
                 let go_on = || !reply.is_closed() && !commands.is_closed();
-                let scored = catch_unwind(AssertUnwindSafe(|| self.model.score(&tokens, &go_on)));
-                let result = scored.unwrap_or_else(|panic| Err(panicked(&*panic)));
+                let scored = guarded(|| self.model.score(&tokens, &go_on));
                 // The caller may have gone.
-                let _ = reply.send(result.map(|logprobs| Score { tokens, logprobs }));
+                let _ = reply.send(scored.map(|logprobs| Score { tokens, logprobs }));
             }
         }
     }
 
-    fn admit(&mut self, request: Request) {
+    /// Puts a request into the queue.
+    pub(crate) fn submit(&mut self, request: Request) -> Result<(), EngineError> {
         let context_length = self.model.context_length();
-        if request.tokens.len() >= context_length {
-            let error = EngineError::PromptTooLong {
-                prompt_tokens: request.tokens.len() as u64,
+        let prompt = request.tokens.len();
+        if prompt >= context_length {
+            return Err(EngineError::PromptTooLong {
+                prompt_tokens: prompt as u64,
                 context_length: context_length as u64,
+            });
+        }
+        if prompt == 0 {
+            return Err(EngineError::EmptyPrompt);
+        }
+        // Who has gone holds no place.
+        self.sweep();
+        let answer = (request.params.max_tokens as usize).min(context_length - prompt);
+        let limit = |seconds: Option<f64>| Duration::try_from_secs_f64(seconds?).ok();
+        let ask = Ask {
+            id: self.submitted,
+            prompt,
+            answer,
+            bytes: self.model.sequence_bytes(prompt + answer),
+            priority: request.params.priority,
+            arrived: request.submitted,
+            queue_limit: limit(request.params.queue_timeout_s),
+            limit: limit(request.params.timeout_s),
+        };
+        self.scheduler.submit(ask).map_err(|refusal| match refusal {
+            Refusal::Full { retry_after } => EngineError::QueueFull { retry_after },
+            Refusal::TooLarge { required, available } => {
+                EngineError::InsufficientMemory { required, available }
+            }
+        })?;
+        self.submitted += 1;
+        self.waiting.push((ask.id, request));
+        Ok(())
+    }
+
+    /// Takes out requests whose caller has gone and those whose time is over.
+    fn sweep(&mut self) {
+        let gone = |request: &Request| request.events.is_closed();
+        let waiting = self
+            .waiting
+            .iter()
+            .filter(|(_, request)| gone(request))
+            .map(|(id, _)| *id);
+        let active = self
+            .active
+            .iter()
+            .filter(|active| gone(&active.request))
+            .map(|active| active.id);
+        for id in waiting.chain(active).collect::<Vec<_>>() {
+            self.scheduler.cancel(id);
+            self.end(id, Self::retire, drop);
+        }
+        let now = self.clock.now();
+        while let Some((id, limit)) = self.scheduler.expire(now) {
+            let error = EngineError::DeadlineExceeded { limit };
+            let told = error.clone();
+            self.end(
+                id,
+                |worker, active| {
+                    let _ = active.request.events.try_send(Err(error));
+                    worker.retire(active);
+                },
+                |request| {
+                    let _ = request.events.try_send(Err(told));
+                },
+            );
+        }
+    }
+
+    /// Takes a request out of where it is.
+    fn end(
+        &mut self,
+        id: Id,
+        running: impl FnOnce(&mut Self, Active<M::Sequence>),
+        waiting: impl FnOnce(Request),
+    ) {
+        if let Some(at) = self.waiting.iter().position(|(other, _)| *other == id) {
+            waiting(self.waiting.remove(at).1);
+        } else if let Some(at) = self.active.iter().position(|active| active.id == id) {
+            let active = self.active.remove(at);
+            running(self, active);
+        }
+    }
+
+    /// Ends all that there is.
+    fn abort(&mut self) {
+        let active = self.active.drain(..).map(|active| active.request);
+        let waiting = self.waiting.drain(..).map(|(_, request)| request);
+        for request in active.chain(waiting) {
+            let error = EngineError::NotLoaded {
+                model: self.identity.model.to_string(),
             };
             let _ = request.events.try_send(Err(error));
-            return;
         }
-        if request.events.is_closed() {
-            return;
-        }
-        match self.make_room(&request) {
-            Ok(true) => {}
-            Ok(false) => {
-                self.waiting = Some(request);
-                return;
-            }
-            Err(error) => {
-                let _ = request.events.try_send(Err(error));
-                return;
-            }
-        }
-        let started = Instant::now();
-        let (sequence, cached) = match self.prefixes.take(&request.tokens) {
-            Some((mut sequence, len)) => {
-                self.model.truncate(&mut sequence, len);
-                (sequence, len)
-            }
-            None => (self.model.open(), 0),
-        };
-        let prompt_len = request.tokens.len();
-        let event = GenerationEvent::Started {
-            prompt_tokens: prompt_len as u32,
-            cached_tokens: cached as u32,
-        };
-        let _ = request.events.try_send(Ok(event));
-        self.active.push(Active {
-            answer: Answer::new(&self.tokenizer, &request),
-            tokens: request.tokens.clone(),
-            request,
-            sequence,
-            prompt_len,
-            cached,
-            phase: Phase::Prefill(cached),
-            started,
-            number: self.admitted,
-            fresh: false,
-            ahead: false,
-            finished: None,
-        });
-        self.admitted += 1;
     }
 
-    /// Bytes that a request may come to take.
-    fn most_bytes(&self, request: &Request) -> u64 {
-        let answer = request.params.max_tokens as usize;
-        let most = request.tokens.len().saturating_add(answer);
-        self.model.sequence_bytes(most.min(self.model.context_length()))
+    /// Lets requests run for which there is room.
+    fn admit(&mut self) {
+        while let Some(id) = self.scheduler.admit() {
+            let Some(at) = self.waiting.iter().position(|(other, _)| *other == id) else {
+                self.scheduler.cancel(id);
+                continue;
+            };
+            let (_, request) = self.waiting.remove(at);
+            self.active.push(Active {
+                id,
+                answer: Answer::new(&self.tokenizer, &request),
+                tokens: request.tokens.clone(),
+                prompt_len: request.tokens.len(),
+                request,
+                sequence: self.model.open(),
+                cached: None,
+                started: self.clock.now(),
+                ahead: false,
+                finished: None,
+            });
+        }
+        // What is only kept makes room for what runs.
+        if let Some(available) = self.available {
+            let free = available.saturating_sub(self.scheduler.reserved());
+            self.prefixes.shrink(free);
+        }
     }
 
-    /// Whether a request fits beside those that run. Sequences that are only kept are given up for it.
-    fn make_room(&mut self, request: &Request) -> Result<bool, EngineError> {
-        let Some(limit) = self.options.memory_limit else {
-            return Ok(true);
-        };
-        let available = limit.saturating_sub(self.model.weight_bytes());
-        let required = self.most_bytes(request);
-        if required > available {
-            return Err(EngineError::InsufficientMemory { required, available });
-        }
-        let running = self.active.iter().map(|active| self.most_bytes(&active.request));
-        let free = available.saturating_sub(running.sum());
-        if required > free {
-            return Ok(false);
-        }
-        let kept = |worker: &Self| {
-            let lengths = worker.prefixes.lengths();
-            lengths.map(|len| worker.model.sequence_bytes(len)).sum::<u64>()
-        };
-        while required.saturating_add(kept(self)) > free && self.prefixes.drop_oldest() {}
-        Ok(true)
-    }
-
-    /// Takes a chunk of the prompt that came first, and every answer a token further.
-    ///
-    /// One chunk a turn, so that answers never wait for more than that.
-    fn turn(&mut self) {
-        // A caller who dropped the stream. What has been computed may serve the next request.
-        self.take_out(|active| active.request.events.is_closed().then_some(Outcome::Dropped));
-        let decoding = |active: &Active<M::Sequence>| matches!(active.phase, Phase::Decode);
-        let prompt = self.active.iter().position(|active| !decoding(active));
-        let mut failed = Vec::new();
-        if let Some(index) = prompt {
-            let (model, active) = (&mut self.model, &mut self.active[index]);
-            let chunk = self.options.prefill_chunk;
-            if let Err(error) = guarded(|| prefill(model, active, chunk)) {
-                failed.push((active.number, error));
-            } else if decoding(active) {
-                // Its first token is read in the next turn, so that it is chosen meanwhile.
-                active.fresh = true;
+    /// Takes a chunk of a prompt, and every answer a token further.
+    pub(crate) fn turn(&mut self) {
+        self.sweep();
+        self.admit();
+        let began = self.clock.now();
+        let mut turn = self.scheduler.turn();
+        let mut failed = Failed::new();
+        if let Some(chunk) = turn.chunk {
+            let chunk = self.begin(chunk);
+            turn.chunk = Some(chunk);
+            match self.prefill(chunk) {
+                Ok(()) => self.scheduler.fed(chunk),
+                Err(error) => failed.push((chunk.id, error)),
             }
         }
-        self.feed(&mut failed, |model, active| {
+        let due = &turn.decode;
+        self.feed(due, &mut failed, |model, active| {
             let more = active.wants_more(model.context_length());
             let free = active.request.walk.is_none();
             (more && free && model.can_look_ahead(&active.sequence)).then_some(None)
         });
-        for active in self.active.iter_mut().filter(|active| active.is_due()) {
-            if failed.iter().any(|(number, _)| *number == active.number) {
-                continue;
-            }
-            let model = &mut self.model;
-            match guarded(|| read(model, active)) {
-                Ok(reason) => active.finished = reason,
-                Err(error) => failed.push((active.number, error)),
-            }
-        }
-        self.feed(&mut failed, |_, active| {
+        self.read(due, &mut failed);
+        self.feed(due, &mut failed, |_, active| {
             let stands = active.finished.is_none() && !active.ahead;
             stands.then(|| active.tokens.last().copied())
         });
         for active in &mut self.active {
-            (active.fresh, active.ahead) = (false, false);
+            active.ahead = false;
         }
-        self.take_out(|active| {
-            if let Some(at) = failed.iter().position(|(number, _)| *number == active.number) {
-                return Some(Outcome::Failed(failed.swap_remove(at).1));
+        if turn.chunk.is_some() || !turn.decode.is_empty() {
+            self.scheduler
+                .turned(&turn, self.clock.now().saturating_duration_since(began));
+        }
+        self.take_out(failed);
+    }
+
+    /// Looks for what is known of a prompt before its first chunk, and says what the chunk is then.
+    fn begin(&mut self, chunk: Chunk) -> Chunk {
+        let Some(active) = self.active.iter_mut().find(|active| active.id == chunk.id) else {
+            return chunk;
+        };
+        if active.cached.is_some() {
+            return chunk;
+        }
+        let cached = match self.prefixes.take(&active.tokens) {
+            Some((mut sequence, len)) => {
+                self.model.truncate(&mut sequence, len);
+                active.sequence = sequence;
+                len
             }
-            active.finished.map(Outcome::Finished)
-        });
+            None => 0,
+        };
+        active.cached = Some(cached);
+        active.started = self.clock.now();
+        let event = GenerationEvent::Started {
+            prompt_tokens: active.prompt_len as u32,
+            cached_tokens: cached as u32,
+        };
+        let _ = active.request.events.try_send(Ok(event));
+        self.scheduler.reused(chunk.id, cached).unwrap_or(chunk)
+    }
+
+    fn prefill(&mut self, chunk: Chunk) -> Result<(), EngineError> {
+        let Self { model, active, .. } = self;
+        let Some(active) = active.iter_mut().find(|active| active.id == chunk.id) else {
+            return Ok(());
+        };
+        let tokens = &active.tokens[chunk.from..chunk.to];
+        let (sequence, params) = (&mut active.sequence, &active.request.params);
+        guarded(|| {
+            if chunk.last {
+                // Its first token is read in the next turn, so that it is chosen meanwhile.
+                model.begin(sequence, tokens, params, 0)
+            } else {
+                model.prefill(sequence, tokens)
+            }
+        })
     }
 
     /// Feeds a token to every answer that is due and for which `token` gives one, `Some(None)` being the one that is not
     /// read yet, as many at once as the model takes.
     fn feed(
         &mut self,
-        failed: &mut Vec<(u64, EngineError)>,
+        due: &[Id],
+        failed: &mut Failed,
         token: impl Fn(&M, &Active<M::Sequence>) -> Option<Option<u32>>,
     ) {
         let Self { model, active, .. } = self;
-        let mut due = Vec::new();
-        for active in active.iter_mut().filter(|active| active.is_due()) {
-            if failed.iter().any(|(number, _)| *number == active.number) {
-                continue;
-            }
+        let mut fed = Vec::new();
+        for active in standing(active, due, failed) {
             if let Some(token) = token(model, active) {
-                due.push((active, token));
+                fed.push((active, token));
             }
         }
-        for some in due.chunks_mut(model.batch_limit().max(1)) {
+        let mut ended = Failed::new();
+        for some in fed.chunks_mut(model.batch_limit().max(1)) {
             let mut batch: Vec<Feed<'_, M::Sequence>> = some
                 .iter_mut()
                 .map(|(active, token)| {
@@ -303,38 +383,69 @@ impl<M: TokenModel> Worker<M> {
             match guarded(|| model.feed(&mut batch)) {
                 Ok(()) => some.iter_mut().for_each(|(active, _)| active.ahead = true),
                 // The step was theirs together.
-                Err(error) => failed.extend(some.iter().map(|(active, _)| (active.number, error.clone()))),
+                Err(error) => ended.extend(some.iter().map(|(active, _)| (active.id, error.clone()))),
             }
         }
+        failed.append(&mut ended);
     }
 
-    /// Takes requests out that `outcome` says have ended.
-    fn take_out(&mut self, mut outcome: impl FnMut(&Active<M::Sequence>) -> Option<Outcome>) {
+    /// Reads a token of every answer that is due.
+    fn read(&mut self, due: &[Id], failed: &mut Failed) {
+        let Self {
+            model,
+            active,
+            scheduler,
+            clock,
+            ..
+        } = self;
+        let mut ended = Failed::new();
+        for active in standing(active, due, failed) {
+            match guarded(|| read(model, active, clock)) {
+                Ok(reason) => {
+                    active.finished = reason;
+                    scheduler.generated(active.id);
+                }
+                Err(error) => ended.push((active.id, error)),
+            }
+        }
+        failed.append(&mut ended);
+    }
+
+    /// Takes out requests that have failed or finished.
+    fn take_out(&mut self, mut failed: Failed) {
         let mut index = 0;
         while index < self.active.len() {
-            let Some(outcome) = outcome(&self.active[index]) else {
+            let id = self.active[index].id;
+            let error = failed
+                .iter()
+                .position(|(other, _)| *other == id)
+                .map(|at| failed.swap_remove(at).1);
+            let finished = self.active[index].finished;
+            if error.is_none() && finished.is_none() {
                 index += 1;
                 continue;
-            };
+            }
             // In order, so that who came first stays first.
             let active = self.active.remove(index);
-            match outcome {
-                Outcome::Dropped => self.retire(active),
-                Outcome::Finished(reason) => self.finish(active, reason),
-                Outcome::Failed(error) => {
-                    // Its memory goes with it: what it holds may be half written.
-                    tracing::warn!(error = %error, model = %self.identity.model, "request failed");
-                    if matches!(error, EngineError::OutOfMemory) {
-                        self.prefixes.clear();
-                    }
-                    let _ = active.request.events.try_send(Err(error));
+            if let Some(error) = error {
+                // Its memory goes with it: what it holds may be half written.
+                tracing::warn!(error = %error, model = %self.identity.model, "request failed");
+                if matches!(error, EngineError::OutOfMemory) {
+                    self.prefixes.clear();
                 }
+                let _ = active.request.events.try_send(Err(error));
+                self.scheduler.cancel(id);
+            } else if let Some(reason) = finished {
+                self.scheduler.finish(id);
+                self.finish(active, reason);
             }
         }
     }
 
     fn finish(&mut self, active: Active<M::Sequence>, finish_reason: FinishReason) {
-        let usage = active.answer.usage(active.prompt_len, active.cached);
+        let usage = active
+            .answer
+            .usage(active.prompt_len, active.cached.unwrap_or_default());
         let summary = GenerateSummary {
             model: self.identity.model.to_string(),
             backend: self.identity.backend,
@@ -361,23 +472,23 @@ impl<M: TokenModel> Worker<M> {
         // A step that looked ahead was fed a token that the answer does not have.
         tokens.truncate(self.model.len(&sequence));
         self.model.truncate(&mut sequence, tokens.len());
-        self.prefixes.keep(tokens, sequence);
+        let bytes = self.model.sequence_bytes(tokens.len());
+        self.prefixes.keep(tokens, sequence, bytes);
     }
 }
 
-/// Why a request is taken out.
-enum Outcome {
-    Dropped,
-    Finished(FinishReason),
-    Failed(EngineError),
+/// Those of the requests that are due and have not failed.
+fn standing<'a, S>(
+    active: &'a mut [Active<S>],
+    due: &'a [Id],
+    failed: &'a Failed,
+) -> impl Iterator<Item = &'a mut Active<S>> {
+    active
+        .iter_mut()
+        .filter(|active| due.contains(&active.id) && failed.iter().all(|(id, _)| *id != active.id))
 }
 
 impl<S> Active<S> {
-    /// Whether a token of the answer is being chosen, since before this turn.
-    fn is_due(&self) -> bool {
-        matches!(self.phase, Phase::Decode) && !self.fresh
-    }
-
     /// Whether a token may follow the one that is being chosen.
     fn wants_more(&self, context_length: usize) -> bool {
         self.answer.generated() + 1 < self.request.params.max_tokens && self.tokens.len() + 1 < context_length
@@ -389,30 +500,11 @@ fn guarded<T>(step: impl FnOnce() -> Result<T, EngineError>) -> Result<T, Engine
     catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|panic| Err(panicked(&*panic)))
 }
 
-/// One chunk of the prompt.
-fn prefill<M: TokenModel>(
-    model: &mut M,
-    active: &mut Active<M::Sequence>,
-    chunk: usize,
-) -> Result<(), EngineError> {
-    let Phase::Prefill(fed) = active.phase else {
-        return Ok(());
-    };
-    if active.prompt_len - fed > chunk {
-        model.prefill(&mut active.sequence, &active.tokens[fed..fed + chunk])?;
-        active.phase = Phase::Prefill(fed + chunk);
-    } else {
-        let params = &active.request.params;
-        model.begin(&mut active.sequence, &active.tokens[fed..], params, 0)?;
-        active.phase = Phase::Decode;
-    }
-    Ok(())
-}
-
 /// Reads the token that is being chosen, and says whether it was the last.
 fn read<M: TokenModel>(
     model: &mut M,
     active: &mut Active<M::Sequence>,
+    clock: &impl Clock,
 ) -> Result<Option<FinishReason>, EngineError> {
     let room = active.tokens.len() + 1 < model.context_length();
     let Request { params, walk, .. } = &mut active.request;
@@ -438,14 +530,14 @@ fn read<M: TokenModel>(
         Some(walk) => walk.commit(chosen.token)?,
         None => false,
     };
-    let reason = emit(active, chosen, complete);
+    let reason = emit(active, chosen, complete, clock.now());
     Ok(reason.or((!room).then_some(FinishReason::Length)))
 }
 
 /// Hands a token's text to the caller.
-fn emit<S>(active: &mut Active<S>, chosen: Chosen, complete: bool) -> Option<FinishReason> {
+fn emit<S>(active: &mut Active<S>, chosen: Chosen, complete: bool, now: Instant) -> Option<FinishReason> {
     let params = &active.request.params;
-    let (event, reason) = active.answer.take(chosen, params, complete, Instant::now());
+    let (event, reason) = active.answer.take(chosen, params, complete, now);
     if let Some(event) = event {
         // A caller who is gone is noticed before the next step.
         let _ = active.request.events.try_send(Ok(event));

@@ -6,11 +6,11 @@ use futures::StreamExt;
 use mlx_engine_core::{
     Backend, EngineError, EventStream, FinishReason, GenerateParams, GenerationEvent, LlmEngine, Prompt,
 };
-use mlx_engine_engine::{Engine, EngineOptions, MockFault, MockScript};
+use mlx_engine_engine::{Engine, EngineConfig, MockFault, MockScript, PrefixCacheConfig};
 use proptest::prelude::*;
 
 async fn mock(script: MockScript) -> Engine {
-    Engine::mock("tiny", script, EngineOptions::default())
+    Engine::mock("tiny", script, EngineConfig::default())
         .await
         .expect("the mock loads")
 }
@@ -190,13 +190,13 @@ async fn requests_run_at_the_same_time_and_keep_apart() {
 
 #[tokio::test]
 async fn a_full_queue_refuses_and_says_when_to_come_again() {
-    let options = EngineOptions {
-        queue_capacity: 1,
-        max_active: 1,
-        ..EngineOptions::default()
+    let config = EngineConfig {
+        max_queue: 1,
+        max_batch: 1,
+        ..EngineConfig::default()
     };
     let script = MockScript::reply("slow").with_step_delay(Duration::from_millis(100));
-    let engine = Engine::mock("tiny", script, options).await.unwrap();
+    let engine = Engine::mock("tiny", script, config).await.unwrap();
     let mut running = engine.stream(Prompt::text("first"), params()).await.unwrap();
     running.next().await.unwrap().unwrap();
     let waiting = engine.stream(Prompt::text("second"), params()).await.unwrap();
@@ -209,12 +209,12 @@ async fn a_full_queue_refuses_and_says_when_to_come_again() {
 
 #[tokio::test]
 async fn a_dropped_stream_makes_room_at_once() {
-    let options = EngineOptions {
-        max_active: 1,
-        ..EngineOptions::default()
+    let config = EngineConfig {
+        max_batch: 1,
+        ..EngineConfig::default()
     };
     let script = MockScript::default().with_step_delay(Duration::from_millis(5));
-    let engine = Engine::mock("tiny", script, options).await.unwrap();
+    let engine = Engine::mock("tiny", script, config).await.unwrap();
     let endless = params().with_ignore_eos(true).with_max_tokens(4000);
     let mut stream = engine.stream(Prompt::text("endless"), endless).await.unwrap();
     stream.next().await.unwrap().unwrap();
@@ -256,7 +256,7 @@ async fn unloading_ends_what_runs_and_what_comes_after_says_so() {
 #[tokio::test]
 async fn a_load_that_fails_says_why() {
     let script = MockScript::default().with_load_failure("no such weights");
-    let Err(refused) = Engine::mock("tiny", script, EngineOptions::default()).await else {
+    let Err(refused) = Engine::mock("tiny", script, EngineConfig::default()).await else {
         panic!("it fails")
     };
     assert_eq!(refused.to_string(), "model `mock` could not be loaded");
@@ -273,14 +273,19 @@ proptest! {
     #[test]
     fn every_request_ends_exactly_once(
         requests in prop::collection::vec(("[a-z ]{1,30}", 1u32..40, prop::option::of(0usize..6)), 1..12),
-        max_active in 1usize..5,
+        max_batch in 1usize..5,
         prefill_chunk in 1usize..16,
-        kept_sequences in 0usize..3,
+        max_bytes in prop::sample::select(vec![0, 60, 1 << 20]),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
-            let options = EngineOptions { queue_capacity: 64, max_active, prefill_chunk, kept_sequences, ..EngineOptions::default() };
-            let engine = Engine::mock("tiny", MockScript::default(), options).await.unwrap();
+            let config = EngineConfig {
+                max_batch,
+                prefill_chunk: Some(prefill_chunk),
+                prefix_cache: PrefixCacheConfig { max_bytes: Some(max_bytes) },
+                ..EngineConfig::default()
+            };
+            let engine = Engine::mock("tiny", MockScript::default(), config).await.unwrap();
             let runs = requests.iter().map(|(text, max_tokens, cancel_after)| {
                 let stream = engine.stream(Prompt::text(text.clone()), params().with_max_tokens(*max_tokens));
                 async move {
@@ -337,13 +342,13 @@ async fn constrained_and_free_requests_share_a_batch() {
 
 #[tokio::test]
 async fn memory_is_asked_for_before_it_is_used() {
-    let options = EngineOptions {
+    let config = EngineConfig {
         memory_limit: Some(1000),
-        max_active: 8,
-        ..EngineOptions::default()
+        max_batch: 8,
+        ..EngineConfig::default()
     };
     let script = MockScript::reply("Paris").with_bytes_per_token(10);
-    let engine = Engine::mock("tiny", script, options).await.unwrap();
+    let engine = Engine::mock("tiny", script, config).await.unwrap();
     // A prompt of 2 tokens and an answer of 98 are all that there is.
     let fits = params().with_max_tokens(98);
     let found = error(&engine, Prompt::text("Hi"), params().with_max_tokens(99)).await;

@@ -10,7 +10,7 @@ use mlx_engine_core::{
 };
 #[cfg(feature = "mlx")]
 use mlx_engine_engine::PromptEncoder;
-use mlx_engine_engine::{Engine, EngineOptions, MockScript, ProgressFn, Score};
+use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn, Score};
 use mlx_engine_monitor::{
     DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, Monitored,
 };
@@ -72,9 +72,10 @@ impl InferenceEngine {
         Self::default()
     }
 
-    /// Sets how requests are scheduled, for models that are loaded from now on.
-    pub fn with_options(mut self, options: EngineOptions) -> Self {
-        self.settings.options = options;
+    /// Sets how requests are scheduled and computed, for models that are loaded from now on; a value out of its range is
+    /// an error of the load.
+    pub fn with_config(mut self, config: EngineConfig) -> Self {
+        self.settings.config = config;
         self
     }
 

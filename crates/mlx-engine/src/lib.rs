@@ -35,7 +35,9 @@ mod slot;
 pub use chat::{ChatSession, ChatStream};
 pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
-pub use mlx_engine_engine::{Engine, EngineOptions, MockFault, MockScript, ProgressFn, PromptEncoder, Score};
+pub use mlx_engine_engine::{
+    Engine, EngineConfig, MockFault, MockScript, PrefixCacheConfig, ProgressFn, PromptEncoder, Score,
+};
 #[cfg(feature = "mlx")]
 pub use mlx_engine_engine::{cpu_kernels, mlx_device};
 pub use mlx_engine_monitor::{

@@ -6,7 +6,7 @@ use futures::future::BoxFuture;
 use mlx_engine_core::{
     Backend, EngineError, EventStream, FallbackPolicy, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
 };
-use mlx_engine_engine::{Engine, EngineOptions, MockScript, ProgressFn};
+use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn};
 use mlx_engine_registry::ModelRegistry;
 use mlx_engine_resilience::{Recover, RecoveryStep};
 
@@ -25,7 +25,7 @@ pub enum BackendChoice {
 /// How models are loaded.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Settings {
-    pub(crate) options: EngineOptions,
+    pub(crate) config: EngineConfig,
     pub(crate) choice: BackendChoice,
     pub(crate) fallback: FallbackPolicy,
     pub(crate) mock: MockScript,
@@ -101,7 +101,7 @@ impl Settings {
     }
 
     async fn load_mock(&self, model: &str) -> Result<Engine, EngineError> {
-        Engine::mock(model, self.mock.clone(), self.options.clone()).await
+        Engine::mock(model, self.mock.clone(), self.config.clone()).await
     }
 
     #[cfg(feature = "mlx")]
@@ -110,12 +110,12 @@ impl Settings {
         let location = crate::locate(model, self.registry())?;
         crate::platform().require_mlx()?;
         mlx_engine_engine::mlx_device()?;
-        let mut options = self.options.clone();
+        let mut config = self.config.clone();
         // What the system says is a limit where the device uses its memory.
-        if options.memory_limit.is_none() && crate::platform().device != mlx_engine_core::Device::Cuda {
-            options.memory_limit = crate::platform::available_memory();
+        if config.memory_limit.is_none() && crate::platform().device != mlx_engine_core::Device::Cuda {
+            config.memory_limit = crate::platform::available_memory();
         }
-        mlx_engine_engine::load_mlx(location.path, location.configuration, options, progress).await
+        mlx_engine_engine::load_mlx(location.path, location.configuration, config, progress).await
     }
 
     #[cfg(not(feature = "mlx"))]

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex};
 
 use mlx_engine::prelude::*;
-use mlx_engine::{Device, EngineOptions, LoadProgress};
+use mlx_engine::{Device, EngineConfig, LoadProgress};
 use serde_json::Value;
 
 fn model() -> String {
@@ -106,11 +106,11 @@ async fn text_is_tokenized_as_hugging_face_does() {
 async fn a_text_is_scored_as_mlx_lm_scores_it() {
     let oracle = include_str!("../../models/tests/fixtures/smollm2.json");
     let oracle: Value = serde_json::from_str(oracle).unwrap();
-    let options = EngineOptions {
+    let config = EngineConfig {
         exact: true,
-        ..EngineOptions::default()
+        ..EngineConfig::default()
     };
-    let engine = InferenceEngine::new().with_options(options);
+    let engine = InferenceEngine::new().with_config(config);
     engine.load_model(&model()).await.unwrap();
     // The first sentence: all 500 tokens are scored in the tests of the models.
     let text = oracle["score"]["text"]
@@ -298,11 +298,11 @@ async fn a_model_that_does_not_fit_the_memory_is_refused_with_the_numbers() {
     let path = std::env::var("MLX_ENGINE_TEST_MODEL").expect("the tests are run by `cargo xtask test`");
     let bytes = std::fs::metadata(&path).unwrap().len();
     let load = async |limit| {
-        let options = mlx_engine::EngineOptions {
+        let config = mlx_engine::EngineConfig {
             memory_limit: Some(limit),
-            ..mlx_engine::EngineOptions::default()
+            ..mlx_engine::EngineConfig::default()
         };
-        let engine = InferenceEngine::new().with_options(options);
+        let engine = InferenceEngine::new().with_config(config);
         engine.load_model(&path).await.map(|_| engine)
     };
     let error = load(bytes - 1).await.unwrap_err();

@@ -5,7 +5,9 @@ use std::time::Instant;
 use futures::future::try_join_all;
 use futures::stream::StreamExt;
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use mlx_engine::{EngineOptions, GenerateParams, GenerationEvent, InferenceEngine, LlmEngine, Prompt};
+use mlx_engine::{
+    EngineConfig, GenerateParams, GenerationEvent, InferenceEngine, LlmEngine, PrefixCacheConfig, Prompt,
+};
 use serde_json::json;
 
 use super::{median, prompt};
@@ -22,14 +24,14 @@ struct Round {
 
 pub(super) async fn run(args: Bench) -> Result<(), Failure> {
     let most = args.batch.iter().copied().max().unwrap_or(1) as usize;
-    let options = EngineOptions {
-        max_active: most,
-        queue_capacity: most,
+    let config = EngineConfig {
+        max_batch: most,
+        max_queue: most,
         // What was computed for one round must not serve the next.
-        kept_sequences: 0,
-        ..EngineOptions::default()
+        prefix_cache: PrefixCacheConfig::OFF,
+        ..EngineConfig::default()
     };
-    let engine = load::load_with(&args.model, options).await?;
+    let engine = load::load_with(&args.model, config).await?;
     let params = GenerateParams::default()
         .with_temperature(0.0)
         .with_max_tokens(args.generate_tokens)

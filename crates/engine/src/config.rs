@@ -1,0 +1,138 @@
+//! How an engine schedules and computes.
+
+use mlx_engine_core::ParamError;
+use serde::{Deserialize, Serialize};
+
+/// How an engine schedules and computes. It can be read from a file; what is not written there is the default.
+///
+/// ```
+/// use mlx_engine_engine::EngineConfig;
+///
+/// let config = EngineConfig { max_batch: 4, ..EngineConfig::default() };
+/// config.validate()?;
+///
+/// let error = EngineConfig { max_batch: 0, ..config }.validate().unwrap_err();
+/// assert_eq!(error.to_string(), "`max_batch` is 0, allowed: 1 to 1024");
+/// # Ok::<(), mlx_engine_core::ParamError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EngineConfig {
+    /// Requests that run at the same time, and are decoded together; 1 to 1024.
+    pub max_batch: usize,
+    /// Requests that may wait beside as many as a batch has, at most a million; one more is refused with
+    /// [`QueueFull`](mlx_engine_core::EngineError::QueueFull).
+    pub max_queue: usize,
+    /// Tokens of a prompt that are fed at once, between two steps of the others; 1 to 65536. Where `None`, 512 on a CPU,
+    /// which gains nothing from more, and 2048 elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefill_chunk: Option<usize>,
+    /// Bytes that the model's weights and the keys and values of all its sequences may take together; no limit where
+    /// `None`. A model or a request that can never fit is refused with
+    /// [`InsufficientMemory`](mlx_engine_core::EngineError::InsufficientMemory), a request that does not fit now waits, and
+    /// sequences that are only kept make room first. A request counts with its prompt and all the tokens that it may
+    /// generate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<u64>,
+    /// What is kept of requests for those that begin alike.
+    pub prefix_cache: PrefixCacheConfig,
+    /// Whether a CPU computes all in float32, several times slower, where it would use 16-bit integers for
+    /// activations and float16 for keys and values. A GPU computes in the type of the checkpoint either way.
+    pub exact: bool,
+}
+
+/// What is kept of requests for those that begin alike.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PrefixCacheConfig {
+    /// Bytes of keys and values that are kept, those used last; 0 keeps none. Where `None`, a quarter of what
+    /// [`memory_limit`](EngineConfig::memory_limit) leaves beside the weights, and 1 GiB where there is no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<u64>,
+}
+
+impl PrefixCacheConfig {
+    /// Keeps nothing.
+    pub const OFF: Self = Self { max_bytes: Some(0) };
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            max_batch: 16,
+            max_queue: 64,
+            prefill_chunk: None,
+            memory_limit: None,
+            prefix_cache: PrefixCacheConfig::default(),
+            exact: false,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// Checks every range.
+    ///
+    /// # Errors
+    ///
+    /// The first field that is out of its range, with its value and what is allowed.
+    pub fn validate(&self) -> Result<(), ParamError> {
+        between("max_batch", self.max_batch, 1, 1024)?;
+        between("max_queue", self.max_queue, 0, 1_000_000)?;
+        between("prefill_chunk", self.prefill_chunk.unwrap_or(1), 1, 65_536)?;
+        between("memory_limit", self.memory_limit.unwrap_or(1), 1, u64::MAX)
+    }
+}
+
+fn between<T: PartialOrd + std::fmt::Display + Copy>(
+    field: &str,
+    value: T,
+    least: T,
+    most: T,
+) -> Result<(), ParamError> {
+    if value >= least && value <= most {
+        Ok(())
+    } else {
+        let allowed = format!("{least} to {most}");
+        Err(ParamError::new(field, value, allowed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_is_not_written_is_the_default() {
+        let read = |value| serde_json::from_value::<EngineConfig>(value);
+        assert_eq!(read(json!({})).unwrap(), EngineConfig::default());
+        EngineConfig::default().validate().unwrap();
+        let config = EngineConfig {
+            max_batch: 3,
+            prefill_chunk: Some(64),
+            memory_limit: Some(1 << 30),
+            prefix_cache: PrefixCacheConfig::OFF,
+            ..EngineConfig::default()
+        };
+        let json = serde_json::to_value(&config).unwrap();
+        assert_eq!(json["prefix_cache"], json!({"max_bytes": 0}));
+        assert_eq!(read(json).unwrap(), config);
+        let unknown = read(json!({"max_batches": 3})).unwrap_err().to_string();
+        assert!(unknown.contains("unknown field `max_batches`"), "{unknown}");
+    }
+
+    #[test]
+    fn every_field_has_its_range() {
+        let check = |value: serde_json::Value, field: &str| {
+            let config: EngineConfig = serde_json::from_value(value).unwrap();
+            assert_eq!(config.validate().unwrap_err().field(), field);
+        };
+        check(json!({"max_batch": 0}), "max_batch");
+        check(json!({"max_batch": 1025}), "max_batch");
+        check(json!({"max_queue": 1_000_001}), "max_queue");
+        check(json!({"prefill_chunk": 0}), "prefill_chunk");
+        check(json!({"prefill_chunk": 65_537}), "prefill_chunk");
+        check(json!({"memory_limit": 0}), "memory_limit");
+    }
+}

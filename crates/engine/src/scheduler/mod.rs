@@ -1,0 +1,309 @@
+//! What runs when: the decisions of the worker, without the model, the clock and the callers.
+//!
+//! A request waits, is fed its prompt in chunks, has its answer decoded, and is gone. All that the scheduler knows of it
+//! are numbers; the worker asks it what to do and tells it what was done. It has no clock: whoever asks says what time
+//! it is, so that every decision can be repeated.
+
+mod rates;
+
+use std::time::{Duration, Instant};
+
+use mlx_engine_core::Priority;
+
+use self::rates::Rates;
+
+/// Tells requests apart. Numbers are given in the order in which requests come.
+pub(crate) type Id = u64;
+
+/// How much earlier a request counts for each step of priority: one that has waited this much longer comes before what
+/// is one step more urgent.
+const AGEING: Duration = Duration::from_secs(10);
+
+/// What the scheduler keeps to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Requests that run at the same time.
+    pub(crate) max_batch: usize,
+    /// Requests that wait beside as many as a batch has.
+    pub(crate) max_queue: usize,
+    /// Tokens of a prompt that are fed at once.
+    pub(crate) prefill_chunk: usize,
+    /// Bytes for the sequences of all that run; no limit where `None`.
+    pub(crate) available: Option<u64>,
+}
+
+/// What a request asks for, in numbers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ask {
+    pub(crate) id: Id,
+    /// Tokens of its prompt; at least 1.
+    pub(crate) prompt: usize,
+    /// The most tokens of its answer; at least 1.
+    pub(crate) answer: usize,
+    /// The most bytes that its sequence comes to take.
+    pub(crate) bytes: u64,
+    pub(crate) priority: Priority,
+    /// When it was submitted.
+    pub(crate) arrived: Instant,
+    /// How long it may wait.
+    pub(crate) queue_limit: Option<Duration>,
+    /// How long it may take in all.
+    pub(crate) limit: Option<Duration>,
+}
+
+/// Why a request is not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// As many wait as may.
+    Full { retry_after: Duration },
+    /// It would not fit if it ran alone.
+    TooLarge { required: u64, available: u64 },
+}
+
+/// Tokens of one prompt that are fed in a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    pub(crate) id: Id,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    /// Whether the prompt ends here, so that the first token of the answer is begun.
+    pub(crate) last: bool,
+}
+
+/// What a turn does: one chunk of one prompt at most, so that no answer waits for more, and a token of each answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Turn {
+    pub(crate) chunk: Option<Chunk>,
+    /// In the order in which they were admitted.
+    pub(crate) decode: Vec<Id>,
+}
+
+#[derive(Debug)]
+struct Running {
+    ask: Ask,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// So many tokens of the prompt have been fed.
+    Prefilling(usize),
+    /// So many tokens of the answer have been read.
+    Decoding(usize),
+}
+
+/// All requests that are not over.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    limits: Limits,
+    /// The first to come is the first.
+    waiting: Vec<Ask>,
+    /// In the order in which they were admitted.
+    running: Vec<Running>,
+    rates: Rates,
+}
+
+impl Ask {
+    /// The order in which requests come to their turn. It does not change while they wait, and a request can only be
+    /// overtaken by those that come within two steps of [`AGEING`] after it: none waits for ever.
+    fn rank(&self) -> (Instant, Id) {
+        let steps = match self.priority {
+            Priority::High => 0,
+            Priority::Normal => 1,
+            Priority::Low => 2,
+        };
+        (self.arrived + AGEING * steps, self.id)
+    }
+
+    /// The limit that is exceeded, if one is.
+    fn exceeded(&self, waits: bool, now: Instant) -> Option<Duration> {
+        let spent = now.saturating_duration_since(self.arrived);
+        let queue_limit = self.queue_limit.filter(|_| waits);
+        // The total first: who is told of it need not try with a longer wait.
+        [self.limit, queue_limit]
+            .into_iter()
+            .flatten()
+            .find(|limit| spent >= *limit)
+    }
+}
+
+impl Scheduler {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            waiting: Vec::new(),
+            running: Vec::new(),
+            rates: Rates::default(),
+        }
+    }
+
+    /// Whether there is nothing to do.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Bytes that the sequences of all that run may come to take.
+    pub(crate) fn reserved(&self) -> u64 {
+        self.running
+            .iter()
+            .fold(0, |sum, running| sum.saturating_add(running.ask.bytes))
+    }
+
+    /// Puts a request into the queue.
+    pub(crate) fn submit(&mut self, ask: Ask) -> Result<(), Refusal> {
+        if let Some(available) = self.limits.available.filter(|&available| ask.bytes > available) {
+            return Err(Refusal::TooLarge {
+                required: ask.bytes,
+                available,
+            });
+        }
+        let Limits {
+            max_batch, max_queue, ..
+        } = self.limits;
+        if self.waiting.len() + self.running.len() >= max_batch.saturating_add(max_queue) {
+            return Err(Refusal::Full {
+                retry_after: self.retry_after(),
+            });
+        }
+        let at = self.waiting.partition_point(|other| other.rank() < ask.rank());
+        self.waiting.insert(at, ask);
+        Ok(())
+    }
+
+    /// Takes the first request out whose time is over, and says which limit it has exceeded.
+    pub(crate) fn expire(&mut self, now: Instant) -> Option<(Id, Duration)> {
+        let waiting = self.waiting.iter().map(|ask| (ask, true));
+        let running = self.running.iter().map(|running| (&running.ask, false));
+        let (id, limit) = waiting
+            .chain(running)
+            .find_map(|(ask, waits)| Some((ask.id, ask.exceeded(waits, now)?)))?;
+        self.remove(id);
+        Some((id, limit))
+    }
+
+    /// Lets the first request run that waits, where there is a place and memory for it. Those behind it wait for it:
+    /// a large request would never come to its turn otherwise.
+    pub(crate) fn admit(&mut self) -> Option<Id> {
+        let first = self.waiting.first()?;
+        let bytes = self.reserved().saturating_add(first.bytes);
+        let fits = self.limits.available.is_none_or(|available| bytes <= available);
+        if !fits || self.running.len() >= self.limits.max_batch {
+            return None;
+        }
+        let ask = self.waiting.remove(0);
+        self.running.push(Running {
+            ask,
+            phase: Phase::Prefilling(0),
+        });
+        Some(ask.id)
+    }
+
+    /// What to do next.
+    pub(crate) fn turn(&self) -> Turn {
+        let prefilling = self.running.iter().filter_map(|running| match running.phase {
+            Phase::Prefilling(fed) => Some((running.ask, fed)),
+            Phase::Decoding(_) => None,
+        });
+        let next = prefilling.min_by_key(|(ask, _)| ask.rank());
+        let decoding = |running: &&Running| matches!(running.phase, Phase::Decoding(_));
+        Turn {
+            chunk: next.map(|(ask, fed)| self.chunk(&ask, fed)),
+            decode: self
+                .running
+                .iter()
+                .filter(decoding)
+                .map(|running| running.ask.id)
+                .collect(),
+        }
+    }
+
+    fn chunk(&self, ask: &Ask, from: usize) -> Chunk {
+        let to = ask.prompt.min(from.saturating_add(self.limits.prefill_chunk));
+        Chunk {
+            id: ask.id,
+            from,
+            to,
+            last: to == ask.prompt,
+        }
+    }
+
+    /// Notes that the beginning of a prompt need not be computed, and says what is left of its first chunk.
+    pub(crate) fn reused(&mut self, id: Id, tokens: usize) -> Option<Chunk> {
+        let running = self.running.iter_mut().find(|running| running.ask.id == id)?;
+        // The last token is fed in any case: the logits after it are wanted.
+        let fed = tokens.min(running.ask.prompt - 1);
+        running.phase = Phase::Prefilling(fed);
+        let ask = running.ask;
+        Some(self.chunk(&ask, fed))
+    }
+
+    /// Notes that a chunk was fed.
+    pub(crate) fn fed(&mut self, chunk: Chunk) {
+        let phase = if chunk.last {
+            Phase::Decoding(0)
+        } else {
+            Phase::Prefilling(chunk.to)
+        };
+        if let Some(running) = self.running.iter_mut().find(|running| running.ask.id == chunk.id) {
+            running.phase = phase;
+        }
+    }
+
+    /// Notes that a token of an answer was read.
+    pub(crate) fn generated(&mut self, id: Id) {
+        let running = self.running.iter_mut().find(|running| running.ask.id == id);
+        if let Some(Running {
+            phase: Phase::Decoding(tokens),
+            ..
+        }) = running
+        {
+            *tokens += 1;
+        }
+    }
+
+    /// Notes how long a turn took in which something was done.
+    pub(crate) fn turned(&mut self, turn: &Turn, spent: Duration) {
+        let fed = turn.chunk.map_or(0, |chunk| chunk.to - chunk.from);
+        self.rates.turned(fed, spent);
+    }
+
+    /// Takes a request out that ended by itself, and remembers how long its answer was.
+    pub(crate) fn finish(&mut self, id: Id) {
+        if let Some(Phase::Decoding(tokens)) = self.remove(id) {
+            self.rates.answered(tokens);
+        }
+    }
+
+    /// Takes a request out, wherever it is.
+    pub(crate) fn cancel(&mut self, id: Id) {
+        self.remove(id);
+    }
+
+    fn remove(&mut self, id: Id) -> Option<Phase> {
+        self.waiting.retain(|ask| ask.id != id);
+        let at = self.running.iter().position(|running| running.ask.id == id)?;
+        // In order, so that who came first stays first.
+        Some(self.running.remove(at).phase)
+    }
+
+    /// When a place is likely to be free: when the first of those that run has ended, by what was measured so far.
+    fn retry_after(&self) -> Duration {
+        let mut ranked: Vec<&Running> = self.running.iter().collect();
+        ranked.sort_by_key(|running| running.ask.rank());
+        let mut ahead = 0;
+        let ends = ranked.into_iter().map(|running| {
+            let (prompt, generated) = match running.phase {
+                Phase::Prefilling(fed) => (running.ask.prompt - fed, 0),
+                Phase::Decoding(generated) => (0, generated),
+            };
+            // Prompts are fed one after the other.
+            ahead += prompt;
+            let prompt = if prompt > 0 { ahead } else { 0 };
+            self.rates.remaining(prompt, generated, running.ask.answer)
+        });
+        ends.min().unwrap_or_else(|| self.rates.remaining(0, 0, 1))
+    }
+}
+
+#[cfg(test)]
+mod tests;

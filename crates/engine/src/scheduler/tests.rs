@@ -1,0 +1,239 @@
+//! The decisions, one by one. What they add up to is tested over the mock.
+
+use super::*;
+
+fn limits() -> Limits {
+    Limits {
+        max_batch: 2,
+        max_queue: 2,
+        prefill_chunk: 10,
+        available: None,
+    }
+}
+
+struct Script {
+    scheduler: Scheduler,
+    start: Instant,
+}
+
+impl Script {
+    fn new(limits: Limits) -> Self {
+        Self {
+            scheduler: Scheduler::new(limits),
+            start: Instant::now(),
+        }
+    }
+
+    fn ask(&self, id: Id, second: u64) -> Ask {
+        Ask {
+            id,
+            prompt: 25,
+            answer: 4,
+            bytes: 100,
+            priority: Priority::Normal,
+            arrived: self.at(second),
+            queue_limit: None,
+            limit: None,
+        }
+    }
+
+    fn at(&self, second: u64) -> Instant {
+        self.start + Duration::from_secs(second)
+    }
+
+    fn submit(&mut self, ask: Ask) {
+        self.scheduler.submit(ask).expect("there is room");
+    }
+
+    /// Admits what may run.
+    fn admitted(&mut self) -> Vec<Id> {
+        std::iter::from_fn(|| self.scheduler.admit()).collect()
+    }
+}
+
+#[test]
+fn a_prompt_is_fed_in_chunks_while_answers_go_on() {
+    let mut script = Script::new(limits());
+    let scheduler = &mut script.scheduler;
+    assert!(scheduler.is_idle() && scheduler.turn() == Turn::default());
+    script.submit(script.ask(1, 0));
+    script.submit(script.ask(2, 0));
+    assert_eq!(script.admitted(), [1, 2]);
+    let scheduler = &mut script.scheduler;
+    // The one that came first is fed first, all of it.
+    for (from, to) in [(0, 10), (10, 20), (20, 25)] {
+        let turn = scheduler.turn();
+        let chunk = turn.chunk.unwrap();
+        assert_eq!(
+            (chunk.id, chunk.from, chunk.to, chunk.last),
+            (1, from, to, to == 25)
+        );
+        assert!(turn.decode.is_empty());
+        scheduler.fed(chunk);
+    }
+    // Then its answer goes on beside the other's prompt, of which a part is known.
+    let turn = scheduler.turn();
+    assert_eq!((turn.chunk.unwrap().id, turn.decode), (2, vec![1]));
+    let chunk = scheduler.reused(2, 18).unwrap();
+    assert_eq!((chunk.from, chunk.to, chunk.last), (18, 25, true));
+    assert_eq!(
+        scheduler.reused(2, 25).unwrap().from,
+        24,
+        "the last token is fed in any case"
+    );
+    scheduler.fed(chunk);
+    assert_eq!(scheduler.turn().decode, [1, 2]);
+    scheduler.finish(1);
+    scheduler.cancel(2);
+    assert!(scheduler.is_idle());
+}
+
+#[test]
+fn the_queue_is_bounded_and_says_when_a_place_is_free() {
+    let mut script = Script::new(limits());
+    for id in 0..4 {
+        script.submit(script.ask(id, 0));
+    }
+    assert_eq!(script.admitted(), [0, 1]);
+    let chunk = |id, from, to| Chunk {
+        id,
+        from,
+        to,
+        last: to == 25,
+    };
+    let scheduler = &mut script.scheduler;
+    scheduler.fed(chunk(0, 0, 25));
+    scheduler.turned(
+        &Turn {
+            chunk: Some(chunk(0, 0, 25)),
+            decode: vec![],
+        },
+        Duration::from_millis(2500),
+    );
+    scheduler.generated(0);
+    scheduler.turned(
+        &Turn {
+            chunk: None,
+            decode: vec![0],
+        },
+        Duration::from_millis(300),
+    );
+    // The first has three tokens to go; the second its prompt and four.
+    let refused = script.scheduler.submit(script.ask(4, 0)).unwrap_err();
+    assert_eq!(
+        refused,
+        Refusal::Full {
+            retry_after: Duration::from_millis(900)
+        }
+    );
+    script.scheduler.finish(0);
+    script.submit(script.ask(5, 0));
+    assert_eq!(
+        (script.scheduler.waiting.len(), script.scheduler.running.len()),
+        (3, 1)
+    );
+    let refused = script.scheduler.submit(script.ask(6, 0)).unwrap_err();
+    // 25 tokens at a tenth of a second, and one token, as the answer before had.
+    assert_eq!(
+        refused,
+        Refusal::Full {
+            retry_after: Duration::from_millis(2800)
+        }
+    );
+}
+
+#[test]
+fn priorities_decide_who_is_next_and_waiting_makes_up_for_them() {
+    let mut script = Script::new(Limits {
+        max_queue: 9,
+        max_batch: 1,
+        ..limits()
+    });
+    let with = |script: &Script, id, second, priority| Ask {
+        priority,
+        ..script.ask(id, second)
+    };
+    for (id, second, priority) in [
+        (1, 0, Priority::Low),
+        (2, 0, Priority::Normal),
+        (3, 1, Priority::Normal),
+        (4, 9, Priority::High),
+        // Ten seconds later: the normal one that came first has waited long enough, the low one not.
+        (5, 11, Priority::High),
+        (6, 21, Priority::High),
+    ] {
+        let ask = with(&script, id, second, priority);
+        script.submit(ask);
+    }
+    let mut order = Vec::new();
+    while let Some(id) = script.scheduler.admit() {
+        order.push(id);
+        script.scheduler.finish(id);
+    }
+    assert_eq!(order, [4, 2, 3, 5, 1, 6]);
+}
+
+#[test]
+fn an_urgent_prompt_is_fed_before_one_that_has_begun() {
+    let mut script = Script::new(limits());
+    script.submit(script.ask(1, 0));
+    script.submit(Ask {
+        priority: Priority::High,
+        ..script.ask(2, 1)
+    });
+    assert_eq!(script.admitted(), [2, 1]);
+    assert_eq!(script.scheduler.turn().chunk.unwrap().id, 2);
+}
+
+#[test]
+fn memory_is_reserved_and_the_first_that_waits_is_not_passed_by() {
+    let mut script = Script::new(Limits {
+        available: Some(250),
+        max_batch: 9,
+        ..limits()
+    });
+    let with = |script: &Script, id, bytes| Ask {
+        bytes,
+        ..script.ask(id, 0)
+    };
+    let refused = script.scheduler.submit(with(&script, 0, 251)).unwrap_err();
+    assert_eq!(
+        refused,
+        Refusal::TooLarge {
+            required: 251,
+            available: 250
+        }
+    );
+    for (id, bytes) in [(1, 100), (2, 200), (3, 10)] {
+        let ask = with(&script, id, bytes);
+        script.submit(ask);
+    }
+    assert_eq!(script.admitted(), [1]);
+    assert_eq!(script.scheduler.reserved(), 100);
+    script.scheduler.cancel(1);
+    assert_eq!(script.admitted(), [2, 3]);
+}
+
+#[test]
+fn time_is_over_where_the_request_said() {
+    let mut script = Script::new(Limits {
+        max_batch: 1,
+        ..limits()
+    });
+    let (short, long) = (Duration::from_secs(5), Duration::from_secs(8));
+    let limited = |script: &Script, id| Ask {
+        queue_limit: Some(short),
+        limit: Some(long),
+        ..script.ask(id, 1)
+    };
+    script.submit(limited(&script, 1));
+    script.submit(limited(&script, 2));
+    assert_eq!(script.admitted(), [1]);
+    let [before, queue, total] = [5, 6, 9].map(|second| script.at(second));
+    let scheduler = &mut script.scheduler;
+    assert_eq!(scheduler.expire(before), None);
+    assert_eq!(scheduler.expire(queue), Some((2, short)));
+    assert_eq!(scheduler.expire(queue), None, "what runs is not in the queue");
+    assert_eq!(scheduler.expire(total), Some((1, long)));
+    assert!(scheduler.is_idle());
+}
