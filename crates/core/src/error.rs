@@ -6,12 +6,15 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
 use crate::ParamError;
 
 /// Why a request or a load failed.
 ///
 /// Messages are lowercase fragments that leave the source to [`Error::source`]; what the user can do about it is
-/// [`hint`](Self::hint). Errors are cheap to clone, so that one load can answer everyone who waits for it.
+/// [`hint`](Self::hint). Errors are cheap to clone, so that one load can answer everyone who waits for it. They can be
+/// written and read, so that they cross the border of a process: sources are then the messages that they had.
 ///
 /// ```
 /// use std::time::Duration;
@@ -21,7 +24,8 @@ use crate::ParamError;
 /// assert!(error.is_retryable());
 /// assert_eq!(error.retry_after(), Some(Duration::from_secs(2)));
 /// ```
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum EngineError {
     /// A parameter is out of its range.
@@ -161,6 +165,13 @@ pub enum EngineError {
         message: String,
     },
 
+    /// The worker, a thread or a process, ended while it held the request.
+    #[error("engine worker was lost: {message}")]
+    WorkerLost {
+        /// How it ended.
+        message: String,
+    },
+
     /// The device or its driver failed.
     #[error("device failed: {message}")]
     Device {
@@ -226,6 +237,7 @@ impl EngineError {
             | Self::Unavailable { .. }
             | Self::LoadInProgress { .. }
             | Self::WorkerPanicked { .. }
+            | Self::WorkerLost { .. }
             | Self::Device { .. } => true,
             Self::InvalidParameter(_)
             | Self::EmptyPrompt
@@ -303,6 +315,45 @@ impl Deref for ErrorSource {
 
     fn deref(&self) -> &Self::Target {
         &*self.0
+    }
+}
+
+/// Written as its messages, the outermost first.
+impl Serialize for ErrorSource {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let first: &(dyn Error + 'static) = &*self.0;
+        let chain = std::iter::successors(Some(first), |error| (*error).source());
+        serializer.collect_seq(chain.map(ToString::to_string))
+    }
+}
+
+impl<'de> Deserialize<'de> for ErrorSource {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let messages = Vec::<String>::deserialize(deserializer)?;
+        let chain = messages
+            .into_iter()
+            .rev()
+            .fold(None, |source, message| Some(Box::new(Told { message, source })));
+        Ok(chain.map_or_else(|| Self::new(String::new()), |told| Self(Arc::new(*told))))
+    }
+}
+
+/// An error that was read: what it said, and what its source said.
+#[derive(Debug)]
+struct Told {
+    message: String,
+    source: Option<Box<Told>>,
+}
+
+impl fmt::Display for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for Told {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|told| told as &(dyn Error + 'static))
     }
 }
 
@@ -458,6 +509,14 @@ mod tests {
                 None,
             ),
             (
+                EngineError::WorkerLost {
+                    message: "signal 9".to_owned(),
+                },
+                "engine worker was lost: signal 9",
+                true,
+                None,
+            ),
+            (
                 EngineError::device("metal", "hang"),
                 "device failed: metal",
                 true,
@@ -526,6 +585,37 @@ mod tests {
             }
             .source()
             .is_none()
+        );
+    }
+
+    #[test]
+    fn every_error_is_read_as_it_was_written() {
+        let chain = |error: &EngineError| {
+            let first: &(dyn Error + 'static) = error;
+            let all = std::iter::successors(Some(first), |error| (*error).source());
+            all.map(ToString::to_string).collect::<Vec<_>>()
+        };
+        for (error, ..) in every_error() {
+            let json = serde_json::to_string(&error).unwrap();
+            let read: EngineError = serde_json::from_str(&json).unwrap();
+            assert_eq!(chain(&read), chain(&error), "{json}");
+            assert_eq!(
+                std::mem::discriminant(&read),
+                std::mem::discriminant(&error),
+                "{json}"
+            );
+            assert_eq!(read.retry_after(), error.retry_after());
+            assert_eq!(read.hint(), error.hint());
+        }
+        let deep = EngineError::model_load("tiny", EngineError::device("command buffer", "hang"));
+        let read: EngineError = serde_json::from_value(serde_json::to_value(&deep).unwrap()).unwrap();
+        assert_eq!(
+            chain(&read),
+            [
+                "model `tiny` could not be loaded",
+                "device failed: command buffer",
+                "hang"
+            ]
         );
     }
 

@@ -327,7 +327,7 @@ fn at_least_one(field: &str, value: u32) -> Result<(), ParamError> {
 }
 
 /// A parameter that is out of its range.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[error("`{field}` is {value}, allowed: {allowed}")]
 pub struct ParamError {
     field: String,

@@ -26,6 +26,8 @@ pub enum ErrorKind {
     Tokenizer,
     /// [`EngineError::Template`].
     Template,
+    /// [`EngineError::Constraint`].
+    Constraint,
     /// [`EngineError::MlxUnavailable`].
     MlxUnavailable,
     /// [`EngineError::InsufficientMemory`].
@@ -46,6 +48,8 @@ pub enum ErrorKind {
     DeadlineExceeded,
     /// [`EngineError::WorkerPanicked`].
     WorkerPanicked,
+    /// [`EngineError::WorkerLost`].
+    WorkerLost,
     /// [`EngineError::Device`].
     Device,
     /// [`EngineError::Internal`].
@@ -80,6 +84,7 @@ impl ErrorKind {
             EngineError::UnsupportedModel { .. } => Self::UnsupportedModel,
             EngineError::Tokenizer { .. } => Self::Tokenizer,
             EngineError::Template { .. } => Self::Template,
+            EngineError::Constraint { .. } => Self::Constraint,
             EngineError::MlxUnavailable { .. } => Self::MlxUnavailable,
             EngineError::InsufficientMemory { .. } => Self::InsufficientMemory,
             EngineError::OutOfMemory => Self::OutOfMemory,
@@ -90,6 +95,7 @@ impl ErrorKind {
             EngineError::Cancelled => Self::Cancelled,
             EngineError::DeadlineExceeded { .. } => Self::DeadlineExceeded,
             EngineError::WorkerPanicked { .. } => Self::WorkerPanicked,
+            EngineError::WorkerLost { .. } => Self::WorkerLost,
             EngineError::Device { .. } => Self::Device,
             EngineError::Internal { .. } => Self::Internal,
             _ => Self::Other,
@@ -108,6 +114,7 @@ impl ErrorKind {
             | Self::PromptTooLong
             | Self::ModelNotFound
             | Self::Template
+            | Self::Constraint
             | Self::Cancelled => ErrorClass::Caller,
             Self::InsufficientMemory
             | Self::QueueFull
@@ -121,6 +128,7 @@ impl ErrorKind {
             | Self::OutOfMemory
             | Self::NotLoaded
             | Self::WorkerPanicked
+            | Self::WorkerLost
             | Self::Device
             | Self::Internal
             | Self::Incomplete
@@ -139,6 +147,7 @@ impl ErrorKind {
             Self::UnsupportedModel => "unsupported_model",
             Self::Tokenizer => "tokenizer",
             Self::Template => "template",
+            Self::Constraint => "constraint",
             Self::MlxUnavailable => "mlx_unavailable",
             Self::InsufficientMemory => "insufficient_memory",
             Self::OutOfMemory => "out_of_memory",
@@ -149,6 +158,7 @@ impl ErrorKind {
             Self::Cancelled => "cancelled",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::WorkerPanicked => "worker_panicked",
+            Self::WorkerLost => "worker_lost",
             Self::Device => "device",
             Self::Internal => "internal",
             Self::Incomplete => "incomplete",
@@ -206,6 +216,7 @@ mod tests {
         check(unsupported, "unsupported_model", fault);
         check(EngineError::tokenizer("x", "x"), "tokenizer", fault);
         check(EngineError::template("x", "x"), "template", caller);
+        check(EngineError::Constraint { message: text() }, "constraint", caller);
         check(
             EngineError::MlxUnavailable { reason: text() },
             "mlx_unavailable",
@@ -244,6 +255,7 @@ mod tests {
             "worker_panicked",
             fault,
         );
+        check(EngineError::WorkerLost { message: text() }, "worker_lost", fault);
         check(EngineError::device("x", "x"), "device", fault);
         check(EngineError::internal("x"), "internal", fault);
         for kind in [ErrorKind::Incomplete, ErrorKind::Other] {

@@ -253,11 +253,11 @@ impl RetryConfiguration {
     }
 }
 
-fn above_zero(field: &str, value: Duration) -> Result<(), ParamError> {
+pub(crate) fn above_zero(field: &str, value: Duration) -> Result<(), ParamError> {
     check(field, value.as_secs_f64(), !value.is_zero(), "above 0")
 }
 
-fn between<T: PartialOrd + Display + Copy>(
+pub(crate) fn between<T: PartialOrd + Display + Copy>(
     field: &str,
     value: T,
     least: T,
@@ -268,7 +268,7 @@ fn between<T: PartialOrd + Display + Copy>(
     check(field, value, within, &allowed)
 }
 
-fn check(field: &str, value: impl Display, within: bool, allowed: &str) -> Result<(), ParamError> {
+pub(crate) fn check(field: &str, value: impl Display, within: bool, allowed: &str) -> Result<(), ParamError> {
     if within {
         Ok(())
     } else {

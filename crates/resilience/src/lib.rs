@@ -24,6 +24,8 @@
 //! Monitoring belongs inside, as `Resilient<Monitored<Reloadable<E>>>`: metrics then count every attempt, and health is
 //! that of the engine.
 //!
+//! [`Supervised`] is an engine in a process of its own, so that an abort or a kill costs only what runs there.
+//!
 //! Times are tokio's, so that a test can pause and move them: waits, limits and recovery need a tokio runtime with its
 //! timer. Whether to try again is decided by the type of the error, [`is_retryable`](mlx_engine_core::EngineError::is_retryable).
 
@@ -41,6 +43,9 @@ mod attempt;
 mod control;
 mod resilient;
 
+#[cfg(unix)]
+mod supervised;
+
 pub use breaker::BreakerState;
 pub use configuration::{
     BreakerConfiguration, BudgetConfiguration, BulkheadConfiguration, RecoveryConfiguration,
@@ -49,3 +54,8 @@ pub use configuration::{
 pub use recovery::{Recover, RecoveryReport, RecoveryStep, StepOutcome, StepReport};
 pub use reloadable::Reloadable;
 pub use resilient::{ResilienceStatus, Resilient, ResilientBuilder};
+#[cfg(unix)]
+pub use supervised::{
+    ChildState, Launch, Process, Program, ProgressFn, Service, Supervised, SupervisedStatus,
+    SupervisorConfiguration, connection, serve,
+};

@@ -1,5 +1,7 @@
 //! An engine that fails as it is told, on a clock that is moved and never waited for.
 
+#[cfg(unix)]
+mod supervised;
 mod support;
 
 mod recovery;
