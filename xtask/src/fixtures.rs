@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::error::{Context, Error, Result};
-use crate::workspace::{PYTHON, root, run as go, spell, unstarted};
-use crate::{packages, setup};
+use crate::workspace::{root, run as go, spell, unstarted};
+use crate::{oracle, packages, setup};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -14,20 +14,6 @@ pub(crate) struct Args {
     #[arg(long)]
     check: bool,
 }
-
-/// The oracles: mlx-lm, at the version of MLX that this workspace links, and what the scripts import besides.
-const ORACLES: [&str; 6] = [
-    "mlx-lm==0.32.2",
-    if cfg!(target_os = "macos") {
-        "mlx==0.32.2"
-    } else {
-        "mlx[cpu]==0.32.2"
-    },
-    "gguf==0.19.0",
-    "jinja2==3.1.6",
-    "numpy==2.4.6",
-    "safetensors==0.8.0",
-];
 
 const FIXTURES: &str = "tests/fixtures";
 
@@ -38,9 +24,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("fixtures: there is nothing to make: no crates/*/{FIXTURES}/make_*.py");
         return Ok(());
     }
-    let model = setup::fill(None, true)?;
+    let cache = setup::fill(None, true)?;
     let target = packages::read()?.target;
-    let python = oracle(&target)?;
     let copy = target.join("fixtures-check");
     for script in &scripts {
         let folder = script.parent().unwrap_or(script);
@@ -54,12 +39,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             "fixtures: {}",
             script.strip_prefix(root()).unwrap_or(script).display()
         );
-        let mut command = Command::new(&python);
+        let mut command = oracle::python(cache.oracle()?);
         command.arg(work.join(name)).current_dir(&work);
-        command.env("MLX_ENGINE_TEST_MODEL", model.test_model());
-        command.env("MLX_ENGINE_TEST_DATA", model.test_data());
-        // Bytecode would be a difference.
-        command.env("PYTHONDONTWRITEBYTECODE", "1");
+        command.env("MLX_ENGINE_TEST_MODEL", cache.test_model());
+        command.env("MLX_ENGINE_TEST_DATA", cache.test_data());
         go(&mut command)?;
         if args.check {
             compare(folder, &work)?;
@@ -95,33 +78,6 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
         .context("read", folder)?
         .map(|entry| Ok(entry.context("read", folder)?.path()))
         .collect()
-}
-
-/// A Python with the oracles in it, made on the first call.
-fn oracle(target: &Path) -> Result<PathBuf> {
-    let venv = target.join("oracle-venv");
-    let python = venv.join("bin/python3");
-    let stamp = venv.join("installed");
-    let wanted = ORACLES.join(" ");
-    if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
-        return Ok(python);
-    }
-    println!("fixtures: {wanted} into {}", venv.display());
-    let mut make = Command::new(PYTHON);
-    make.args(["-m", "venv", "--clear"]).arg(&venv);
-    let status = make.status().map_err(|error| unstarted(&make, &error))?;
-    if !status.success() {
-        return Err(Error::MissingTool {
-            tool: format!("{PYTHON} -m venv"),
-            purpose: "the oracle",
-            install: "install it (Debian: apt install python3-venv) and run the command again",
-        });
-    }
-    go(Command::new(&python)
-        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
-        .args(ORACLES))?;
-    fs::write(&stamp, wanted).context("write", &stamp)?;
-    Ok(python)
 }
 
 /// A fresh copy of a fixture folder below `copy`.

@@ -14,6 +14,7 @@ mod fetch;
 mod fixtures;
 mod layers;
 mod lint;
+mod oracle;
 mod packages;
 mod progress;
 mod setup;

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::fetch::fetch;
 use crate::staging::{Placed, Staging, place, sweep};
 use crate::unpack::unpack;
-use crate::workspace;
+use crate::{oracle, workspace};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -18,7 +18,7 @@ pub(crate) struct Args {
     #[arg(long, value_enum)]
     device: Option<Device>,
 
-    /// Fetch the tokenizer vectors, chat templates and JSON schemas too
+    /// Fetch what the tests compare with too: tokenizer vectors, chat templates, JSON schemas, mlx-lm
     #[arg(long)]
     test_data: bool,
 }
@@ -32,6 +32,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// A filled cache.
 pub(crate) struct Cache {
     folder: PathBuf,
+    oracle: Option<PathBuf>,
 }
 
 impl Cache {
@@ -41,6 +42,13 @@ impl Cache {
 
     pub(crate) fn test_data(&self) -> PathBuf {
         self.folder.join(TEST_DATA)
+    }
+
+    /// The folder of the Python packages that tests compare with, where test data was asked for.
+    pub(crate) fn oracle(&self) -> Result<&Path> {
+        self.oracle.as_deref().ok_or_else(|| {
+            Error::Refused("the oracles are not set up\n  run cargo xtask setup --test-data".to_owned())
+        })
     }
 }
 
@@ -66,14 +74,15 @@ pub(crate) fn fill(device: Option<Device>, test_data: bool) -> Result<Cache> {
     for piece in &pieces {
         bring(piece, &folder)?;
     }
-    Ok(Cache { folder })
+    let oracle = test_data.then(|| oracle::bring(&folder)).transpose()?;
+    Ok(Cache { folder, oracle })
 }
 
 fn folder() -> Result<PathBuf> {
     let folder = cache::cache_dir().ok_or_else(|| {
         Error::Refused(
             "there is no folder for the cache: neither MLX_ENGINE_CACHE nor HOME is set\n  set MLX_ENGINE_CACHE to a \
-             folder with 500 MB of room"
+             folder with 1 GB of room"
                 .to_owned(),
         )
     })?;

@@ -63,6 +63,7 @@ fn full(workspace: &Workspace, nextest: bool, selection: &[String]) -> Result<Ve
     for suite in &mut suites {
         suite.command.env("MLX_ENGINE_TEST_MODEL", cache.test_model());
         suite.command.env("MLX_ENGINE_TEST_DATA", cache.test_data());
+        suite.command.env("MLX_ENGINE_TEST_PYTHONPATH", cache.oracle()?);
     }
     Ok(suites)
 }
@@ -83,6 +84,7 @@ fn lean(workspace: &Workspace, nextest: bool, selection: &[String]) -> Result<Ve
         suite.command.env("MLX_ENGINE_CACHE", &empty);
         suite.command.env_remove("MLX_ENGINE_TEST_MODEL");
         suite.command.env_remove("MLX_ENGINE_TEST_DATA");
+        suite.command.env_remove("MLX_ENGINE_TEST_PYTHONPATH");
     }
     Ok(suites)
 }

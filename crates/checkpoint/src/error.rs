@@ -76,6 +76,34 @@ pub enum CheckpointError {
         /// The folder.
         path: PathBuf,
     },
+    /// A matrix cannot be quantized.
+    #[error("it cannot be quantized to {bits} bits in groups of {group_size}: {message}")]
+    Quantization {
+        /// The bits of a number.
+        bits: u32,
+        /// The numbers of a group.
+        group_size: u32,
+        /// What does not fit.
+        message: String,
+    },
+    /// A file could not be written.
+    #[error("failed to write `{}`", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// What is written is not what was announced.
+    #[error("tensor `{tensor}` of `{file}` {message}")]
+    Layout {
+        /// The tensor.
+        tensor: String,
+        /// The file.
+        file: String,
+        /// What is wrong.
+        message: String,
+    },
     /// Bytes do not make up whole blocks of their type.
     #[error("{bytes} bytes are not whole blocks of {ggml_type}, which have {block_bytes} bytes")]
     PartialBlock {

@@ -46,6 +46,23 @@ impl Dtype {
             _ => return None,
         })
     }
+
+    pub(crate) fn to_library(self) -> safetensors::Dtype {
+        match self {
+            Self::F32 => safetensors::Dtype::F32,
+            Self::F16 => safetensors::Dtype::F16,
+            Self::BF16 => safetensors::Dtype::BF16,
+            Self::U8 => safetensors::Dtype::U8,
+            Self::U16 => safetensors::Dtype::U16,
+            Self::U32 => safetensors::Dtype::U32,
+            Self::U64 => safetensors::Dtype::U64,
+            Self::I8 => safetensors::Dtype::I8,
+            Self::I16 => safetensors::Dtype::I16,
+            Self::I32 => safetensors::Dtype::I32,
+            Self::I64 => safetensors::Dtype::I64,
+            Self::Bool => safetensors::Dtype::BOOL,
+        }
+    }
 }
 
 impl fmt::Display for Dtype {
