@@ -102,6 +102,7 @@ fn attention(criterion: &mut Criterion) {
         layout,
         heads: 9,
         scale: 0.125,
+        softcap: None,
         window: None,
     };
     let pages = vec![vec![f16::from_f32(0.01); layout.page_len()]; 16];

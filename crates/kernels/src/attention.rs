@@ -179,6 +179,8 @@ pub struct AttentionSpec {
     pub heads: usize,
     /// What scores are multiplied by.
     pub scale: f32,
+    /// Scores `s` become `cap * tanh(s / cap)`.
+    pub softcap: Option<f32>,
     /// A row sees this many positions, its own included; all where `None`.
     pub window: Option<usize>,
 }
@@ -438,6 +440,9 @@ impl<E: KvElement> Kernel for Attend<'_, E> {
                 let end = (position + 1).saturating_sub(page * PAGE).min(PAGE);
                 seen = seen.max(end);
                 let sums = &mut scratch.sums[row * width..][..width];
+                if let Some(cap) = spec.softcap {
+                    soft_cap(s, &mut weights[row], cap);
+                }
                 soften(
                     s,
                     &mut weights[row],
@@ -517,6 +522,18 @@ impl<E: KvElement, const R: usize> Kernel for Scores<'_, E, R> {
                 s.store(score, &mut slices[slice]);
             }
         }
+    }
+}
+
+/// `cap * tanh(score / cap)` of each.
+#[inline(always)]
+fn soft_cap<S: Simd>(s: S, scores: &mut [f32; PAGE], cap: f32) {
+    let (slices, _) = scores.as_chunks_mut::<LANES>();
+    for slice in slices {
+        // tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        let power = exp(s, s.mul(s.load(slice), s.splat(2.0 / cap)));
+        let rest = s.div(s.splat(2.0 * cap), s.add(power, s.splat(1.0)));
+        s.store(s.sub(s.splat(cap), rest), slice);
     }
 }
 

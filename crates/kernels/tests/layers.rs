@@ -31,6 +31,7 @@ struct Attention<'a> {
     dim: usize,
     position: usize,
     scale: f64,
+    softcap: Option<f64>,
     window: Option<usize>,
 }
 
@@ -46,7 +47,8 @@ impl Attention<'_> {
                 let scores: Vec<f64> = (start..end)
                     .map(|position| {
                         let k = &self.k[at(position)..][..self.dim];
-                        self.scale * q.iter().zip(k).map(|(q, k)| f64::from(*q) * k).sum::<f64>()
+                        let score = self.scale * q.iter().zip(k).map(|(q, k)| f64::from(*q) * k).sum::<f64>();
+                        self.softcap.map_or(score, |cap| cap * (score / cap).tanh())
                     })
                     .collect();
                 let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -131,6 +133,7 @@ fn check_attention<E: KvElement>(
             dim: spec.layout.head_dim,
             position,
             scale: f64::from(spec.scale),
+            softcap: spec.softcap.map(f64::from),
             window: spec.window,
         };
         expected.extend(reference.compute());
@@ -159,13 +162,14 @@ proptest! {
         group in select(vec![1_usize, 2, 3, 5, 7, 13]),
         head_dim in select(vec![2_usize, 8, 16, 24, 64]),
         sequences in prop::collection::vec((0..400_usize, 1..20_usize), 1..4),
+        softcap in select(vec![None, Some(0.8_f32), Some(3.0)]),
         window in select(vec![None, Some(1), Some(7), Some(100)]),
         threads in 1..4_usize,
         half in any::<bool>(),
     ) {
         let layout = KvLayout { heads: kv_heads, head_dim };
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let spec = AttentionSpec { layout, heads: kv_heads * group, scale, window };
+        let spec = AttentionSpec { layout, heads: kv_heads * group, scale, softcap, window };
         if half {
             check_attention::<f16>(spec, &sequences, threads, |x| f16::from_f32(x).to_f64())?;
         } else {
@@ -252,6 +256,7 @@ fn what_does_not_fit_is_refused() {
         layout,
         heads: 4,
         scale: 1.0,
+        softcap: None,
         window: None,
     };
     let pages = [page.as_slice()];

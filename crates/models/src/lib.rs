@@ -48,4 +48,4 @@ pub use memory::{active_memory, clear_cache, peak_memory, reset_peak_memory};
 pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax};
 pub use sequence::Sequence;
 pub use source::Source;
-pub use spec::{DecoderSpec, RopeScaling, RopeSpec};
+pub use spec::{Activation, DecoderSpec, LayerAttention, NormPlacement, RopeScaling, RopeSpec};

@@ -1,5 +1,17 @@
 //! The names that checkpoints give to a decoder's tensors.
 
+use crate::DecoderSpec;
+use crate::spec::NormPlacement;
+
+/// What the names in Hugging Face's layout begin with, where a text model is a part of another.
+pub(crate) fn hugging_face_prefix(spec: &DecoderSpec) -> &'static str {
+    if spec.model_type == "gemma3" {
+        "language_model."
+    } else {
+        ""
+    }
+}
+
 /// A tensor's place in a decoder. Layers count from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -13,6 +25,7 @@ pub(crate) enum Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
     AttentionNorm,
+    PostAttentionNorm,
     Query,
     Key,
     Value,
@@ -20,6 +33,7 @@ pub(crate) enum Part {
     QueryNorm,
     KeyNorm,
     MlpNorm,
+    PostMlpNorm,
     Gate,
     Up,
     Down,
@@ -27,11 +41,12 @@ pub(crate) enum Part {
 
 impl Place {
     /// The name in Hugging Face's and MLX's layout, without `.weight`.
-    pub(crate) fn hugging_face(self) -> String {
+    pub(crate) fn hugging_face(self, spec: &DecoderSpec) -> String {
+        let prefix = hugging_face_prefix(spec);
         let (layer, part) = match self {
-            Self::Embedding => return "model.embed_tokens".to_owned(),
-            Self::FinalNorm => return "model.norm".to_owned(),
-            Self::Output => return "lm_head".to_owned(),
+            Self::Embedding => return format!("{prefix}model.embed_tokens"),
+            Self::FinalNorm => return format!("{prefix}model.norm"),
+            Self::Output => return format!("{prefix}lm_head"),
             Self::InLayer(layer, part) => {
                 let part = match part {
                     Part::AttentionNorm => "input_layernorm",
@@ -41,7 +56,10 @@ impl Place {
                     Part::AttentionOutput => "self_attn.o_proj",
                     Part::QueryNorm => "self_attn.q_norm",
                     Part::KeyNorm => "self_attn.k_norm",
-                    Part::MlpNorm => "post_attention_layernorm",
+                    // The norm that others have before the MLP lends its name to the one that lies where it says.
+                    Part::MlpNorm if spec.norms == NormPlacement::Around => "pre_feedforward_layernorm",
+                    Part::PostAttentionNorm | Part::MlpNorm => "post_attention_layernorm",
+                    Part::PostMlpNorm => "post_feedforward_layernorm",
                     Part::Gate => "mlp.gate_proj",
                     Part::Up => "mlp.up_proj",
                     Part::Down => "mlp.down_proj",
@@ -49,7 +67,7 @@ impl Place {
                 (layer, part)
             }
         };
-        format!("model.layers.{layer}.{part}")
+        format!("{prefix}model.layers.{layer}.{part}")
     }
 
     /// The name in GGUF files, without `.weight`.
@@ -67,7 +85,9 @@ impl Place {
                     Part::AttentionOutput => "attn_output",
                     Part::QueryNorm => "attn_q_norm",
                     Part::KeyNorm => "attn_k_norm",
+                    Part::PostAttentionNorm => "post_attention_norm",
                     Part::MlpNorm => "ffn_norm",
+                    Part::PostMlpNorm => "post_ffw_norm",
                     Part::Gate => "ffn_gate",
                     Part::Up => "ffn_up",
                     Part::Down => "ffn_down",

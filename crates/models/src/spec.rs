@@ -21,8 +21,18 @@ pub struct DecoderSpec {
     pub intermediate_size: usize,
     /// Added to the mean square in RMS norm.
     pub norm_eps: f32,
-    /// The rotary position embedding.
-    pub rope: RopeSpec,
+    /// Where a block has its norms.
+    pub norms: NormPlacement,
+    /// Whether the norms' weights are stored less 1, as Gemma's are in folders.
+    pub norms_from_one: bool,
+    /// The kinds of attention that layers have.
+    pub attention: Vec<LayerAttention>,
+    /// Which of them each layer has; from its end it begins again.
+    pub attention_pattern: Vec<usize>,
+    /// What scores are multiplied by.
+    pub attention_scale: f32,
+    /// Scores `s` become `cap * tanh(s / cap)`, as in Gemma 2.
+    pub attention_softcap: Option<f32>,
     /// Whether the projections to queries, keys and values have biases.
     pub qkv_bias: bool,
     /// Whether the projection out of the attention has one.
@@ -31,10 +41,59 @@ pub struct DecoderSpec {
     pub mlp_bias: bool,
     /// Whether each head of queries and keys is normalized before it is rotated.
     pub qk_norm: bool,
+    /// The function between the two halves of the MLP.
+    pub activation: Activation,
+    /// What embeddings are multiplied by.
+    pub embedding_scale: f32,
+    /// What is multiplied with what attention and MLP add to the residual stream.
+    pub residual_scale: f32,
+    /// What logits are multiplied by.
+    pub logit_scale: f32,
+    /// Logits `l` become `cap * tanh(l / cap)`, as in Gemma 2.
+    pub logit_softcap: Option<f32>,
     /// Whether the logits use the embedding's matrix.
     pub tied_embeddings: bool,
     /// Tokens that the model was trained for.
     pub context_length: usize,
+}
+
+/// What layers see and how they know positions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerAttention {
+    /// A token sees this many, itself included; all before it where `None`.
+    pub window: Option<usize>,
+    /// The rotary position embedding; none where `None`.
+    pub rope: Option<RopeSpec>,
+}
+
+/// Where a block has its norms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormPlacement {
+    /// Before attention and MLP.
+    Before,
+    /// Before attention and MLP, and behind them, before they are added to the residual stream: Gemma.
+    Around,
+    /// Behind attention and MLP alone: OLMo 2.
+    After,
+}
+
+impl NormPlacement {
+    pub(crate) fn before(self) -> bool {
+        self != Self::After
+    }
+
+    pub(crate) fn after(self) -> bool {
+        self != Self::Before
+    }
+}
+
+/// The function between the two halves of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// The Gaussian error linear unit in its approximation by `tanh`.
+    GeluTanh,
 }
 
 /// The rotary position embedding.
@@ -124,6 +183,16 @@ impl RopeSpec {
 }
 
 impl DecoderSpec {
+    /// The kind of attention that a layer has, an index of [`attention`](Self::attention).
+    pub fn attention_kind(&self, layer: usize) -> usize {
+        self.attention_pattern[layer % self.attention_pattern.len()]
+    }
+
+    /// The attention of a layer.
+    pub fn attention_of(&self, layer: usize) -> &LayerAttention {
+        &self.attention[self.attention_kind(layer)]
+    }
+
     /// Bytes that the keys and values of one token take, with elements of `element_bytes`.
     pub fn kv_bytes_per_token(&self, element_bytes: usize) -> usize {
         2 * self.layers * self.kv_heads * self.head_dim * element_bytes
@@ -134,7 +203,8 @@ impl DecoderSpec {
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let attention = self.hidden_size * (2 * queries + 2 * keys);
         let biases = if self.qkv_bias { queries + 2 * keys } else { 0 };
-        let norms = 2 * self.hidden_size + if self.qk_norm { 2 * self.head_dim } else { 0 };
+        let norms = if self.norms == NormPlacement::Around { 4 } else { 2 };
+        let norms = norms * self.hidden_size + if self.qk_norm { 2 * self.head_dim } else { 0 };
         let block = attention + biases + norms + 3 * self.hidden_size * self.intermediate_size;
         let embeddings = if self.tied_embeddings { 1 } else { 2 } * self.vocab_size * self.hidden_size;
         (self.layers * block + embeddings + self.hidden_size) as u64
@@ -158,21 +228,33 @@ impl DecoderSpec {
                 return Err(crate::ModelError::config(format!("{what} is {size}")));
             }
         }
-        let factor = match &self.rope.scaling {
-            RopeScaling::Linear(factor) | RopeScaling::Llama3 { factor, .. } => *factor,
-            RopeScaling::None | RopeScaling::Factors(_) => 1.0,
-        };
-        let positive = [
-            ("the base of the rotary embedding", self.rope.theta),
-            ("the factor of the rotary embedding", factor),
+        let scales = [
             ("the epsilon of the norms", self.norm_eps),
+            ("the scale of the attention", self.attention_scale),
+            ("the scale of the embeddings", self.embedding_scale),
+            ("the scale of the residuals", self.residual_scale),
+            ("the scale of the logits", self.logit_scale),
+            ("the cap of the scores", self.attention_softcap.unwrap_or(1.0)),
+            ("the cap of the logits", self.logit_softcap.unwrap_or(1.0)),
         ];
-        for (what, number) in positive {
-            if !(number > 0.0 && number.is_finite()) {
-                return Err(crate::ModelError::config(format!(
-                    "{what} is {number}, expected a number above 0"
-                )));
+        for (what, number) in scales {
+            check_positive(what, number)?;
+        }
+        for attention in &self.attention {
+            if attention.window == Some(0) {
+                return Err(crate::ModelError::config("the sliding window is 0"));
             }
+            if let Some(rope) = &attention.rope {
+                rope.validate(self.head_dim)?;
+            }
+        }
+        let kinds = self.attention.len();
+        if self.attention_pattern.is_empty() || self.attention_pattern.iter().any(|&kind| kind >= kinds) {
+            let message = format!(
+                "the layers are of the kinds {:?}, of {kinds}",
+                self.attention_pattern
+            );
+            return Err(crate::ModelError::config(message));
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             let message = format!(
@@ -187,12 +269,33 @@ impl DecoderSpec {
                 self.head_dim
             )));
         }
-        if let RopeScaling::Factors(factors) = &self.rope.scaling
-            && factors.len() != self.head_dim / 2
-        {
-            let message = format!("{} rope factors for heads of {}", factors.len(), self.head_dim);
-            return Err(crate::ModelError::config(message));
-        }
         Ok(self)
     }
+}
+
+impl RopeSpec {
+    fn validate(&self, head_dim: usize) -> Result<(), crate::ModelError> {
+        let factor = match &self.scaling {
+            RopeScaling::Linear(factor) | RopeScaling::Llama3 { factor, .. } => *factor,
+            RopeScaling::None | RopeScaling::Factors(_) => 1.0,
+        };
+        check_positive("the base of the rotary embedding", self.theta)?;
+        check_positive("the factor of the rotary embedding", factor)?;
+        if let RopeScaling::Factors(factors) = &self.scaling
+            && factors.len() != head_dim / 2
+        {
+            let message = format!("{} rope factors for heads of {head_dim}", factors.len());
+            return Err(crate::ModelError::config(message));
+        }
+        Ok(())
+    }
+}
+
+fn check_positive(what: &str, number: f32) -> Result<(), crate::ModelError> {
+    if number > 0.0 && number.is_finite() {
+        return Ok(());
+    }
+    Err(crate::ModelError::config(format!(
+        "{what} is {number}, expected a number above 0"
+    )))
 }

@@ -6,28 +6,34 @@ use half::{bf16, f16};
 use mlx_engine_checkpoint::{AffineTensor, CheckpointError, Dtype as FileType, GgmlType, TensorView};
 use serde_json::Value;
 
-use crate::names::{Part, Place};
+use crate::names::{Part, Place, hugging_face_prefix};
 use crate::source::{Source, Weights};
+use crate::spec::NormPlacement;
 use crate::{DecoderSpec, ModelError};
 
 /// The tensors that a decoder has, without the `.weight` and `.bias` that end their names.
 fn places(spec: &DecoderSpec) -> impl Iterator<Item = (Place, bool)> {
-    let (attention, output, mlp, qk_norm) = (spec.qkv_bias, spec.output_bias, spec.mlp_bias, spec.qk_norm);
+    let (before, after) = (spec.norms.before(), spec.norms.after());
     let parts = [
-        (Part::AttentionNorm, false),
-        (Part::Query, attention),
-        (Part::Key, attention),
-        (Part::Value, attention),
-        (Part::AttentionOutput, output),
-        (Part::MlpNorm, false),
-        (Part::Gate, mlp),
-        (Part::Up, mlp),
-        (Part::Down, mlp),
+        (before, Part::AttentionNorm, false),
+        (true, Part::Query, spec.qkv_bias),
+        (true, Part::Key, spec.qkv_bias),
+        (true, Part::Value, spec.qkv_bias),
+        (spec.qk_norm, Part::QueryNorm, false),
+        (spec.qk_norm, Part::KeyNorm, false),
+        (true, Part::AttentionOutput, spec.output_bias),
+        (after, Part::PostAttentionNorm, false),
+        (before, Part::MlpNorm, false),
+        (true, Part::Gate, spec.mlp_bias),
+        (true, Part::Up, spec.mlp_bias),
+        (true, Part::Down, spec.mlp_bias),
+        (after, Part::PostMlpNorm, false),
     ];
-    let norms = [(Part::QueryNorm, false), (Part::KeyNorm, false)]
+    let parts: Vec<_> = parts
         .into_iter()
-        .take(if qk_norm { 2 } else { 0 });
-    let parts: Vec<_> = parts.into_iter().chain(norms).collect();
+        .filter(|(there, ..)| *there)
+        .map(|(_, part, bias)| (part, bias))
+        .collect();
     let layers = (0..spec.layers).flat_map(move |layer| {
         parts
             .clone()
@@ -133,7 +139,7 @@ impl<'a> Loader<'a> {
 
     fn name(&self, place: Place) -> String {
         match self.source.weights {
-            Weights::Folder(..) => place.hugging_face(),
+            Weights::Folder(..) => place.hugging_face(&self.source.spec),
             Weights::Gguf(_) => place.gguf(),
         }
     }
@@ -157,24 +163,41 @@ impl<'a> Loader<'a> {
 
     /// Tensors that checkpoints carry and nobody computes with: what can be derived, and an output that is tied.
     fn is_spare(&self, name: &str) -> bool {
-        let tied_output = self.source.spec.tied_embeddings && name.starts_with("lm_head.");
-        name.ends_with(".rotary_emb.inv_freq") || name == "rope_freqs.weight" || tied_output
+        let spec = &self.source.spec;
+        let prefix = hugging_face_prefix(spec);
+        let output = name.strip_prefix(prefix).unwrap_or(name);
+        // What a model sees with is not run here.
+        let other_part = !prefix.is_empty() && !name.starts_with(prefix);
+        let tied_output = spec.tied_embeddings && output.starts_with("lm_head.");
+        name.ends_with(".rotary_emb.inv_freq") || name == "rope_freqs.weight" || tied_output || other_part
     }
 
     /// The type of the norms' weights, which is the type that the model was saved in.
     pub(crate) fn stored_type(&self) -> StoredType {
         match &self.source.weights {
             Weights::Folder(checkpoint, _) => {
-                let norm = checkpoint.tensor(&format!("{}.weight", Place::FinalNorm.hugging_face()));
+                let norm = checkpoint.tensor(&format!("{}.weight", self.name(Place::FinalNorm)));
                 match norm.map(|tensor| tensor.dtype) {
                     Some(FileType::F16) => StoredType::F16,
                     Some(FileType::BF16) => StoredType::Bf16,
                     _ => StoredType::F32,
                 }
             }
-            // GGUF keeps norms in float32 whatever the rest is.
+            // GGUF keeps norms in float32 whatever the rest is. Gemma's residual stream is too large for float16.
+            Weights::Gguf(_) if self.source.spec.norms == NormPlacement::Around => StoredType::Bf16,
             Weights::Gguf(_) => StoredType::F16,
         }
+    }
+
+    /// The weights of a norm.
+    pub(crate) fn norm(&self, place: Place, len: usize) -> Result<Vec<f32>, ModelError> {
+        let mut weights = self.vector(place, "weight", len)?;
+        if self.source.spec.norms_from_one {
+            for weight in &mut weights {
+                *weight += 1.0;
+            }
+        }
+        Ok(weights)
     }
 
     /// A vector of weights: a norm's or a bias.

@@ -67,7 +67,8 @@ fn a_path_that_is_no_model() {
 fn a_model_type_that_is_not_supported_lists_those_that_are() {
     assert_eq!(
         config_error("llama", |config| config["model_type"] = json!("gpt5")),
-        "model type `gpt5` is not supported, supported are: llama, mistral, qwen2, qwen3"
+        "model type `gpt5` is not supported, supported are: gemma2, gemma3, gemma3_text, llama, mistral, qwen2, \
+         qwen3"
     );
 }
 
@@ -128,7 +129,22 @@ fn a_configuration_that_lacks_or_contradicts_something() {
     );
     check(
         |config| config["layer_types"] = json!(["full_attention", "sliding_attention"]),
-        "`layer_types` has \"sliding_attention\", supported: \"full_attention\"",
+        "`sliding_window` is missing",
+    );
+    check(
+        |config| config["layer_types"] = json!(["full_attention", "linear_attention"]),
+        "`layer_types` has \"linear_attention\", supported: \"full_attention\", \"sliding_attention\"",
+    );
+    check(
+        |config| config["layer_types"] = json!(["full_attention"]),
+        "`layer_types` has 1 entries",
+    );
+    check(
+        |config| {
+            config["layer_types"] = json!(["full_attention", "sliding_attention"]);
+            config["sliding_window"] = json!(0);
+        },
+        "the sliding window is 0",
     );
     check(
         |config| config["num_hidden_layers"] = json!(100_000_000),

@@ -129,6 +129,26 @@ fn qwen3() {
 }
 
 #[test]
+fn llama_with_layers_that_see_a_window() {
+    check("llama-sliding");
+}
+
+#[test]
+fn gemma2_with_its_soft_caps() {
+    check("gemma2");
+}
+
+#[test]
+fn gemma3_beyond_its_window() {
+    check("gemma3-text");
+}
+
+#[test]
+fn gemma3_as_a_part_of_a_model_that_sees() {
+    check("gemma3");
+}
+
+#[test]
 fn four_bits() {
     check("llama-4bit");
 }
@@ -140,7 +160,7 @@ fn layers_with_bits_and_groups_of_their_own() {
 
 #[test]
 fn gguf_files_of_each_architecture() {
-    for name in ["llama", "qwen2", "qwen3"] {
+    for name in ["llama", "qwen2", "qwen3", "gemma3-text"] {
         check_gguf(name);
     }
 }

@@ -1,19 +1,21 @@
 //! The decoder as a graph of MLX's operations, for every device that MLX has.
 
+mod attention;
 mod cache;
 mod layers;
 
 use mlx_engine_core::LoadProgress;
-use mlx_rs::fast::{ScaledDotProductAttentionMask, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::IndexOp;
 use mlx_rs::{Array, Dtype, nn, ops, transforms};
 
+use attention::{Sight, soft_capped};
 pub(crate) use cache::{KvCache, LAYOUT, element};
 use layers::{Linear, Matrix, Norm, Rope};
 
 use crate::decoder::Wanted;
 use crate::device::DeviceInfo;
 use crate::names::{Part, Place};
+use crate::spec::Activation;
 use crate::weights::{Loader, RawMatrix, StoredType};
 use crate::{DecoderSpec, ModelError};
 
@@ -27,16 +29,24 @@ pub(crate) struct GraphDecoder {
     norm: Norm,
     /// `None` where the logits use the embedding.
     output: Option<Matrix>,
+    embedding_scale: f32,
+    logit_scale: f32,
+    logit_softcap: Option<f32>,
 }
 
 #[derive(Debug)]
 struct Block {
-    attention_norm: Norm,
+    /// The norms that the family has where it has them.
+    attention_norm: Option<Norm>,
     attention: Attention,
-    mlp_norm: Norm,
+    post_attention_norm: Option<Norm>,
+    mlp_norm: Option<Norm>,
+    activation: Activation,
     gate: Linear,
     up: Linear,
     down: Linear,
+    post_mlp_norm: Option<Norm>,
+    residual_scale: f32,
 }
 
 #[derive(Debug)]
@@ -47,7 +57,11 @@ struct Attention {
     output: Linear,
     /// Norms of queries and keys, where the family has them.
     norms: Option<(Norm, Norm)>,
-    rope: Rope,
+    rope: Option<Rope>,
+    /// A token sees this many, all where `None`.
+    window: Option<usize>,
+    scale: f32,
+    softcap: Option<f32>,
     heads: i32,
     kv_heads: i32,
     head_dim: i32,
@@ -70,14 +84,19 @@ impl Attention {
             keys = key_norm.forward(&keys)?;
         }
         let heads_first = [0, 2, 1, 3];
-        let queries = self
-            .rope
-            .forward(&queries.transpose_axes(&heads_first)?, offset)?;
-        let keys = self.rope.forward(&keys.transpose_axes(&heads_first)?, offset)?;
+        let mut queries = queries.transpose_axes(&heads_first)?;
+        let mut keys = keys.transpose_axes(&heads_first)?;
+        if let Some(rope) = &self.rope {
+            queries = rope.forward(&queries, offset)?;
+            keys = rope.forward(&keys, offset)?;
+        }
         let (keys, values) = cache.update(offset, &keys, &values.transpose_axes(&heads_first)?)?;
-        let scale = (self.head_dim as f32).sqrt().recip();
-        let mask = (tokens > 1).then_some(ScaledDotProductAttentionMask::Causal);
-        let attended = scaled_dot_product_attention(queries, keys, values, scale, mask, None)?;
+        let sight = Sight {
+            scale: self.scale,
+            softcap: self.softcap,
+            window: self.window,
+        };
+        let attended = sight.attend(&queries, keys, values)?;
         let attended =
             attended
                 .transpose_axes(&heads_first)?
@@ -88,15 +107,37 @@ impl Attention {
 
 impl Block {
     fn forward(&self, x: &Array, cache: &mut KvCache, offset: usize) -> Result<Array, ModelError> {
-        let x = ops::add(
-            x,
-            self.attention
-                .forward(&self.attention_norm.forward(x)?, cache, offset)?,
-        )?;
-        let normed = self.mlp_norm.forward(&x)?;
-        let gated = ops::multiply(nn::silu(self.gate.forward(&normed)?)?, self.up.forward(&normed)?)?;
-        Ok(ops::add(&x, self.down.forward(&gated)?)?)
+        let normed = normalized(self.attention_norm.as_ref(), x)?;
+        let attended = self.attention.forward(&normed, cache, offset)?;
+        let x = self.add(x, &attended, self.post_attention_norm.as_ref())?;
+        let normed = normalized(self.mlp_norm.as_ref(), &x)?;
+        let gate = self.gate.forward(&normed)?;
+        let gate = match self.activation {
+            Activation::Silu => nn::silu(gate)?,
+            Activation::GeluTanh => nn::gelu_approximate(gate)?,
+        };
+        let gated = ops::multiply(gate, self.up.forward(&normed)?)?;
+        self.add(&x, &self.down.forward(&gated)?, self.post_mlp_norm.as_ref())
     }
+
+    /// Adds what attention or MLP give to the residual stream.
+    fn add(&self, x: &Array, branch: &Array, norm: Option<&Norm>) -> Result<Array, ModelError> {
+        let branch = normalized(norm, branch)?;
+        Ok(ops::add(x, scaled(branch, self.residual_scale)?)?)
+    }
+}
+
+fn normalized(norm: Option<&Norm>, x: &Array) -> Result<Array, ModelError> {
+    norm.map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
+}
+
+/// In the type of `x`.
+fn scaled(x: Array, scale: f32) -> Result<Array, ModelError> {
+    if scale == 1.0 {
+        return Ok(x);
+    }
+    let scale = Array::from_f32(scale).as_dtype(x.dtype())?;
+    Ok(ops::multiply(x, scale)?)
 }
 
 /// Makes arrays of what the loader reads.
@@ -175,7 +216,7 @@ impl GraphDecoder {
         let arrays = Arrays { loader, dtype };
         let norm = |place, len| -> Result<Norm, ModelError> {
             Ok(Norm {
-                weight: arrays.vector(place, "weight", len)?,
+                weight: arrays.floats(&loader.norm(place, len)?, &[len])?,
                 eps: spec.norm_eps,
             })
         };
@@ -185,10 +226,6 @@ impl GraphDecoder {
             .transpose()?;
         let final_norm = norm(Place::FinalNorm, spec.hidden_size)?;
         transforms::eval(embedding.arrays())?;
-        let wavelengths = spec
-            .rope
-            .wavelengths(spec.head_dim)
-            .map(|values| Array::from_slice(&values, &[values.len() as i32]));
         let mut blocks = Vec::with_capacity(spec.layers);
         for layer in 0..spec.layers {
             progress(LoadProgress::Layers {
@@ -206,29 +243,41 @@ impl GraphDecoder {
             } else {
                 None
             };
+            let kind = spec.attention_of(layer);
+            let before = |part| spec.norms.before().then(|| norm(at(part), hidden)).transpose();
+            let after = |part| spec.norms.after().then(|| norm(at(part), hidden)).transpose();
             let block = Block {
-                attention_norm: norm(at(Part::AttentionNorm), hidden)?,
+                attention_norm: before(Part::AttentionNorm)?,
                 attention: Attention {
                     query: arrays.linear(at(Part::Query), q_width, hidden, spec.qkv_bias)?,
                     key: arrays.linear(at(Part::Key), kv_width, hidden, spec.qkv_bias)?,
                     value: arrays.linear(at(Part::Value), kv_width, hidden, spec.qkv_bias)?,
                     output: arrays.linear(at(Part::AttentionOutput), hidden, q_width, spec.output_bias)?,
                     norms,
-                    rope: Rope {
+                    rope: kind.rope.as_ref().map(|rope| Rope {
                         dimensions: spec.head_dim as i32,
-                        interleaved: spec.rope.interleaved,
-                        theta: spec.rope.theta,
-                        scale: spec.rope.scale(),
-                        wavelengths: wavelengths.clone(),
-                    },
+                        interleaved: rope.interleaved,
+                        theta: rope.theta,
+                        scale: rope.scale(),
+                        wavelengths: rope
+                            .wavelengths(spec.head_dim)
+                            .map(|values| Array::from_slice(&values, &[values.len() as i32])),
+                    }),
+                    window: kind.window,
+                    scale: spec.attention_scale,
+                    softcap: spec.attention_softcap,
                     heads: spec.heads as i32,
                     kv_heads: spec.kv_heads as i32,
                     head_dim: spec.head_dim as i32,
                 },
-                mlp_norm: norm(at(Part::MlpNorm), hidden)?,
+                post_attention_norm: after(Part::PostAttentionNorm)?,
+                mlp_norm: before(Part::MlpNorm)?,
+                activation: spec.activation,
                 gate: arrays.linear(at(Part::Gate), wide, hidden, spec.mlp_bias)?,
                 up: arrays.linear(at(Part::Up), wide, hidden, spec.mlp_bias)?,
                 down: arrays.linear(at(Part::Down), hidden, wide, spec.mlp_bias)?,
+                post_mlp_norm: after(Part::PostMlpNorm)?,
+                residual_scale: spec.residual_scale,
             };
             transforms::eval(block.arrays())?;
             blocks.push(block);
@@ -239,6 +288,9 @@ impl GraphDecoder {
             blocks,
             norm: final_norm,
             output,
+            embedding_scale: spec.embedding_scale,
+            logit_scale: spec.logit_scale,
+            logit_softcap: spec.logit_softcap,
         })
     }
 
@@ -262,7 +314,7 @@ impl GraphDecoder {
         logits: Wanted,
     ) -> Result<Option<Array>, ModelError> {
         let ids = ids.reshape(&[1, -1])?;
-        let mut x = self.embedding.rows(&ids, self.dtype)?;
+        let mut x = scaled(self.embedding.rows(&ids, self.dtype)?, self.embedding_scale)?;
         for (block, cache) in self.blocks.iter().zip(caches) {
             x = block.forward(&x, cache, offset)?;
         }
@@ -279,11 +331,12 @@ impl GraphDecoder {
             .as_ref()
             .unwrap_or(&self.embedding)
             .project(&self.norm.forward(hidden)?)?;
-        Ok(if logits.dtype() == Dtype::Float32 {
+        let logits = if logits.dtype() == Dtype::Float32 {
             logits
         } else {
             logits.as_dtype(Dtype::Float32)?
-        })
+        };
+        soft_capped(scaled(logits, self.logit_scale)?, self.logit_softcap)
     }
 }
 
@@ -301,7 +354,13 @@ impl Block {
         ];
         let mut arrays: Vec<&Array> = linears.iter().flat_map(|linear| linear.matrix.arrays()).collect();
         arrays.extend(linears.iter().filter_map(|linear| linear.bias.as_ref()));
-        arrays.extend([&self.attention_norm.weight, &self.mlp_norm.weight]);
+        let norms = [
+            &self.attention_norm,
+            &self.post_attention_norm,
+            &self.mlp_norm,
+            &self.post_mlp_norm,
+        ];
+        arrays.extend(norms.into_iter().flatten().map(|norm| &norm.weight));
         arrays
     }
 }

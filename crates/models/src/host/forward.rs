@@ -8,8 +8,9 @@ use mlx_engine_kernels::{
 };
 
 use super::cache::{Page, layout, make_room};
-use super::{Block, Model};
+use super::{Block, Linear, Model};
 use crate::memory::Held;
+use crate::spec::Activation;
 
 /// The rows of a step that belong to one sequence.
 pub(super) struct Part<'a, E> {
@@ -32,8 +33,10 @@ pub(super) struct Workspace {
     queries: Vec<f32>,
     keys: Vec<f32>,
     values: Vec<f32>,
-    /// What a norm reads while it writes queries or keys.
+    /// What a norm reads while it writes where that was.
     heads: Vec<f32>,
+    /// What attention or MLP add to the residual stream, where it is not added at once.
+    branch: Vec<f32>,
     attended: Activations,
     gated: Activations,
     held: Held,
@@ -42,7 +45,14 @@ pub(super) struct Workspace {
 impl Workspace {
     /// Counts the memory that is reserved.
     pub(super) fn count(&mut self) {
-        let floats = [&self.x, &self.queries, &self.keys, &self.values, &self.heads];
+        let floats = [
+            &self.x,
+            &self.queries,
+            &self.keys,
+            &self.values,
+            &self.heads,
+            &self.branch,
+        ];
         let floats: usize = floats
             .iter()
             .map(|floats| floats.capacity() * size_of::<f32>())
@@ -67,16 +77,19 @@ impl Model {
         work.x.resize(ids.len() * hidden, 0.0);
         for (id, row) in ids.iter().zip(work.x.chunks_exact_mut(hidden)) {
             self.embedding.row(*id as usize, row)?;
+            if spec.embedding_scale != 1.0 {
+                for x in row {
+                    *x *= spec.embedding_scale;
+                }
+            }
         }
-        let mut rotations = Vec::with_capacity(ids.len());
         for part in parts.iter_mut() {
             make_room(part.pages, spec, part.position, part.rows);
-            let positions = part.position..part.position + part.rows;
-            rotations
-                .extend(positions.map(|p| Rotation::new(p as f32 * spec.rope.scale(), &self.wavelengths)));
         }
+        let rotations = self.rotations(parts);
         for (layer, block) in self.blocks.iter().enumerate() {
-            self.attention(work, block, layer, parts, &rotations)?;
+            let rotations = rotations[spec.attention_kind(layer)].as_deref();
+            self.attention(work, block, layer, parts, rotations)?;
             self.mlp(work, block)?;
         }
         let wanted = parts.iter().map(|part| part.wanted).sum();
@@ -94,7 +107,80 @@ impl Model {
         work.normed.prepare(self.isa, &self.pool, self.precision);
         let output = self.output.as_ref().unwrap_or(&self.embedding);
         let product = Product::write(output, None, logits);
-        project(self.isa, &self.pool, &work.normed, &mut [product])
+        project(self.isa, &self.pool, &work.normed, &mut [product])?;
+        if spec.logit_scale != 1.0 {
+            for logit in logits.iter_mut() {
+                *logit *= spec.logit_scale;
+            }
+        }
+        if let Some(cap) = spec.logit_softcap {
+            for logit in logits {
+                *logit = cap * (*logit / cap).tanh();
+            }
+        }
+        Ok(())
+    }
+
+    /// For each kind of attention, where it rotates, the rotations of all rows.
+    fn rotations<E>(&self, parts: &[Part<'_, E>]) -> Vec<Option<Vec<Rotation>>> {
+        let kinds = self.spec.attention.iter().zip(&self.wavelengths);
+        kinds
+            .map(|(attention, wavelengths)| {
+                let (rope, wavelengths) = attention.rope.as_ref().zip(wavelengths.as_ref())?;
+                let positions = parts
+                    .iter()
+                    .flat_map(|part| part.position..part.position + part.rows);
+                Some(
+                    positions
+                        .map(|position| Rotation::new(position as f32 * rope.scale(), wavelengths))
+                        .collect(),
+                )
+            })
+            .collect()
+    }
+
+    /// What attention or MLP read of the residual stream.
+    fn enter(&self, work: &mut Workspace, norm: Option<&[f32]>) -> Result<(), KernelError> {
+        let (isa, pool, hidden) = (self.isa, &self.pool, self.spec.hidden_size);
+        let out = work.normed.resize(work.x.len() / hidden, hidden);
+        match norm {
+            Some(norm) => rms_norm(isa, pool, &work.x, norm, self.spec.norm_eps, out)?,
+            None => out.copy_from_slice(&work.x),
+        }
+        work.normed.prepare(isa, pool, self.precision);
+        Ok(())
+    }
+
+    /// Adds what attention or MLP have computed to the residual stream.
+    fn leave(
+        &self,
+        work: &mut Workspace,
+        from: fn(&Workspace) -> &Activations,
+        linear: &Linear,
+        norm: Option<&[f32]>,
+    ) -> Result<(), KernelError> {
+        let (isa, pool, scale) = (self.isa, &self.pool, self.spec.residual_scale);
+        let bias = linear.bias.as_deref();
+        let mut x = std::mem::take(&mut work.x);
+        if norm.is_none() && scale == 1.0 {
+            let product = Product::add(&linear.matrix, bias, &mut x);
+            project(isa, pool, from(work), &mut [product])?;
+            work.x = x;
+            return Ok(());
+        }
+        let mut branch = std::mem::take(&mut work.branch);
+        branch.resize(x.len(), 0.0);
+        let product = Product::write(&linear.matrix, bias, &mut branch);
+        project(isa, pool, from(work), &mut [product])?;
+        if let Some(norm) = norm {
+            work.heads.clone_from(&branch);
+            rms_norm(isa, pool, &work.heads, norm, self.spec.norm_eps, &mut branch)?;
+        }
+        for (x, add) in x.iter_mut().zip(&branch) {
+            *x += scale * add;
+        }
+        (work.x, work.branch) = (x, branch);
+        Ok(())
     }
 
     /// Adds a block's attention to the residual stream.
@@ -104,14 +190,12 @@ impl Model {
         block: &Block,
         layer: usize,
         parts: &mut [Part<'_, E>],
-        rotations: &[Rotation],
+        rotations: Option<&[Rotation]>,
     ) -> Result<(), KernelError> {
         let (spec, isa, pool) = (&self.spec, self.isa, &self.pool);
-        let rows = rotations.len();
+        let rows = work.x.len() / spec.hidden_size;
         let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let normed = work.normed.resize(rows, spec.hidden_size);
-        rms_norm(isa, pool, &work.x, &block.attention_norm, spec.norm_eps, normed)?;
-        work.normed.prepare(isa, pool, self.precision);
+        self.enter(work, block.attention_norm.as_deref())?;
         work.queries.resize(rows * q_width, 0.0);
         work.keys.resize(rows * kv_width, 0.0);
         work.values.resize(rows * kv_width, 0.0);
@@ -128,13 +212,16 @@ impl Model {
                 rms_norm(isa, pool, &work.heads, weight, spec.norm_eps, x)?;
             }
         }
-        let rope = if spec.rope.interleaved {
-            RopeLayout::Interleaved
-        } else {
-            RopeLayout::Halves
-        };
-        rotate(isa, pool, rope, rotations, spec.head_dim, &mut work.queries)?;
-        rotate(isa, pool, rope, rotations, spec.head_dim, &mut work.keys)?;
+        let kind = spec.attention_of(layer);
+        if let Some((rope, rotations)) = kind.rope.as_ref().zip(rotations) {
+            let rope = if rope.interleaved {
+                RopeLayout::Interleaved
+            } else {
+                RopeLayout::Halves
+            };
+            rotate(isa, pool, rope, rotations, spec.head_dim, &mut work.queries)?;
+            rotate(isa, pool, rope, rotations, spec.head_dim, &mut work.keys)?;
+        }
 
         let layout = layout(spec);
         let own = layer * layout.page_len()..(layer + 1) * layout.page_len();
@@ -172,38 +259,39 @@ impl Model {
         let attention = AttentionSpec {
             layout,
             heads: spec.heads,
-            scale: (spec.head_dim as f32).sqrt().recip(),
-            window: None,
+            scale: spec.attention_scale,
+            softcap: spec.attention_softcap,
+            window: kind.window,
         };
         let attended = work.attended.resize(rows, q_width);
         attend(isa, pool, attention, &work.queries, &sequences, attended)?;
         work.attended.prepare(isa, pool, self.precision);
-        let output = &block.attention_output;
-        let product = Product::add(&output.matrix, output.bias.as_deref(), &mut work.x);
-        project(isa, pool, &work.attended, &mut [product])
+        let norm = block.post_attention_norm.as_deref();
+        self.leave(work, |work| &work.attended, &block.attention_output, norm)
     }
 
     /// Adds a block's MLP to the residual stream.
     fn mlp(&self, work: &mut Workspace, block: &Block) -> Result<(), KernelError> {
         let (spec, isa, pool) = (&self.spec, self.isa, &self.pool);
         let rows = work.x.len() / spec.hidden_size;
-        let normed = work.normed.resize(rows, spec.hidden_size);
-        rms_norm(isa, pool, &work.x, &block.mlp_norm, spec.norm_eps, normed)?;
-        work.normed.prepare(isa, pool, self.precision);
-        let [gate, up, down] = [&block.gate, &block.up, &block.down];
+        self.enter(work, block.mlp_norm.as_deref())?;
+        let [gate, up] = [&block.gate, &block.up];
         let out = work.gated.resize(rows, spec.intermediate_size);
         let biases = [gate.bias.as_deref(), up.bias.as_deref()];
         gated(
             isa,
             pool,
             &work.normed,
-            Gate::Silu,
+            match spec.activation {
+                Activation::Silu => Gate::Silu,
+                Activation::GeluTanh => Gate::GeluTanh,
+            },
             [&gate.matrix, &up.matrix],
             biases,
             out,
         )?;
         work.gated.prepare(isa, pool, self.precision);
-        let product = Product::add(&down.matrix, down.bias.as_deref(), &mut work.x);
-        project(isa, pool, &work.gated, &mut [product])
+        let norm = block.post_mlp_norm.as_deref();
+        self.leave(work, |work| &work.gated, &block.down, norm)
     }
 }

@@ -73,7 +73,9 @@ pub(super) fn model(
             total: spec.layers as u32,
         })?;
         let at = |part| Place::InLayer(layer, part);
-        let norm = |part, len| loader.vector(at(part), "weight", len);
+        let norm = |part, len| loader.norm(at(part), len);
+        let before = |part| spec.norms.before().then(|| norm(part, hidden)).transpose();
+        let after = |part| spec.norms.after().then(|| norm(part, hidden)).transpose();
         let head_norms = if spec.qk_norm {
             Some((
                 norm(Part::QueryNorm, spec.head_dim)?,
@@ -83,21 +85,27 @@ pub(super) fn model(
             None
         };
         blocks.push(Block {
-            attention_norm: norm(Part::AttentionNorm, hidden)?,
+            attention_norm: before(Part::AttentionNorm)?,
             query: layouts.linear(at(Part::Query), q_width, hidden, spec.qkv_bias)?,
             key: layouts.linear(at(Part::Key), kv_width, hidden, spec.qkv_bias)?,
             value: layouts.linear(at(Part::Value), kv_width, hidden, spec.qkv_bias)?,
             head_norms,
             attention_output: layouts.linear(at(Part::AttentionOutput), hidden, q_width, spec.output_bias)?,
-            mlp_norm: norm(Part::MlpNorm, hidden)?,
+            post_attention_norm: after(Part::PostAttentionNorm)?,
+            mlp_norm: before(Part::MlpNorm)?,
             gate: layouts.linear(at(Part::Gate), wide, hidden, spec.mlp_bias)?,
             up: layouts.linear(at(Part::Up), wide, hidden, spec.mlp_bias)?,
             down: layouts.linear(at(Part::Down), hidden, wide, spec.mlp_bias)?,
+            post_mlp_norm: after(Part::PostMlpNorm)?,
         });
     }
-    let norm = loader.vector(Place::FinalNorm, "weight", hidden)?;
-    let wavelengths = spec.rope.wavelengths(spec.head_dim);
-    let wavelengths = wavelengths.unwrap_or_else(|| spec.rope.plain_wavelengths(spec.head_dim));
+    let norm = loader.norm(Place::FinalNorm, hidden)?;
+    let rotations = spec.attention.iter().map(|attention| {
+        let rope = attention.rope.as_ref()?;
+        let wavelengths = rope.wavelengths(spec.head_dim);
+        Some(wavelengths.unwrap_or_else(|| rope.plain_wavelengths(spec.head_dim)))
+    });
+    let wavelengths = rotations.collect();
     let mut model = Model {
         spec: spec.clone(),
         isa,

@@ -41,8 +41,8 @@ struct Model {
     norm: Vec<f32>,
     /// `None` where the logits use the embedding.
     output: Option<Matrix>,
-    /// Of each pair of a head, in radians.
-    wavelengths: Vec<f32>,
+    /// For each kind of attention, where it rotates: of each pair of a head, in radians.
+    wavelengths: Vec<Option<Vec<f32>>>,
     /// One step runs at a time.
     workspace: Mutex<Workspace>,
     weights: Held,
@@ -50,17 +50,20 @@ struct Model {
 
 #[derive(Debug)]
 struct Block {
-    attention_norm: Vec<f32>,
+    /// The norms that the family has where it has them.
+    attention_norm: Option<Vec<f32>>,
     query: Linear,
     key: Linear,
     value: Linear,
     /// Norms of queries and keys, where the family has them.
     head_norms: Option<(Vec<f32>, Vec<f32>)>,
     attention_output: Linear,
-    mlp_norm: Vec<f32>,
+    post_attention_norm: Option<Vec<f32>>,
+    mlp_norm: Option<Vec<f32>>,
     gate: Linear,
     up: Linear,
     down: Linear,
+    post_mlp_norm: Option<Vec<f32>>,
 }
 
 /// A projection with an optional bias.
@@ -86,7 +89,14 @@ impl Model {
                 &block.up,
                 &block.down,
             ];
-            linears.into_iter().map(linear).sum::<usize>() + 2 * size_of_val(&*block.attention_norm)
+            let norms = [
+                &block.attention_norm,
+                &block.post_attention_norm,
+                &block.mlp_norm,
+                &block.post_mlp_norm,
+            ];
+            let norms = norms.into_iter().flatten().map(|norm| size_of_val(&**norm));
+            linears.into_iter().map(linear).sum::<usize>() + norms.sum::<usize>()
         });
         self.embedding.bytes() + self.output.as_ref().map_or(0, Matrix::bytes) + blocks.sum::<usize>()
     }
