@@ -29,6 +29,10 @@ pub(crate) enum Command {
     Models(Models),
     /// Say what this machine has, what is missing, and what to do
     Doctor(Doctor),
+    /// Be the process of an engine that another one started
+    #[cfg(unix)]
+    #[command(hide = true)]
+    ServeEngine,
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -67,6 +71,11 @@ pub(crate) struct Model {
     /// Compute all in float32 on a CPU, several times slower, in place of 16-bit numbers
     #[arg(long)]
     pub(crate) exact: bool,
+
+    /// Run the engine in a process of its own: a crash in it costs an answer and not the program
+    #[cfg(unix)]
+    #[arg(long)]
+    pub(crate) isolate: bool,
 }
 
 /// How to sample.

@@ -165,22 +165,22 @@ impl Answer {
 
     /// The summary of an answer that was interrupted: the engine does not give one to nobody.
     fn cancelled(&self, engine: &InferenceEngine) -> Result<GenerateSummary, Failure> {
-        let loaded = engine.engine()?;
-        let (Some(model), Some(backend)) = (engine.model(), engine.backend()) else {
+        let (Some(model), Some(backend), Some(device)) = (engine.model(), engine.backend(), engine.device())
+        else {
             return Err(Failure::other("the model was unloaded while it answered"));
         };
         Ok(GenerateSummary {
             model: model.id.clone(),
             backend,
-            device: loaded.device(),
+            device,
             finish_reason: FinishReason::Cancelled,
             usage: Usage {
                 prompt_tokens: self.prompt_tokens,
                 completion_tokens: self.tokens.len() as u32,
                 cached_tokens: self.cached_tokens,
             },
-            timings: self.timings(loaded.load_seconds()),
-            peak_memory_bytes: loaded.peak_memory_bytes(),
+            timings: self.timings(engine.load_seconds().unwrap_or_default()),
+            peak_memory_bytes: engine.peak_memory_bytes().unwrap_or_default(),
         })
     }
 }

@@ -14,6 +14,17 @@ pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
     load_with(model, EngineConfig::default()).await
 }
 
+/// An engine whose process is this program again.
+#[cfg(unix)]
+fn isolated(engine: InferenceEngine) -> Result<InferenceEngine, Failure> {
+    let program = mlx_engine::Program::this()
+        .map_err(|error| Failure::other(format!("the program does not know its own path: {error}")))?;
+    Ok(engine.with_child_process(
+        program.arg("serve-engine"),
+        mlx_engine::SupervisorConfiguration::default(),
+    ))
+}
+
 /// As [`load`], with a configuration beside those of the command line.
 pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<InferenceEngine, Failure> {
     let config = EngineConfig {
@@ -23,6 +34,8 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
     let engine = InferenceEngine::new()
         .with_backend(model.backend.into())
         .with_config(config);
+    #[cfg(unix)]
+    let engine = if model.isolate { isolated(engine)? } else { engine };
     // indicatif draws on a terminal alone.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}") {

@@ -25,6 +25,13 @@ use crate::failure::Failure;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    #[cfg(unix)]
+    if let Command::ServeEngine = cli.command {
+        return match mlx_engine::serve_child() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => Failure::from(error).report(),
+        };
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -46,6 +53,9 @@ fn main() -> ExitCode {
             Command::Bench(args) => bench::run(args).await,
             Command::Models(args) => models::run(&args),
             Command::Doctor(args) => doctor::run(&args).await,
+            // It was served above, before there was a runtime.
+            #[cfg(unix)]
+            Command::ServeEngine => Ok(()),
         }
     });
     // A read of stdin that nobody waits for must not hold the process up.

@@ -12,6 +12,7 @@ use mlx_engine_core::{
     Backend, Device, EngineError, EventStream, GenerateParams, LlmEngine, LoadProgress, ModelConfiguration,
     ModelType, Prompt,
 };
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -30,7 +31,7 @@ const HANDED_OVER: usize = 64;
 pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
 
 /// The log-probabilities of a text.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Score {
     /// The tokens of the text.
     pub tokens: Vec<u32>,

@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use mlx_engine_core::{EngineError, GenerateParams};
 use mlx_engine_text::{GgufVocabulary, TextError, Tokenizer};
+use serde::{Deserialize, Serialize};
 
 use crate::{Chosen, TokenModel};
 
 /// What a fault does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum MockFault {
     /// The device fails.
@@ -23,7 +25,8 @@ pub enum MockFault {
 ///
 /// Its tokens are bytes. Without a reply it answers with the end of the prompt, so that a test can tell its requests
 /// apart.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct MockScript {
     reply: Option<String>,
     load_delay: Duration,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, EngineError, EventStream, FallbackPolicy, GenerateOutput, GenerateParams, LlmEngine,
+    Backend, Device, EngineError, EventStream, FallbackPolicy, GenerateOutput, GenerateParams, LlmEngine,
     ModelConfiguration, Prompt,
 };
 #[cfg(feature = "mlx")]
@@ -15,9 +15,14 @@ use mlx_engine_monitor::{
     DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, Monitored,
 };
 use mlx_engine_registry::ModelRegistry;
+#[cfg(unix)]
+use mlx_engine_resilience::{Program, SupervisedStatus, SupervisorConfiguration};
 use mlx_engine_resilience::{RecoveryReport, ResilienceConfiguration, ResilienceStatus, Resilient};
 
 use crate::ChatSession;
+#[cfg(unix)]
+use crate::apart::Apart;
+use crate::served::Served;
 use crate::slot::{BackendChoice, Settings, Slot};
 
 /// An engine that loads one model at a time and answers with it. Clones share the model.
@@ -94,6 +99,25 @@ impl InferenceEngine {
     /// Sets how the mock behaves.
     pub fn with_mock(mut self, script: MockScript) -> Self {
         self.settings.mock = script;
+        self
+    }
+
+    /// Loads models in a process of their own from now on, so that an abort or a kill of it costs only the requests that run
+    /// there. `program` has to call [`serve_child`](crate::serve_child); what may be wrong with `supervisor` is an error of
+    /// the load.
+    ///
+    /// ```no_run
+    /// use mlx_engine::{InferenceEngine, Program, SupervisorConfiguration};
+    ///
+    /// # fn run() -> std::io::Result<()> {
+    /// let engine = InferenceEngine::new()
+    ///     .with_child_process(Program::this()?.arg("engine"), SupervisorConfiguration::default());
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(unix)]
+    pub fn with_child_process(mut self, program: Program, supervisor: SupervisorConfiguration) -> Self {
+        self.settings.apart = Some(Apart { program, supervisor });
         self
     }
 
@@ -192,9 +216,40 @@ impl InferenceEngine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::NotLoaded`] and [`EngineError::LoadInProgress`].
+    /// [`EngineError::NotLoaded`], [`EngineError::LoadInProgress`], and [`EngineError::Internal`] where it is in another process.
     pub fn engine(&self) -> Result<Arc<Engine>, EngineError> {
-        self.slot().engine()
+        match self.slot().engine()? {
+            Served::Here(engine) => Ok(engine),
+            #[cfg(unix)]
+            Served::Apart(_) => Err(EngineError::internal(
+                "the engine is in a process of its own and cannot be handed out",
+            )),
+        }
+    }
+
+    /// What the model runs on; `None` where none is loaded.
+    pub fn device(&self) -> Option<Device> {
+        self.slot().engine().ok()?.device()
+    }
+
+    /// Seconds that loading the model took; `None` where none is loaded.
+    pub fn load_seconds(&self) -> Option<f64> {
+        self.slot().engine().ok()?.load_seconds()
+    }
+
+    /// The most bytes that models had allocated at once in the engine's process, loading included; 0 on the mock, `None`
+    /// where no model is loaded. From a process of its own it is known as of the last request that ended.
+    pub fn peak_memory_bytes(&self) -> Option<u64> {
+        self.slot().engine().ok()?.peak_memory_bytes()
+    }
+
+    /// How the engine's process is; `None` where it has none of its own, or no model is loaded.
+    #[cfg(unix)]
+    pub fn child_status(&self) -> Option<SupervisedStatus> {
+        match self.slot().engine().ok()? {
+            Served::Here(_) => None,
+            Served::Apart(engine) => Some(engine.status()),
+        }
     }
 
     /// Answers a prompt; a string is a question to a chat model.
@@ -296,7 +351,7 @@ impl InferenceEngine {
     ///
     /// As [`Engine::score`].
     pub async fn score(&self, text: &str) -> Result<Score, EngineError> {
-        self.engine()?.score(text).await
+        self.slot().engine()?.score(text).await
     }
 
     /// A conversation with the model that is loaded.

@@ -26,12 +26,17 @@
 //! `mlx` (default) brings MLX. Without it everything builds and runs on the mock alone, with no other dependency than
 //! Rust itself.
 
+#[cfg(unix)]
+mod apart;
 mod chat;
 mod inference;
 mod platform;
 mod resolve;
+mod served;
 mod slot;
 
+#[cfg(unix)]
+pub use apart::serve_child;
 pub use chat::{ChatSession, ChatStream};
 pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
@@ -48,6 +53,8 @@ pub use mlx_engine_registry::{
     Capability, Compatibility, DeviceDescription, Fit, ModelEntry, ModelEstimate, ModelQuery, ModelRegistry,
     Recommendation, RegistryError, SearchCriteria, SortBy, UseCase,
 };
+#[cfg(unix)]
+pub use mlx_engine_resilience::{ChildState, Program, SupervisedStatus, SupervisorConfiguration};
 pub use mlx_engine_resilience::{
     RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration,
 };

@@ -10,6 +10,10 @@ use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn};
 use mlx_engine_registry::ModelRegistry;
 use mlx_engine_resilience::{Recover, RecoveryStep};
 
+#[cfg(unix)]
+use crate::apart::{Apart, Setup};
+use crate::served::Served;
+
 /// Which backend to load a model on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendChoice {
@@ -30,6 +34,9 @@ pub(crate) struct Settings {
     pub(crate) fallback: FallbackPolicy,
     pub(crate) mock: MockScript,
     pub(crate) registry: Option<Arc<ModelRegistry>>,
+    /// Where the engine is to have a process of its own.
+    #[cfg(unix)]
+    pub(crate) apart: Option<Apart>,
 }
 
 /// Where one model is loaded at a time.
@@ -48,7 +55,7 @@ enum State {
         model: String,
     },
     Loaded {
-        engine: Arc<Engine>,
+        engine: Served,
         /// Why the mock stands in for the model, where it does.
         fallback_reason: Option<String>,
     },
@@ -78,7 +85,7 @@ impl Settings {
         &self,
         model: &str,
         progress: Option<ProgressFn>,
-    ) -> Result<(Engine, Option<String>), EngineError> {
+    ) -> Result<(Served, Option<String>), EngineError> {
         if self.choice == BackendChoice::Mock {
             return Ok((self.load_mock(model).await?, None));
         }
@@ -100,27 +107,41 @@ impl Settings {
         Ok((self.load_mock(model).await?, Some(reason)))
     }
 
-    async fn load_mock(&self, model: &str) -> Result<Engine, EngineError> {
-        Engine::mock(model, self.mock.clone(), self.config.clone()).await
+    async fn load_mock(&self, model: &str) -> Result<Served, EngineError> {
+        #[cfg(unix)]
+        if let Some(apart) = &self.apart {
+            let setup = Setup::Mock {
+                name: model.to_owned(),
+                script: self.mock.clone(),
+                config: self.config.clone(),
+            };
+            return Ok(apart.start(&setup, None).await?.into());
+        }
+        Ok(Engine::mock(model, self.mock.clone(), self.config.clone())
+            .await?
+            .into())
     }
 
     #[cfg(feature = "mlx")]
-    async fn load_mlx(&self, model: &str, progress: Option<ProgressFn>) -> Result<Engine, EngineError> {
+    async fn load_mlx(&self, model: &str, progress: Option<ProgressFn>) -> Result<Served, EngineError> {
         // A model that does not exist is an error on every backend: the mock must not stand in for it.
         let location = crate::locate(model, self.registry())?;
-        crate::platform().require_mlx()?;
-        mlx_engine_engine::mlx_device()?;
-        let mut config = self.config.clone();
-        // What the system says is a limit where the device uses its memory.
-        if config.memory_limit.is_none() && crate::platform().device != mlx_engine_core::Device::Cuda {
-            config.memory_limit = crate::platform::available_memory();
+        let (path, known, config) = (location.path, location.configuration, self.config.clone());
+        #[cfg(unix)]
+        if let Some(apart) = &self.apart {
+            let setup = Setup::Mlx {
+                path,
+                configuration: known.map(Box::new),
+                config,
+            };
+            return Ok(apart.start(&setup, progress).await?.into());
         }
-        mlx_engine_engine::load_mlx(location.path, location.configuration, config, progress).await
+        Ok(load_here(path, known, config, progress).await?.into())
     }
 
     #[cfg(not(feature = "mlx"))]
     #[expect(clippy::unused_async, reason = "it stands for the one that loads")]
-    async fn load_mlx(&self, _model: &str, _progress: Option<ProgressFn>) -> Result<Engine, EngineError> {
+    async fn load_mlx(&self, _model: &str, _progress: Option<ProgressFn>) -> Result<Served, EngineError> {
         match crate::platform().require_mlx() {
             Err(error) => Err(error),
             Ok(()) => Err(EngineError::internal(
@@ -135,6 +156,23 @@ impl Settings {
             .as_deref()
             .unwrap_or_else(|| ModelRegistry::builtin())
     }
+}
+
+/// Loads a model on MLX in this process.
+#[cfg(feature = "mlx")]
+pub(crate) async fn load_here(
+    path: std::path::PathBuf,
+    known: Option<ModelConfiguration>,
+    mut config: EngineConfig,
+    progress: Option<ProgressFn>,
+) -> Result<Engine, EngineError> {
+    crate::platform().require_mlx()?;
+    mlx_engine_engine::mlx_device()?;
+    // What the system says is a limit where the device uses its memory.
+    if config.memory_limit.is_none() && crate::platform().device != mlx_engine_core::Device::Cuda {
+        config.memory_limit = crate::platform::available_memory();
+    }
+    mlx_engine_engine::load_mlx(path, known, config, progress).await
 }
 
 impl Slot {
@@ -170,7 +208,7 @@ impl Slot {
         *self.last() = Some((model.to_owned(), settings.clone()));
         let mut state = self.state();
         *state = State::Loaded {
-            engine: Arc::new(engine),
+            engine,
             fallback_reason,
         };
         guard.disarm();
@@ -187,9 +225,9 @@ impl Slot {
     }
 
     /// The loaded engine.
-    pub(crate) fn engine(&self) -> Result<Arc<Engine>, EngineError> {
+    pub(crate) fn engine(&self) -> Result<Served, EngineError> {
         match &*self.state() {
-            State::Loaded { engine, .. } => Ok(Arc::clone(engine)),
+            State::Loaded { engine, .. } => Ok(engine.clone()),
             State::Loading { model } => Err(EngineError::LoadInProgress { model: model.clone() }),
             State::Empty => Err(EngineError::NotLoaded {
                 model: "none".to_owned(),
@@ -243,11 +281,24 @@ impl LlmEngine for Slot {
 
 impl Recover for Slot {
     fn can(&self, step: RecoveryStep) -> bool {
-        step == RecoveryStep::ReloadModel && self.last().is_some()
+        match step {
+            #[cfg(unix)]
+            RecoveryStep::RestartWorker => {
+                matches!(self.engine(), Ok(Served::Apart(engine)) if engine.can(step))
+            }
+            RecoveryStep::ReloadModel => self.last().is_some(),
+            _ => false,
+        }
     }
 
     fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>> {
         Box::pin(async move {
+            #[cfg(unix)]
+            if step == RecoveryStep::RestartWorker
+                && let Ok(Served::Apart(engine)) = self.engine()
+            {
+                return engine.restart().await;
+            }
             let last = self.last().clone();
             let Some((model, settings)) = last.filter(|_| step == RecoveryStep::ReloadModel) else {
                 return Err(EngineError::internal(format!(

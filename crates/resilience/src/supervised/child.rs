@@ -27,7 +27,8 @@ const UNLOAD_LIMIT: Duration = Duration::from_secs(5);
 
 /// An engine that can be asked for more than answers to prompts.
 pub trait Service: LlmEngine {
-    /// What it says of itself once it is loaded: [`Supervised::details`](super::Supervised::details).
+    /// What it says of itself, once it is loaded and whenever a request has ended:
+    /// [`Supervised::details`](super::Supervised::details).
     fn details(&self) -> Value {
         Value::Null
     }
@@ -258,13 +259,13 @@ impl<E: Service + 'static> Tasks<E> {
 }
 
 /// Says the last word on a request, also where its task panics.
-struct Last<'a, E> {
+struct Last<'a, E: Service> {
     tasks: &'a Tasks<E>,
     id: u64,
     frame: Option<FromChild>,
 }
 
-impl<E> Drop for Last<'_, E> {
+impl<E: Service> Drop for Last<'_, E> {
     fn drop(&mut self) {
         // One that was cancelled is not there, and nobody waits for it.
         if lock(&self.tasks.running).remove(&self.id).is_some() {
@@ -274,6 +275,9 @@ impl<E> Drop for Last<'_, E> {
                     message: "the engine panicked on the request".to_owned(),
                 },
             });
+            self.tasks
+                .line
+                .say(&FromChild::Details(self.tasks.engine.details()));
             self.tasks.line.say(&frame);
         }
     }

@@ -49,6 +49,8 @@ pub(super) enum ToChild {
 #[serde(rename_all = "snake_case")]
 pub(super) enum FromChild {
     Progress(LoadProgress),
+    /// What the engine says of itself now.
+    Details(Value),
     Ready(Ready),
     /// The model could not be loaded; the process ends.
     Failed(EngineError),

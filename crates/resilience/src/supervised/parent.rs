@@ -189,7 +189,7 @@ impl Supervised {
         }
     }
 
-    /// What the engine said of itself when it was ready; `None` while it is not.
+    /// What the engine said of itself last; `None` while it is not ready.
     pub fn details(&self) -> Option<Value> {
         let state = self.shared.lock();
         state.ready.as_ref().map(|ready| ready.details.clone())
@@ -517,6 +517,11 @@ impl Shared {
                     drop(state);
                     if let Some(progress) = &mut progress {
                         progress(stage);
+                    }
+                }
+                FromChild::Details(details) => {
+                    if let Some(ready) = &mut state.ready {
+                        ready.details = details;
                     }
                 }
                 FromChild::Ready(ready) => {

@@ -1,0 +1,192 @@
+//! The engine in a process of its own: what the two processes agree on.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use mlx_engine_core::{
+    Backend, Device, EngineError, EventStream, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+};
+use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn, Score};
+use mlx_engine_resilience::{Program, Service, Supervised, SupervisorConfiguration, connection, serve};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+/// What the process is to load.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Setup {
+    Mlx {
+        path: PathBuf,
+        configuration: Option<Box<ModelConfiguration>>,
+        config: EngineConfig,
+    },
+    Mock {
+        name: String,
+        script: MockScript,
+        config: EngineConfig,
+    },
+}
+
+/// Which program is the process, and how it is watched.
+#[derive(Clone, Debug)]
+pub(crate) struct Apart {
+    pub(crate) program: Program,
+    pub(crate) supervisor: SupervisorConfiguration,
+}
+
+/// What the engine says of itself, when it is loaded and whenever a request has ended.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Details {
+    pub(crate) device: Device,
+    pub(crate) load_s: f64,
+    pub(crate) peak_memory_bytes: u64,
+}
+
+impl Apart {
+    pub(crate) async fn start(
+        &self,
+        setup: &Setup,
+        progress: Option<ProgressFn>,
+    ) -> Result<Supervised, EngineError> {
+        let (program, supervisor) = (self.program.clone(), self.supervisor.clone());
+        Supervised::start(program, written(setup)?, supervisor, progress).await
+    }
+}
+
+/// What the engine said last.
+pub(crate) fn details(engine: &Supervised) -> Option<Details> {
+    serde_json::from_value(engine.details()?).ok()
+}
+
+pub(crate) async fn score(engine: &Supervised, text: &str) -> Result<Score, EngineError> {
+    read(engine.call(SCORE, Value::from(text)).await?)
+}
+
+/// The one method.
+const SCORE: &str = "score";
+
+/// The engine that the process serves.
+struct Child(Engine);
+
+impl LlmEngine for Child {
+    fn stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        self.0.stream(prompt, params)
+    }
+
+    fn backend(&self) -> Option<Backend> {
+        self.0.backend()
+    }
+
+    fn model(&self) -> Option<Arc<ModelConfiguration>> {
+        self.0.model()
+    }
+
+    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.0.unload()
+    }
+}
+
+impl Service for Child {
+    fn details(&self) -> Value {
+        let details = Details {
+            device: self.0.device(),
+            load_s: self.0.load_seconds(),
+            peak_memory_bytes: self.0.peak_memory_bytes(),
+        };
+        // Numbers and a name: they can be written.
+        serde_json::to_value(details).unwrap_or_default()
+    }
+
+    fn call(&self, method: String, argument: Value) -> BoxFuture<'_, Result<Value, EngineError>> {
+        Box::pin(async move {
+            match method.as_str() {
+                SCORE => written(&self.0.score(&read::<String>(argument)?).await?),
+                _ => Err(EngineError::internal(format!(
+                    "the engine has no method `{method}`"
+                ))),
+            }
+        })
+    }
+}
+
+fn written<T: Serialize>(value: &T) -> Result<Value, EngineError> {
+    serde_json::to_value(value).map_err(|error| {
+        EngineError::internal(format!(
+            "what goes to the other process cannot be written: {error}"
+        ))
+    })
+}
+
+fn read<T: DeserializeOwned>(value: Value) -> Result<T, EngineError> {
+    serde_json::from_value(value).map_err(|error| {
+        EngineError::internal(format!(
+            "what came from the other process cannot be read: {error}"
+        ))
+    })
+}
+
+/// Is the engine's process: serves the engine of the program that started this one, and returns when that is over. It is
+/// for the program that
+/// [`InferenceEngine::with_child_process`](crate::InferenceEngine::with_child_process) names, which calls it in place of
+/// all else:
+///
+/// ```no_run
+/// fn main() -> Result<(), mlx_engine::EngineError> {
+///     if std::env::args().nth(1).as_deref() == Some("engine") {
+///         return mlx_engine::serve_child();
+///     }
+///     // What the program is for.
+///     Ok(())
+/// }
+/// ```
+///
+/// A worker that hangs when the program has gone does not keep the process: it is aborted then.
+///
+/// # Errors
+///
+/// [`EngineError::Device`] where no program started this process, or the system gives it nothing to work with. What goes
+/// wrong with the model is told to the program.
+pub fn serve_child() -> Result<(), EngineError> {
+    let connection = connection().map_err(|error| {
+        EngineError::device(
+            "standard input is no connection to the program of this engine",
+            error,
+        )
+    })?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .map_err(|error| EngineError::device("the runtime could not be started", error))?;
+    match runtime.block_on(serve(connection, load)) {
+        Ok(()) => {}
+        // An ordinary exit would wait for the thread that hangs.
+        Err(EngineError::DeadlineExceeded { .. }) => std::process::abort(),
+        Err(error) => tracing::error!(%error, "the engine's process ends"),
+    }
+    Ok(())
+}
+
+async fn load(setup: Value, progress: ProgressFn) -> Result<Child, EngineError> {
+    let engine = match read(setup)? {
+        Setup::Mock { name, script, config } => Engine::mock(&name, script, config).await?,
+        #[cfg(feature = "mlx")]
+        Setup::Mlx {
+            path,
+            configuration,
+            config,
+        } => crate::slot::load_here(path, configuration.map(|known| *known), config, Some(progress)).await?,
+        #[cfg(not(feature = "mlx"))]
+        Setup::Mlx { .. } => {
+            drop(progress);
+            return Err(EngineError::MlxUnavailable {
+                reason: "the engine's process was built without it".to_owned(),
+            });
+        }
+    };
+    Ok(Child(engine))
+}
