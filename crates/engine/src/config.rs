@@ -53,7 +53,14 @@ pub struct PrefixCacheConfig {
 
 impl PrefixCacheConfig {
     /// Keeps nothing.
-    pub const OFF: Self = Self { max_bytes: Some(0) };
+    pub const OFF: Self = Self::of(0);
+
+    /// Keeps this many bytes.
+    pub const fn of(max_bytes: u64) -> Self {
+        Self {
+            max_bytes: Some(max_bytes),
+        }
+    }
 }
 
 impl Default for EngineConfig {

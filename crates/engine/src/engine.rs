@@ -13,7 +13,7 @@ use mlx_engine_core::{
     ModelType, Prompt,
 };
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::clock::SystemClock;
@@ -21,8 +21,8 @@ use crate::config::EngineConfig;
 use crate::constraint::Compiler;
 use crate::mock::{self, MockScript};
 use crate::request::Request;
-use crate::worker::{Command, Identity, Worker, panicked};
-use crate::{PromptEncoder, TokenModel};
+use crate::worker::{Command, Identity, PrefixCommand, Worker, panicked};
+use crate::{PrefixCacheReport, PromptEncoder, TokenModel};
 
 /// Commands on their way to the worker. Who comes when there are as many waits until they were taken.
 const HANDED_OVER: usize = 64;
@@ -55,6 +55,16 @@ impl Score {
     }
 }
 
+/// What becomes of the requests of an engine that is unloaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnloadMode {
+    /// They end with [`EngineError::NotLoaded`] before their next step.
+    #[default]
+    Abort,
+    /// They are answered first, those that wait too.
+    Drain,
+}
+
 /// A model on its worker thread. Dropping it ends what runs and waits for the thread, which is a step's time at most.
 pub struct Engine {
     model: Arc<ModelConfiguration>,
@@ -62,7 +72,11 @@ pub struct Engine {
     encoder: PromptEncoder,
     compiler: Compiler,
     commands: Mutex<Option<mpsc::Sender<Command>>>,
+    /// Tells the worker to give up what runs.
+    abort: Arc<AtomicBool>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// Closed when the thread has nothing left to do.
+    ended: watch::Receiver<()>,
 }
 
 impl fmt::Debug for Engine {
@@ -105,8 +119,7 @@ fn join(thread: Option<JoinHandle<()>>) {
 /// MLX takes its own state apart when the process ends, and must not be at work on another thread then.
 impl Drop for Engine {
     fn drop(&mut self) {
-        let commands = self.commands.get_mut().unwrap_or_else(PoisonError::into_inner);
-        drop(commands.take());
+        self.close(UnloadMode::Abort);
         join(
             self.thread
                 .get_mut()
@@ -158,10 +171,15 @@ impl Engine {
         config.validate()?;
         let cancelled = Arc::new(AtomicBool::new(false));
         let given_up = Arc::clone(&cancelled);
+        let abort = Arc::new(AtomicBool::new(false));
+        let aborted = Arc::clone(&abort);
         let (commands, receiver) = mpsc::channel(HANDED_OVER);
         let (ready, loaded) = oneshot::channel();
         let began = Instant::now();
+        let (end, ended) = watch::channel(());
         let body = move || {
+            // Dropped last, also where the worker panics.
+            let _end = end;
             let mut progress = progress.unwrap_or_else(|| Box::new(|_| {}));
             let result =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| load(&cancelled, &mut progress)));
@@ -194,7 +212,7 @@ impl Engine {
                 .send(Ok((identity, Arc::new(configuration), encoder)))
                 .is_ok()
             {
-                worker.run(receiver);
+                worker.run(receiver, &aborted);
             }
         };
         let thread = std::thread::Builder::new()
@@ -214,7 +232,9 @@ impl Engine {
             compiler: Compiler::new(encoder.tokenizer().clone()),
             encoder,
             commands: Mutex::new(Some(commands)),
+            abort,
             thread: Mutex::new(thread),
+            ended,
         })
     }
 
@@ -274,6 +294,97 @@ impl Engine {
         }
     }
 
+    /// Ends the engine and gives the memory back: at once, or after the requests that it has taken. Requests after it are
+    /// [`EngineError::NotLoaded`]. Unloading twice is no error: both wait for the end, which [`UnloadMode::Abort`] brings
+    /// near for an engine that drains.
+    ///
+    /// # Errors
+    ///
+    /// Where the worker panicked.
+    pub async fn unload_with(&self, mode: UnloadMode) -> Result<(), EngineError> {
+        self.close(mode);
+        // The thread ends after the step that runs; only its last moment is waited for here.
+        let mut ended = self.ended.clone();
+        while ended.changed().await.is_ok() {}
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        thread.map_or(Ok(()), |thread| thread.join().map_err(|panic| panicked(&*panic)))
+    }
+
+    /// Lets no more requests in.
+    fn close(&self, mode: UnloadMode) {
+        if mode == UnloadMode::Abort {
+            self.abort.store(true, Ordering::Release);
+        }
+        drop(
+            self.commands
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
+    }
+
+    /// The sequences that are kept for requests that begin alike.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::NotLoaded`].
+    pub async fn prefix_cache(&self) -> Result<PrefixCacheReport, EngineError> {
+        self.manage(PrefixCommand::Report).await
+    }
+
+    /// Gives the sequences up that are kept and not pinned, and says how many bytes that were.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::NotLoaded`].
+    pub async fn clear_prefix_cache(&self) -> Result<u64, EngineError> {
+        self.manage(PrefixCommand::Clear).await
+    }
+
+    /// Keeps the keys and values of a prompt until [`unpin_prefix`](Self::unpin_prefix), computing them where they are not
+    /// known: of a long system prompt, say. They count to the budget, and to what requests may not take.
+    ///
+    /// # Errors
+    ///
+    /// Those of a request, and [`EngineError::InsufficientMemory`] where the budget of the cache is too small.
+    pub async fn pin_prefix(&self, prompt: Prompt) -> Result<(), EngineError> {
+        let tokens = self.encoder.encode(&prompt)?;
+        let pin = || {
+            let tokens = tokens.clone();
+            self.manage(|pinned| PrefixCommand::Pin { tokens, pinned })
+        };
+        if pin().await??.is_none() {
+            return Ok(());
+        }
+        // A request leaves what it was fed.
+        let params = GenerateParams::default().with_max_tokens(1).with_temperature(0.0);
+        self.generate(Prompt::Tokens(tokens.clone()), params).await?;
+        match pin().await?? {
+            None => Ok(()),
+            Some(lack) => Err(lack),
+        }
+    }
+
+    /// Lets a prompt go that was pinned, when its time comes; `false` where it is not pinned.
+    ///
+    /// # Errors
+    ///
+    /// Those of the prompt, and [`EngineError::NotLoaded`].
+    pub async fn unpin_prefix(&self, prompt: Prompt) -> Result<bool, EngineError> {
+        let tokens = self.encoder.encode(&prompt)?;
+        self.manage(|unpinned| PrefixCommand::Unpin { tokens, unpinned })
+            .await
+    }
+
+    async fn manage<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>) -> PrefixCommand,
+    ) -> Result<T, EngineError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Command::Prefixes(command(reply))).await?;
+        answer.await.map_err(|_| self.not_loaded())
+    }
+
     /// Hands a command over to the worker, which takes all that there are between two of its turns.
     async fn send(&self, command: Command) -> Result<(), EngineError> {
         let sender = {
@@ -331,27 +442,6 @@ impl LlmEngine for Engine {
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        Box::pin(async move {
-            drop(
-                self.commands
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .take(),
-            );
-            let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let Some(thread) = thread else { return Ok(()) };
-            // The thread ends after the step that runs; it is waited for off the caller's executor.
-            let (ended, wait) = oneshot::channel();
-            let joiner = std::thread::Builder::new()
-                .name("mlx-engine-unload".to_owned())
-                .spawn(move || {
-                    let joined = thread.join();
-                    let _ = ended.send(joined.map_err(|panic| panicked(&*panic)));
-                });
-            joiner
-                .map_err(|error| EngineError::device("the worker thread could not be waited for", error))?;
-            wait.await
-                .map_err(|_| EngineError::internal("the unload was not finished"))?
-        })
+        Box::pin(self.unload_with(UnloadMode::Abort))
     }
 }

@@ -34,9 +34,10 @@ mod scheduler;
 mod worker;
 
 pub use config::{EngineConfig, PrefixCacheConfig};
-pub use engine::{Engine, ProgressFn, Score};
+pub use engine::{Engine, ProgressFn, Score, UnloadMode};
 #[cfg(feature = "mlx")]
 pub use mlx::{cpu_kernels, load_encoder, load_mlx, mlx_device};
 pub use mock::{MockFault, MockModel, MockScript};
 pub use model::{Chosen, Feed, TokenModel};
+pub use prefix::{PrefixCacheReport, PrefixEntry};
 pub use prompt::PromptEncoder;

@@ -15,9 +15,6 @@ use crate::config::EngineConfig;
 use crate::engine::{Engine, Loaded, ProgressFn};
 use crate::{Chosen, Feed, PromptEncoder, TokenModel};
 
-/// Tokens that are scored at once; the logits of each are kept until they are read.
-const SCORE_CHUNK: usize = 128;
-
 /// Positions by which keys and values grow, at most.
 const CACHE_BLOCK: usize = 256;
 
@@ -294,9 +291,19 @@ impl TokenModel for MlxModel {
         sequence.sequence.len()
     }
 
-    fn truncate(&mut self, sequence: &mut MlxSequence, len: usize) {
+    fn truncate(&mut self, sequence: &mut MlxSequence, len: usize) -> bool {
         sequence.steps.clear();
         sequence.sequence.truncate(len);
+        true
+    }
+
+    fn fork(&mut self, sequence: &mut MlxSequence, len: usize) -> Result<Option<MlxSequence>, EngineError> {
+        let fork = sequence.sequence.fork(len).map_err(run_error)?;
+        Ok(Some(MlxSequence {
+            sequence: fork,
+            sampler: None,
+            steps: VecDeque::new(),
+        }))
     }
 
     fn prefill(&mut self, sequence: &mut MlxSequence, tokens: &[u32]) -> Result<(), EngineError> {
@@ -384,21 +391,15 @@ impl TokenModel for MlxModel {
         })
     }
 
-    fn score(&mut self, tokens: &[u32], go_on: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>, EngineError> {
-        let mut sequence = self.decoder.sequence();
-        let mut logprobs = vec![None];
-        for (chunk, at) in tokens.chunks(SCORE_CHUNK).zip((0..).step_by(SCORE_CHUNK)) {
-            if !go_on() {
-                return Err(EngineError::Cancelled);
-            }
-            let next = &tokens[at + 1..(at + chunk.len() + 1).min(tokens.len())];
-            let scored = self
-                .decoder
-                .score(chunk, next, &mut sequence)
-                .map_err(run_error)?;
-            logprobs.extend(scored.into_iter().map(Some));
-        }
-        Ok(logprobs)
+    fn score(
+        &mut self,
+        sequence: &mut MlxSequence,
+        tokens: &[u32],
+        next: &[u32],
+    ) -> Result<Vec<f32>, EngineError> {
+        self.decoder
+            .score(tokens, next, &mut sequence.sequence)
+            .map_err(run_error)
     }
 
     fn weight_bytes(&self) -> u64 {
@@ -408,6 +409,10 @@ impl TokenModel for MlxModel {
     fn sequence_bytes(&self, tokens: usize) -> u64 {
         // Caches grow by blocks.
         (tokens.next_multiple_of(CACHE_BLOCK) * self.decoder.kv_bytes_per_token()) as u64
+    }
+
+    fn shared_bytes(&self, len: usize) -> u64 {
+        (self.decoder.shared_tokens(len) * self.decoder.kv_bytes_per_token()) as u64
     }
 
     fn peak_memory_bytes(&self) -> u64 {

@@ -1,5 +1,6 @@
 //! A scripted model that never poses as a real one.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use mlx_engine_core::{EngineError, GenerateParams};
@@ -33,9 +34,10 @@ pub struct MockScript {
     load_failure: Option<String>,
     chunk_delay: Duration,
     step_delay: Duration,
-    fault: Option<(u64, MockFault)>,
+    faults: Vec<(u64, MockFault)>,
     context_length: Option<usize>,
     bytes_per_token: Option<u64>,
+    whole_sequences: bool,
 }
 
 impl MockScript {
@@ -73,7 +75,7 @@ impl MockScript {
 
     /// Fails at the token of this number, from 0, once in the model's life.
     pub fn with_fault(mut self, number: u64, fault: MockFault) -> Self {
-        self.fault = Some((number, fault));
+        self.faults.push((number, fault));
         self
     }
 
@@ -89,11 +91,20 @@ impl MockScript {
         self
     }
 
+    /// Has sequences that cannot be cut, as those of a recurrent model.
+    pub fn with_whole_sequences(mut self) -> Self {
+        self.whole_sequences = true;
+        self
+    }
+
     pub(crate) fn load(self) -> Result<MockModel, EngineError> {
         std::thread::sleep(self.load_delay);
         match self.load_failure {
             Some(message) => Err(EngineError::model_load("mock", message)),
-            None => Ok(MockModel { script: self }),
+            None => Ok(MockModel {
+                script: self,
+                alive: Arc::default(),
+            }),
         }
     }
 }
@@ -102,6 +113,8 @@ impl MockScript {
 #[derive(Debug)]
 pub struct MockModel {
     script: MockScript,
+    /// Every sequence has a clone.
+    alive: Arc<()>,
 }
 
 /// What the mock remembers: the tokens it has seen, and those that it has chosen and nobody has read.
@@ -111,6 +124,7 @@ pub struct MockSequence {
     chosen: Vec<u32>,
     /// The answer, chosen when its first token is.
     answer: Vec<u32>,
+    _alive: Arc<()>,
 }
 
 /// The id of the token that ends an answer: the one behind the bytes.
@@ -125,13 +139,25 @@ fn echo(seen: &[u32]) -> Vec<u32> {
     said[said.len().saturating_sub(ECHO)..].to_vec()
 }
 
+#[cfg(test)]
+impl MockSequence {
+    /// The tokens that it has seen.
+    pub(crate) fn seen(&self) -> &[u32] {
+        &self.seen
+    }
+}
+
 impl MockModel {
+    /// How many sequences there are.
+    #[cfg(test)]
+    pub(crate) fn alive(&self) -> usize {
+        std::sync::Arc::strong_count(&self.alive) - 1
+    }
+
     fn step(&mut self, sequence: &mut MockSequence, number: u64) -> Result<(), EngineError> {
         std::thread::sleep(self.script.step_delay);
-        if let Some((at, fault)) = self.script.fault
-            && at == number
-        {
-            self.script.fault = None;
+        if let Some(at) = self.script.faults.iter().position(|(at, _)| *at == number) {
+            let (_, fault) = self.script.faults.remove(at);
             match fault {
                 MockFault::Device => {
                     return Err(EngineError::Device {
@@ -157,16 +183,35 @@ impl TokenModel for MockModel {
     }
 
     fn open(&mut self) -> MockSequence {
-        MockSequence::default()
+        MockSequence {
+            _alive: Arc::clone(&self.alive),
+            ..MockSequence::default()
+        }
     }
 
     fn len(&self, sequence: &MockSequence) -> usize {
         sequence.seen.len()
     }
 
-    fn truncate(&mut self, sequence: &mut MockSequence, len: usize) {
+    fn truncate(&mut self, sequence: &mut MockSequence, len: usize) -> bool {
+        let can = !self.script.whole_sequences || len == sequence.seen.len();
         sequence.seen.truncate(len);
         sequence.chosen.clear();
+        can
+    }
+
+    fn fork(&mut self, sequence: &mut MockSequence, len: usize) -> Result<Option<MockSequence>, EngineError> {
+        let can = !self.script.whole_sequences || len == sequence.seen.len();
+        let seen = sequence.seen.get(..len).filter(|_| can);
+        Ok(seen.map(|seen| MockSequence {
+            seen: seen.to_vec(),
+            _alive: Arc::clone(&self.alive),
+            ..MockSequence::default()
+        }))
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        !self.script.whole_sequences
     }
 
     fn prefill(&mut self, sequence: &mut MockSequence, tokens: &[u32]) -> Result<(), EngineError> {
@@ -241,7 +286,12 @@ impl TokenModel for MockModel {
         })
     }
 
-    fn score(&mut self, _tokens: &[u32], _go_on: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>, EngineError> {
+    fn score(
+        &mut self,
+        _sequence: &mut MockSequence,
+        _tokens: &[u32],
+        _next: &[u32],
+    ) -> Result<Vec<f32>, EngineError> {
         Err(EngineError::MlxUnavailable {
             reason: "the mock has no probabilities to score with".to_owned(),
         })

@@ -48,8 +48,26 @@ pub trait TokenModel {
     /// Tokens that a sequence has seen.
     fn len(&self, sequence: &Self::Sequence) -> usize;
 
-    /// Forgets all but the first `len` tokens.
-    fn truncate(&mut self, sequence: &mut Self::Sequence, len: usize);
+    /// Forgets all but the first `len` tokens. `false` where that cannot be; then the sequence is of no more use.
+    fn truncate(&mut self, sequence: &mut Self::Sequence, len: usize) -> bool;
+
+    /// Another sequence that has seen the first `len` tokens of this one, with nothing chosen; both go their own ways. A
+    /// token of this one may be being chosen meanwhile. `None` where it cannot be cut there: a model whose sequences
+    /// cannot be cut gives one for its whole length alone.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn fork(
+        &mut self,
+        sequence: &mut Self::Sequence,
+        len: usize,
+    ) -> Result<Option<Self::Sequence>, EngineError>;
+
+    /// Whether [`fork`](Self::fork) and [`truncate`](Self::truncate) cut sequences anywhere.
+    fn forks_anywhere(&self) -> bool {
+        true
+    }
 
     /// Feeds a part of the prompt that is not its end.
     ///
@@ -126,14 +144,18 @@ pub trait TokenModel {
         mask: &mut dyn FnMut(&mut [f32]),
     ) -> Result<Chosen, EngineError>;
 
-    /// The log-probability of each token after the ones before it; the first has none.
-    ///
-    /// `go_on` is asked between chunks and ends the work with [`EngineError::Cancelled`].
+    /// Feeds some tokens and gives the log-probability of each of `next`, which follow each of them: as many as there are
+    /// tokens, or one less at the end.
     ///
     /// # Errors
     ///
     /// What the device says, and that a model has no probabilities.
-    fn score(&mut self, tokens: &[u32], go_on: &dyn Fn() -> bool) -> Result<Vec<Option<f32>>, EngineError>;
+    fn score(
+        &mut self,
+        sequence: &mut Self::Sequence,
+        tokens: &[u32],
+        next: &[u32],
+    ) -> Result<Vec<f32>, EngineError>;
 
     /// Bytes of the weights; 0 for a model without.
     fn weight_bytes(&self) -> u64 {
@@ -144,6 +166,11 @@ pub trait TokenModel {
     fn sequence_bytes(&self, tokens: usize) -> u64 {
         let _ = tokens;
         0
+    }
+
+    /// Bytes of a sequence that a fork at this length goes on sharing with it.
+    fn shared_bytes(&self, len: usize) -> u64 {
+        self.sequence_bytes(len)
     }
 
     /// The most bytes that the model had allocated at once.

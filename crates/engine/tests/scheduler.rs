@@ -282,7 +282,7 @@ proptest! {
             let config = EngineConfig {
                 max_batch,
                 prefill_chunk: Some(prefill_chunk),
-                prefix_cache: PrefixCacheConfig { max_bytes: Some(max_bytes) },
+                prefix_cache: PrefixCacheConfig::of(max_bytes),
                 ..EngineConfig::default()
             };
             let engine = Engine::mock("tiny", MockScript::default(), config).await.unwrap();
@@ -368,4 +368,35 @@ async fn memory_is_asked_for_before_it_is_used() {
     drop(waiting);
     assert!(events(running).await.last().unwrap().is_ok());
     assert!(events(last).await.last().unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn a_request_has_the_time_that_it_was_given() {
+    let slow = async |max_batch| {
+        let config = EngineConfig {
+            max_batch,
+            ..EngineConfig::default()
+        };
+        let script = MockScript::default().with_step_delay(Duration::from_millis(2));
+        Engine::mock("tiny", script, config).await.unwrap()
+    };
+    let endless = || params().with_ignore_eos(true).with_max_tokens(4000);
+    let late = async |engine: &Engine, params, milliseconds| {
+        let error = error(engine, Prompt::text("late"), params).await;
+        let limit = Duration::from_millis(milliseconds);
+        assert!(
+            matches!(error, EngineError::DeadlineExceeded { limit: found } if found == limit),
+            "{error}"
+        );
+    };
+    late(&slow(16).await, endless().with_timeout_s(0.02), 20).await;
+    let engine = slow(1).await;
+    let running = engine.stream(Prompt::text("endless"), endless()).await.unwrap();
+    late(&engine, params().with_queue_timeout_s(0.01), 10).await;
+    drop(running);
+    let output = engine
+        .generate(Prompt::text("runs"), params().with_queue_timeout_s(60.0))
+        .await
+        .unwrap();
+    assert_eq!(output.text, "runs");
 }

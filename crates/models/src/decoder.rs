@@ -160,6 +160,15 @@ impl Decoder {
         }
     }
 
+    /// How many of the first `len` tokens a fork at that length goes on sharing whatever either of the two is fed: those
+    /// in pages that are full. MLX's graph shares none for long.
+    pub fn shared_tokens(&self, len: usize) -> usize {
+        match &self.body {
+            Body::Graph(_) => 0,
+            Body::Host(_) => len / crate::host::PAGE * crate::host::PAGE,
+        }
+    }
+
     /// A sequence that has seen nothing.
     pub fn sequence(&self) -> Sequence {
         Sequence {

@@ -33,11 +33,13 @@ pub(crate) struct Limits {
 }
 
 /// What a request asks for, in numbers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Ask {
     pub(crate) id: Id,
     /// Tokens of its prompt; at least 1.
     pub(crate) prompt: usize,
+    /// Positions in the prompt at which a chunk has to end, in order.
+    pub(crate) cuts: Vec<usize>,
     /// The most tokens of its answer; at least 1.
     pub(crate) answer: usize,
     /// The most bytes that its sequence comes to take.
@@ -58,6 +60,15 @@ pub(crate) enum Refusal {
     Full { retry_after: Duration },
     /// It would not fit if it ran alone.
     TooLarge { required: u64, available: u64 },
+}
+
+/// What becomes of the request that waits first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Admission {
+    /// It runs from now on.
+    Run(Id),
+    /// It would not fit if it ran alone, as memory was taken since it came. It is gone.
+    TooLarge { id: Id, required: u64, available: u64 },
 }
 
 /// Tokens of one prompt that are fed in a turn.
@@ -101,6 +112,8 @@ pub(crate) struct Scheduler {
     /// In the order in which they were admitted.
     running: Vec<Running>,
     rates: Rates,
+    /// Bytes that something else has taken of those that are available.
+    taken: u64,
 }
 
 impl Ask {
@@ -134,7 +147,19 @@ impl Scheduler {
             waiting: Vec::new(),
             running: Vec::new(),
             rates: Rates::default(),
+            taken: 0,
         }
+    }
+
+    /// Says how many of the bytes that are available something else has taken.
+    pub(crate) fn set_taken(&mut self, bytes: u64) {
+        self.taken = bytes;
+    }
+
+    /// Bytes for those that run.
+    fn available(&self) -> Option<u64> {
+        let available = self.limits.available?;
+        Some(available.saturating_sub(self.taken))
     }
 
     /// Whether there is nothing to do.
@@ -151,7 +176,7 @@ impl Scheduler {
 
     /// Puts a request into the queue.
     pub(crate) fn submit(&mut self, ask: Ask) -> Result<(), Refusal> {
-        if let Some(available) = self.limits.available.filter(|&available| ask.bytes > available) {
+        if let Some(available) = self.available().filter(|&available| ask.bytes > available) {
             return Err(Refusal::TooLarge {
                 required: ask.bytes,
                 available,
@@ -183,10 +208,19 @@ impl Scheduler {
 
     /// Lets the first request run that waits, where there is a place and memory for it. Those behind it wait for it:
     /// a large request would never come to its turn otherwise.
-    pub(crate) fn admit(&mut self) -> Option<Id> {
+    pub(crate) fn admit(&mut self) -> Option<Admission> {
         let first = self.waiting.first()?;
-        let bytes = self.reserved().saturating_add(first.bytes);
-        let fits = self.limits.available.is_none_or(|available| bytes <= available);
+        let (id, required) = (first.id, first.bytes);
+        let available = self.available().unwrap_or(u64::MAX);
+        if required > available {
+            self.waiting.remove(0);
+            return Some(Admission::TooLarge {
+                id,
+                required,
+                available,
+            });
+        }
+        let fits = self.reserved().saturating_add(required) <= available;
         if !fits || self.running.len() >= self.limits.max_batch {
             return None;
         }
@@ -195,19 +229,19 @@ impl Scheduler {
             ask,
             phase: Phase::Prefilling(0),
         });
-        Some(ask.id)
+        Some(Admission::Run(id))
     }
 
     /// What to do next.
     pub(crate) fn turn(&self) -> Turn {
         let prefilling = self.running.iter().filter_map(|running| match running.phase {
-            Phase::Prefilling(fed) => Some((running.ask, fed)),
+            Phase::Prefilling(fed) => Some((&running.ask, fed)),
             Phase::Decoding(_) => None,
         });
         let next = prefilling.min_by_key(|(ask, _)| ask.rank());
         let decoding = |running: &&Running| matches!(running.phase, Phase::Decoding(_));
         Turn {
-            chunk: next.map(|(ask, fed)| self.chunk(&ask, fed)),
+            chunk: next.map(|(ask, fed)| self.chunk(ask, fed)),
             decode: self
                 .running
                 .iter()
@@ -218,7 +252,15 @@ impl Scheduler {
     }
 
     fn chunk(&self, ask: &Ask, from: usize) -> Chunk {
-        let to = ask.prompt.min(from.saturating_add(self.limits.prefill_chunk));
+        let cut = ask
+            .cuts
+            .iter()
+            .copied()
+            .find(|&cut| cut > from)
+            .unwrap_or(ask.prompt);
+        let to = cut
+            .min(ask.prompt)
+            .min(from.saturating_add(self.limits.prefill_chunk));
         Chunk {
             id: ask.id,
             from,
@@ -229,12 +271,11 @@ impl Scheduler {
 
     /// Notes that the beginning of a prompt need not be computed, and says what is left of its first chunk.
     pub(crate) fn reused(&mut self, id: Id, tokens: usize) -> Option<Chunk> {
-        let running = self.running.iter_mut().find(|running| running.ask.id == id)?;
+        let at = self.running.iter().position(|running| running.ask.id == id)?;
         // The last token is fed in any case: the logits after it are wanted.
-        let fed = tokens.min(running.ask.prompt - 1);
-        running.phase = Phase::Prefilling(fed);
-        let ask = running.ask;
-        Some(self.chunk(&ask, fed))
+        let fed = tokens.min(self.running[at].ask.prompt - 1);
+        self.running[at].phase = Phase::Prefilling(fed);
+        Some(self.chunk(&self.running[at].ask, fed))
     }
 
     /// Notes that a chunk was fed.

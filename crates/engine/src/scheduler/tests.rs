@@ -28,6 +28,7 @@ impl Script {
         Ask {
             id,
             prompt: 25,
+            cuts: Vec::new(),
             answer: 4,
             bytes: 100,
             priority: Priority::Normal,
@@ -47,7 +48,12 @@ impl Script {
 
     /// Admits what may run.
     fn admitted(&mut self) -> Vec<Id> {
-        std::iter::from_fn(|| self.scheduler.admit()).collect()
+        let admitted = std::iter::from_fn(|| self.scheduler.admit());
+        let run = admitted.map(|admission| match admission {
+            Admission::Run(id) => id,
+            Admission::TooLarge { id, .. } => panic!("{id} was not taken"),
+        });
+        run.collect()
     }
 }
 
@@ -166,7 +172,7 @@ fn priorities_decide_who_is_next_and_waiting_makes_up_for_them() {
         script.submit(ask);
     }
     let mut order = Vec::new();
-    while let Some(id) = script.scheduler.admit() {
+    while let [id] = script.admitted()[..] {
         order.push(id);
         script.scheduler.finish(id);
     }
@@ -211,7 +217,14 @@ fn memory_is_reserved_and_the_first_that_waits_is_not_passed_by() {
     assert_eq!(script.admitted(), [1]);
     assert_eq!(script.scheduler.reserved(), 100);
     script.scheduler.cancel(1);
-    assert_eq!(script.admitted(), [2, 3]);
+    script.scheduler.set_taken(60);
+    let refused = Admission::TooLarge {
+        id: 2,
+        required: 200,
+        available: 190,
+    };
+    assert_eq!(script.scheduler.admit(), Some(refused));
+    assert_eq!(script.admitted(), [3]);
 }
 
 #[test]
@@ -236,4 +249,20 @@ fn time_is_over_where_the_request_said() {
     assert_eq!(scheduler.expire(queue), None, "what runs is not in the queue");
     assert_eq!(scheduler.expire(total), Some((1, long)));
     assert!(scheduler.is_idle());
+}
+
+#[test]
+fn a_chunk_ends_where_the_request_wants_it() {
+    let mut script = Script::new(limits());
+    script.submit(Ask {
+        cuts: vec![4, 12],
+        ..script.ask(1, 0)
+    });
+    script.admitted();
+    let mut ends = Vec::new();
+    while let Some(chunk) = script.scheduler.turn().chunk {
+        ends.push(chunk.to);
+        script.scheduler.fed(chunk);
+    }
+    assert_eq!(ends, [4, 12, 22, 25]);
 }

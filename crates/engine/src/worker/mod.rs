@@ -1,35 +1,30 @@
 //! The thread that owns the model: it does what the scheduler decides.
 
+mod active;
+mod command;
+mod scoring;
+#[cfg(test)]
+mod tests;
+
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use mlx_engine_core::{Backend, Device, EngineError, FinishReason, GenerateSummary, GenerationEvent};
 use mlx_engine_text::Tokenizer;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
+use self::active::{Active, read};
+pub(crate) use self::command::{Command, PrefixCommand};
+use self::scoring::Scoring;
 use crate::clock::Clock;
 use crate::config::EngineConfig;
-use crate::engine::Score;
 use crate::prefix::PrefixCache;
 use crate::request::{Answer, Request};
-use crate::scheduler::{Ask, Chunk, Id, Limits, Refusal, Scheduler};
-use crate::{Chosen, Feed, TokenModel};
-
-/// What reaches the worker.
-#[derive(Debug)]
-pub(crate) enum Command {
-    Generate {
-        request: Box<Request>,
-        /// Hears whether the request is in the queue.
-        taken: oneshot::Sender<Result<(), EngineError>>,
-    },
-    Score {
-        tokens: Vec<u32>,
-        reply: oneshot::Sender<Result<Score, EngineError>>,
-    },
-}
+use crate::scheduler::{Admission, Ask, Chunk, Id, Limits, Refusal, Scheduler};
+use crate::{Feed, TokenModel};
 
 /// What every answer says of the engine.
 #[derive(Clone, Debug)]
@@ -52,25 +47,9 @@ pub(crate) struct Worker<M: TokenModel, C> {
     waiting: Vec<(Id, Request)>,
     /// In the order in which they were admitted.
     active: Vec<Active<M::Sequence>>,
+    scoring: Scoring<M::Sequence>,
     /// Requests so far.
     submitted: Id,
-}
-
-/// A request that is being run.
-struct Active<S> {
-    id: Id,
-    request: Request,
-    answer: Answer,
-    sequence: S,
-    /// Prompt and answer so far.
-    tokens: Vec<u32>,
-    prompt_len: usize,
-    /// Prompt tokens that were taken over from another request; `None` until its prompt is begun.
-    cached: Option<usize>,
-    started: Instant,
-    /// Whether the token after the one that is read was begun in this turn.
-    ahead: bool,
-    finished: Option<FinishReason>,
 }
 
 /// Requests that an error of this turn ends.
@@ -104,24 +83,24 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             scheduler: Scheduler::new(limits),
             waiting: Vec::new(),
             active: Vec::new(),
+            scoring: Scoring::new(),
             submitted: 0,
         }
     }
 
-    /// Serves requests until nobody can send any.
-    pub(crate) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+    /// Serves requests until nobody can send any and all are answered, or until it is told to give them up.
+    pub(crate) fn run(mut self, mut commands: mpsc::Receiver<Command>, abort: &AtomicBool) {
         loop {
-            if self.scheduler.is_idle() {
+            if self.is_idle() {
                 match commands.blocking_recv() {
-                    Some(command) => self.accept(command, &commands),
+                    Some(command) => self.accept(command),
                     None => return,
                 }
             }
             while let Ok(command) = commands.try_recv() {
-                self.accept(command, &commands);
+                self.accept(command);
             }
-            if commands.is_closed() {
-                // The engine was unloaded: nobody waits for what is left.
+            if abort.load(Ordering::Acquire) {
                 self.abort();
                 return;
             }
@@ -129,20 +108,44 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
     }
 
-    fn accept(&mut self, command: Command, commands: &mpsc::Receiver<Command>) {
+    /// Whether there is nothing to do.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.scheduler.is_idle() && self.scoring.is_empty()
+    }
+
+    // Who asked may have gone, and is not told then.
+    fn accept(&mut self, command: Command) {
         match command {
             Command::Generate { request, taken } => {
-                let result = self.submit(*request);
-                // A caller who is gone has dropped the other end of the request's events too.
-                let _ = taken.send(result);
+                let _ = taken.send(self.submit(*request));
             }
             Command::Score { tokens, reply } => {
-                let go_on = || !reply.is_closed() && !commands.is_closed();
-                let scored = guarded(|| self.model.score(&tokens, &go_on));
-                // The caller may have gone.
-                let _ = reply.send(scored.map(|logprobs| Score { tokens, logprobs }));
+                let sequence = self.model.open();
+                self.scoring.add(tokens, sequence, reply);
             }
+            Command::Prefixes(command) => self.manage(command),
         }
+    }
+
+    fn manage(&mut self, command: PrefixCommand) {
+        let Self { model, prefixes, .. } = self;
+        match command {
+            PrefixCommand::Report(reply) => drop(reply.send(prefixes.report())),
+            PrefixCommand::Clear(reply) => drop(reply.send(prefixes.clear())),
+            PrefixCommand::Pin { tokens, pinned } => {
+                let result = guarded(|| prefixes.pin(model, &tokens)).map(|known| {
+                    let lack = || EngineError::InsufficientMemory {
+                        required: model.sequence_bytes(tokens.len()),
+                        available: prefixes.max_bytes().saturating_sub(prefixes.pinned_bytes()),
+                    };
+                    (!known).then(lack)
+                });
+                drop(pinned.send(result));
+            }
+            PrefixCommand::Unpin { tokens, unpinned } => drop(unpinned.send(prefixes.unpin(&tokens))),
+        }
+        self.scheduler.set_taken(self.prefixes.pinned_bytes());
+        self.make_room();
     }
 
     /// Puts a request into the queue.
@@ -165,6 +168,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let ask = Ask {
             id: self.submitted,
             prompt,
+            cuts: self.checkpoints(&request.tokens),
             answer,
             bytes: self.model.sequence_bytes(prompt + answer),
             priority: request.params.priority,
@@ -172,6 +176,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             queue_limit: limit(request.params.queue_timeout_s),
             limit: limit(request.params.timeout_s),
         };
+        let id = ask.id;
         self.scheduler.submit(ask).map_err(|refusal| match refusal {
             Refusal::Full { retry_after } => EngineError::QueueFull { retry_after },
             Refusal::TooLarge { required, available } => {
@@ -179,7 +184,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
         })?;
         self.submitted += 1;
-        self.waiting.push((ask.id, request));
+        self.waiting.push((id, request));
         Ok(())
     }
 
@@ -244,19 +249,46 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
     }
 
+    /// Where the state of a prompt is kept while it is fed: behind its first and its last message, where a conversation
+    /// that begins alike goes another way. None where any state can be had from a later one.
+    fn checkpoints(&self, tokens: &[u32]) -> Vec<usize> {
+        if self.model.forks_anywhere() {
+            return Vec::new();
+        }
+        let ends = self.tokenizer.eos_ids();
+        let behind = |(at, token): (usize, &u32)| ends.contains(token).then_some(at + 1);
+        let mut behind = tokens
+            .iter()
+            .enumerate()
+            .filter_map(behind)
+            .filter(|&at| at < tokens.len());
+        let first = behind.next();
+        first.into_iter().chain(behind.next_back()).collect()
+    }
+
     /// Lets requests run for which there is room.
     fn admit(&mut self) {
-        while let Some(id) = self.scheduler.admit() {
+        while let Some(admission) = self.scheduler.admit() {
+            let (Admission::Run(id) | Admission::TooLarge { id, .. }) = admission;
             let Some(at) = self.waiting.iter().position(|(other, _)| *other == id) else {
                 self.scheduler.cancel(id);
                 continue;
             };
             let (_, request) = self.waiting.remove(at);
+            if let Admission::TooLarge {
+                required, available, ..
+            } = admission
+            {
+                let error = EngineError::InsufficientMemory { required, available };
+                let _ = request.events.try_send(Err(error));
+                continue;
+            }
             self.active.push(Active {
                 id,
                 answer: Answer::new(&self.tokenizer, &request),
                 tokens: request.tokens.clone(),
                 prompt_len: request.tokens.len(),
+                checkpoints: self.checkpoints(&request.tokens),
                 request,
                 sequence: self.model.open(),
                 cached: None,
@@ -265,7 +297,11 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 finished: None,
             });
         }
-        // What is only kept makes room for what runs.
+        self.make_room();
+    }
+
+    /// What is only kept makes room for what runs.
+    fn make_room(&mut self) {
         if let Some(available) = self.available {
             let free = available.saturating_sub(self.scheduler.reserved());
             self.prefixes.shrink(free);
@@ -280,13 +316,17 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let mut turn = self.scheduler.turn();
         let mut failed = Failed::new();
         if let Some(chunk) = turn.chunk {
-            let chunk = self.begin(chunk);
-            turn.chunk = Some(chunk);
-            match self.prefill(chunk) {
-                Ok(()) => self.scheduler.fed(chunk),
-                Err(error) => failed.push((chunk.id, error)),
+            let fed = self.begin(chunk).and_then(|chunk| {
+                turn.chunk = Some(chunk);
+                self.prefill(chunk)?;
+                self.scheduler.fed(chunk);
+                Ok(())
+            });
+            if let Err(error) = fed {
+                failed.push((chunk.id, error));
             }
         }
+        self.scoring.step(&mut self.model);
         let due = &turn.decode;
         self.feed(due, &mut failed, |model, active| {
             let more = active.wants_more(model.context_length());
@@ -306,36 +346,71 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 .turned(&turn, self.clock.now().saturating_duration_since(began));
         }
         self.take_out(failed);
+        self.make_room();
     }
 
     /// Looks for what is known of a prompt before its first chunk, and says what the chunk is then.
-    fn begin(&mut self, chunk: Chunk) -> Chunk {
-        let Some(active) = self.active.iter_mut().find(|active| active.id == chunk.id) else {
-            return chunk;
+    fn begin(&mut self, chunk: Chunk) -> Result<Chunk, EngineError> {
+        let position = |active: &Active<M::Sequence>| active.id == chunk.id && active.cached.is_none();
+        let Some(at) = self.active.iter().position(position) else {
+            return Ok(chunk);
         };
-        if active.cached.is_some() {
-            return chunk;
+        // The last token is fed in any case: the logits after it are wanted.
+        let prompt = &self.active[at].tokens[..chunk.from.max(self.active[at].prompt_len - 1)].to_vec();
+        let (known, cached) = match guarded(|| self.known(prompt))? {
+            Some((sequence, len)) => (Some(sequence), len),
+            None => (None, 0),
+        };
+        self.prefixes.count(cached);
+        let now = self.clock.now();
+        let active = &mut self.active[at];
+        if let Some(sequence) = known {
+            active.sequence = sequence;
         }
-        let cached = match self.prefixes.take(&active.tokens) {
-            Some((mut sequence, len)) => {
-                self.model.truncate(&mut sequence, len);
-                active.sequence = sequence;
-                len
-            }
-            None => 0,
-        };
-        active.cached = Some(cached);
-        active.started = self.clock.now();
+        (active.cached, active.started) = (Some(cached), now);
         let event = GenerationEvent::Started {
             prompt_tokens: active.prompt_len as u32,
             cached_tokens: cached as u32,
         };
         let _ = active.request.events.try_send(Ok(event));
-        self.scheduler.reused(chunk.id, cached).unwrap_or(chunk)
+        Ok(self.scheduler.reused(chunk.id, cached).unwrap_or(chunk))
+    }
+
+    /// A sequence that has seen as much of a prompt as one that is kept or runs.
+    fn known(&mut self, prompt: &[u32]) -> Result<Option<(M::Sequence, usize)>, EngineError> {
+        let Self {
+            model,
+            active,
+            prefixes,
+            ..
+        } = self;
+        let begun = active.iter_mut().filter(|active| active.cached.is_some());
+        let running = begun
+            .map(|active| {
+                let alike = active
+                    .tokens
+                    .iter()
+                    .zip(prompt)
+                    .take_while(|(a, b)| a == b)
+                    .count();
+                (alike.min(model.len(&active.sequence)), active)
+            })
+            .max_by_key(|(len, _)| *len);
+        if let Some((len, active)) = running.filter(|(len, _)| *len > prefixes.known(prompt))
+            && let Some(fork) = model.fork(&mut active.sequence, len)?
+        {
+            return Ok(Some((fork, len)));
+        }
+        prefixes.fork(model, prompt)
     }
 
     fn prefill(&mut self, chunk: Chunk) -> Result<(), EngineError> {
-        let Self { model, active, .. } = self;
+        let Self {
+            model,
+            active,
+            prefixes,
+            ..
+        } = self;
         let Some(active) = active.iter_mut().find(|active| active.id == chunk.id) else {
             return Ok(());
         };
@@ -344,10 +419,20 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         guarded(|| {
             if chunk.last {
                 // Its first token is read in the next turn, so that it is chosen meanwhile.
-                model.begin(sequence, tokens, params, 0)
+                model.begin(sequence, tokens, params, 0)?;
             } else {
-                model.prefill(sequence, tokens)
+                model.prefill(sequence, tokens)?;
             }
+            let kept = active.checkpoints.contains(&chunk.to) || chunk.last && !model.forks_anywhere();
+            if kept && let Some(fork) = model.fork(sequence, chunk.to)? {
+                prefixes.keep(
+                    model,
+                    &active.tokens[..chunk.to],
+                    fork,
+                    active.cached.unwrap_or_default(),
+                );
+            }
+            Ok(())
         })
     }
 
@@ -467,13 +552,15 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let Active {
             mut sequence,
             mut tokens,
+            cached,
             ..
         } = active;
         // A step that looked ahead was fed a token that the answer does not have.
         tokens.truncate(self.model.len(&sequence));
-        self.model.truncate(&mut sequence, tokens.len());
-        let bytes = self.model.sequence_bytes(tokens.len());
-        self.prefixes.keep(tokens, sequence, bytes);
+        if self.model.truncate(&mut sequence, tokens.len()) {
+            self.prefixes
+                .keep(&self.model, &tokens, sequence, cached.unwrap_or_default());
+        }
     }
 }
 
@@ -488,61 +575,9 @@ fn standing<'a, S>(
         .filter(|active| due.contains(&active.id) && failed.iter().all(|(id, _)| *id != active.id))
 }
 
-impl<S> Active<S> {
-    /// Whether a token may follow the one that is being chosen.
-    fn wants_more(&self, context_length: usize) -> bool {
-        self.answer.generated() + 1 < self.request.params.max_tokens && self.tokens.len() + 1 < context_length
-    }
-}
-
 /// Runs a step of the model; a panic in it is an error.
 fn guarded<T>(step: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
     catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|panic| Err(panicked(&*panic)))
-}
-
-/// Reads the token that is being chosen, and says whether it was the last.
-fn read<M: TokenModel>(
-    model: &mut M,
-    active: &mut Active<M::Sequence>,
-    clock: &impl Clock,
-) -> Result<Option<FinishReason>, EngineError> {
-    let room = active.tokens.len() + 1 < model.context_length();
-    let Request { params, walk, .. } = &mut active.request;
-    if let Some(walk) = walk {
-        walk.prepare()?;
-    }
-    let mut masked = Ok(());
-    let mut mask = |logits: &mut [f32]| {
-        if let Some(walk) = walk {
-            masked = walk.mask(logits);
-        }
-    };
-    let chosen = model.read(
-        &mut active.sequence,
-        params,
-        &active.tokens,
-        active.prompt_len,
-        &mut mask,
-    )?;
-    masked?;
-    active.tokens.push(chosen.token);
-    let complete = match walk {
-        Some(walk) => walk.commit(chosen.token)?,
-        None => false,
-    };
-    let reason = emit(active, chosen, complete, clock.now());
-    Ok(reason.or((!room).then_some(FinishReason::Length)))
-}
-
-/// Hands a token's text to the caller.
-fn emit<S>(active: &mut Active<S>, chosen: Chosen, complete: bool, now: Instant) -> Option<FinishReason> {
-    let params = &active.request.params;
-    let (event, reason) = active.answer.take(chosen, params, complete, now);
-    if let Some(event) = event {
-        // A caller who is gone is noticed before the next step.
-        let _ = active.request.events.try_send(Ok(event));
-    }
-    reason
 }
 
 pub(crate) fn panicked(panic: &(dyn Any + Send)) -> EngineError {

@@ -1,0 +1,82 @@
+//! A request that is being run.
+
+use std::time::Instant;
+
+use mlx_engine_core::{EngineError, FinishReason};
+
+use crate::clock::Clock;
+use crate::request::{Answer, Request};
+use crate::scheduler::Id;
+use crate::{Chosen, TokenModel};
+
+/// A request that is being run.
+pub(super) struct Active<S> {
+    pub(super) id: Id,
+    pub(super) request: Request,
+    pub(super) answer: Answer,
+    pub(super) sequence: S,
+    /// Prompt and answer so far.
+    pub(super) tokens: Vec<u32>,
+    pub(super) prompt_len: usize,
+    /// Prompt tokens that were taken over from another request, whose memory they share; `None` until its prompt is
+    /// begun.
+    pub(super) cached: Option<usize>,
+    /// Lengths of the prompt at which its state is kept, where it cannot be had from a longer one.
+    pub(super) checkpoints: Vec<usize>,
+    pub(super) started: Instant,
+    /// Whether the token after the one that is read was begun in this turn.
+    pub(super) ahead: bool,
+    pub(super) finished: Option<FinishReason>,
+}
+
+impl<S> Active<S> {
+    /// Whether a token may follow the one that is being chosen.
+    pub(super) fn wants_more(&self, context_length: usize) -> bool {
+        self.answer.generated() + 1 < self.request.params.max_tokens && self.tokens.len() + 1 < context_length
+    }
+}
+
+/// Reads the token that is being chosen, and says whether it was the last.
+pub(super) fn read<M: TokenModel>(
+    model: &mut M,
+    active: &mut Active<M::Sequence>,
+    clock: &impl Clock,
+) -> Result<Option<FinishReason>, EngineError> {
+    let room = active.tokens.len() + 1 < model.context_length();
+    let Request { params, walk, .. } = &mut active.request;
+    if let Some(walk) = walk {
+        walk.prepare()?;
+    }
+    let mut masked = Ok(());
+    let mut mask = |logits: &mut [f32]| {
+        if let Some(walk) = walk {
+            masked = walk.mask(logits);
+        }
+    };
+    let chosen = model.read(
+        &mut active.sequence,
+        params,
+        &active.tokens,
+        active.prompt_len,
+        &mut mask,
+    )?;
+    masked?;
+    active.tokens.push(chosen.token);
+    let complete = match walk {
+        Some(walk) => walk.commit(chosen.token)?,
+        None => false,
+    };
+    let reason = emit(active, chosen, complete, clock.now());
+    Ok(reason.or((!room).then_some(FinishReason::Length)))
+}
+
+/// Hands a token's text to the caller.
+fn emit<S>(active: &mut Active<S>, chosen: Chosen, complete: bool, now: Instant) -> Option<FinishReason> {
+    let params = &active.request.params;
+    let (event, reason) = active.answer.take(chosen, params, complete, now);
+    if let Some(event) = event {
+        // A caller who is gone is noticed before the next step.
+        let _ = active.request.events.try_send(Ok(event));
+    }
+    reason
+}

@@ -1,0 +1,452 @@
+//! The worker over the mock, one turn after the other, at times that the test decides.
+
+use std::sync::atomic::AtomicU64;
+use std::time::Instant;
+
+use mlx_engine_core::{GenerateParams, Priority};
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::PrefixCacheConfig;
+use crate::mock::{self, MockFault, MockModel, MockScript};
+
+/// A clock that a test moves.
+#[derive(Clone)]
+struct ManualClock {
+    start: Instant,
+    milliseconds: Arc<AtomicU64>,
+}
+
+impl ManualClock {
+    fn advance(&self, milliseconds: u64) {
+        self.milliseconds.fetch_add(milliseconds, Ordering::Relaxed);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> Instant {
+        self.start + Duration::from_millis(self.milliseconds.load(Ordering::Relaxed))
+    }
+}
+
+type Events = mpsc::Receiver<Result<GenerationEvent, EngineError>>;
+
+/// A worker, and what its requests have got so far.
+struct Bench {
+    worker: Worker<MockModel, ManualClock>,
+    clock: ManualClock,
+    requests: Vec<Sent>,
+}
+
+/// A request, and what came back.
+struct Sent {
+    prompt: String,
+    params: GenerateParams,
+    at: Instant,
+    events: Option<Events>,
+    text: String,
+    cached: u32,
+    /// How it ended, and when.
+    ends: Vec<(Result<FinishReason, EngineError>, Instant)>,
+    refused: bool,
+}
+
+impl Bench {
+    fn new(script: MockScript, config: &EngineConfig) -> Self {
+        let clock = ManualClock {
+            start: Instant::now(),
+            milliseconds: Arc::default(),
+        };
+        let identity = Identity {
+            model: "tiny".into(),
+            backend: Backend::Mock,
+            device: Device::Cpu,
+            load_s: 0.0,
+        };
+        let model = script.load().expect("the mock loads");
+        let tokenizer = mock::tokenizer().expect("the mock has a tokenizer");
+        Self {
+            worker: Worker::new(model, tokenizer, identity, config, clock.clone()),
+            clock,
+            requests: Vec::new(),
+        }
+    }
+
+    fn submit(&mut self, prompt: &str, params: GenerateParams) -> Result<usize, EngineError> {
+        self.submit_tokens(prompt, prompt.bytes().map(u32::from).collect(), params)
+    }
+
+    fn submit_tokens(
+        &mut self,
+        prompt: &str,
+        tokens: Vec<u32>,
+        params: GenerateParams,
+    ) -> Result<usize, EngineError> {
+        let (events, receiver) = mpsc::channel(params.max_tokens as usize + 3);
+        let at = self.clock.now();
+        let request = Request {
+            tokens,
+            params: params.clone(),
+            walk: None,
+            events,
+            submitted: at,
+        };
+        let result = self.worker.submit(request);
+        self.requests.push(Sent {
+            prompt: prompt.to_owned(),
+            params,
+            at,
+            events: Some(receiver),
+            text: String::new(),
+            cached: 0,
+            ends: Vec::new(),
+            refused: result.is_err(),
+        });
+        result.map(|()| self.requests.len() - 1)
+    }
+
+    fn turn(&mut self) {
+        self.clock.advance(1);
+        self.worker.turn();
+        self.collect();
+    }
+
+    /// Reads what came back.
+    fn collect(&mut self) {
+        let now = self.clock.now();
+        for sent in &mut self.requests {
+            while let Some(Ok(event)) = sent.events.as_mut().map(mpsc::Receiver::try_recv) {
+                match event {
+                    Ok(GenerationEvent::Text { text, .. }) => sent.text.push_str(&text),
+                    Ok(GenerationEvent::Finished(summary)) => {
+                        sent.ends.push((Ok(summary.finish_reason), now));
+                    }
+                    Ok(GenerationEvent::Started { cached_tokens, .. }) => sent.cached = cached_tokens,
+                    Ok(_) => {}
+                    Err(error) => sent.ends.push((Err(error), now)),
+                }
+            }
+        }
+    }
+
+    /// Turns until nothing is left to do.
+    fn finish(&mut self) {
+        for _ in 0..100_000 {
+            if self.worker.is_idle() {
+                return;
+            }
+            self.turn();
+        }
+        panic!("a request never ends");
+    }
+}
+
+fn params(max_tokens: u32) -> GenerateParams {
+    GenerateParams::default().with_max_tokens(max_tokens)
+}
+
+fn config() -> EngineConfig {
+    EngineConfig {
+        prefill_chunk: Some(16),
+        ..EngineConfig::default()
+    }
+}
+
+#[test]
+fn a_long_prompt_stops_no_answer_for_longer_than_a_chunk() {
+    let mut bench = Bench::new(MockScript::default(), &config());
+    let running = bench.submit("the answer that runs", params(20)).unwrap();
+    bench.turn();
+    bench.turn();
+    let long = "a prompt of sixteen chunks ".repeat(10)[..256].to_owned();
+    bench.submit(&long, params(2)).unwrap();
+    for turn in 0..16 {
+        let before = bench.requests[running].text.len();
+        bench.turn();
+        assert_eq!(bench.requests[running].text.len(), before + 1, "turn {turn}");
+    }
+    assert!(bench.requests[1].text.is_empty(), "its prompt has just been fed");
+    bench.finish();
+}
+
+#[test]
+fn requests_that_begin_alike_and_come_together_compute_it_once() {
+    let mut bench = Bench::new(MockScript::default(), &config());
+    let alike = "a system prompt that all of them have in common, and that is long ".repeat(4);
+    for index in 0..5 {
+        bench.submit(&format!("{alike}{index}"), params(8)).unwrap();
+    }
+    bench.finish();
+    let cached: Vec<u32> = bench.requests.iter().map(|sent| sent.cached).collect();
+    let alike = alike.len() as u32;
+    assert_eq!(cached, [0, alike, alike, alike, alike]);
+}
+
+#[test]
+fn a_conversation_on_a_model_that_cannot_cut_begins_where_messages_end() {
+    let script = MockScript::reply("ok").with_whole_sequences();
+    let mut bench = Bench::new(script, &config());
+    // The mock ends a message by its end token, which the template does not write: tokens are given as they are.
+    let end = 256;
+    let tokens = |text: &str| text.bytes().map(u32::from).chain([end]).collect::<Vec<u32>>();
+    let send = |bench: &mut Bench, tokens: &[u32]| {
+        let index = bench.submit_tokens("", tokens.to_vec(), params(4)).unwrap();
+        bench.finish();
+        bench.requests[index].cached as usize
+    };
+    let (system, first, second) = (tokens("be brief"), tokens("who are you"), tokens("what is this"));
+    let conversation = |parts: &[&Vec<u32>]| {
+        parts
+            .iter()
+            .flat_map(|part| part.iter().copied())
+            .chain([58])
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(send(&mut bench, &conversation(&[&system, &first])), 0);
+    // Another question after the same system prompt.
+    assert_eq!(send(&mut bench, &conversation(&[&system, &second])), system.len());
+    // The same question with its answer and one more.
+    let answer = tokens("ok");
+    let mut longer = conversation(&[&system, &first]);
+    let before = longer.len();
+    longer.extend(answer);
+    longer.extend(conversation(&[&second]));
+    assert!(send(&mut bench, &longer) >= before);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Submit {
+        prompt: String,
+        max_tokens: u32,
+        priority: Priority,
+        queue_ms: Option<u32>,
+        total_ms: Option<u32>,
+    },
+    Drop(prop::sample::Index),
+    Turns(u8),
+    Wait(u64),
+    Pin(prop::sample::Index),
+    Clear,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    // Few letters, so that prompts begin alike.
+    let submit = (
+        "[ab]{1,4}[a-d]{0,30}",
+        1u32..40,
+        prop::sample::select(Priority::ALL.to_vec()),
+        prop::option::weighted(0.2, 1u32..60),
+        prop::option::weighted(0.2, 1u32..120),
+    );
+    let submit = submit.prop_map(
+        |(prompt, max_tokens, priority, queue_ms, total_ms)| Step::Submit {
+            prompt,
+            max_tokens,
+            priority,
+            queue_ms,
+            total_ms,
+        },
+    );
+    let step = prop_oneof![
+        8 => submit,
+        2 => any::<prop::sample::Index>().prop_map(Step::Drop),
+        6 => (1u8..12).prop_map(Step::Turns),
+        1 => (1u64..50).prop_map(Step::Wait),
+        1 => any::<prop::sample::Index>().prop_map(Step::Pin),
+        1 => Just(Step::Clear),
+    ];
+    prop::collection::vec(step, 1..50)
+}
+
+#[derive(Clone, Debug)]
+struct Setting {
+    max_batch: usize,
+    max_queue: usize,
+    prefill_chunk: usize,
+    memory_limit: Option<u64>,
+    max_bytes: Option<u64>,
+    whole: bool,
+    faults: Vec<(u64, MockFault)>,
+}
+
+fn setting() -> impl Strategy<Value = Setting> {
+    let fault = prop::sample::select(vec![MockFault::Device, MockFault::OutOfMemory, MockFault::Panic]);
+    (
+        (1usize..5, 0usize..8, 1usize..20),
+        prop::option::of(200u64..2000),
+        prop::option::of(0u64..1000),
+        any::<bool>(),
+        prop::collection::vec((0u64..30, fault), 0..3),
+    )
+        .prop_map(
+            |((max_batch, max_queue, prefill_chunk), memory_limit, max_bytes, whole, faults)| Setting {
+                max_batch,
+                max_queue,
+                prefill_chunk,
+                memory_limit,
+                max_bytes,
+                whole,
+                faults,
+            },
+        )
+}
+
+/// What the mock says to a prompt when it is asked alone.
+fn alone(sent: &Sent) -> (String, FinishReason) {
+    let echo: String = sent
+        .prompt
+        .chars()
+        .take(sent.params.max_tokens as usize)
+        .collect();
+    let reason = if sent.params.max_tokens as usize > sent.prompt.len() {
+        FinishReason::Stop
+    } else {
+        FinishReason::Length
+    };
+    (echo, reason)
+}
+
+fn milliseconds(seconds: Option<f64>) -> Option<Duration> {
+    seconds.map(Duration::from_secs_f64)
+}
+
+fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
+    let Setting {
+        max_batch, max_queue, ..
+    } = *setting;
+    let mut script = MockScript::default().with_bytes_per_token(10);
+    for &(number, fault) in &setting.faults {
+        script = script.with_fault(number, fault);
+    }
+    if setting.whole {
+        script = script.with_whole_sequences();
+    }
+    let config = EngineConfig {
+        max_batch,
+        max_queue,
+        prefill_chunk: Some(setting.prefill_chunk),
+        memory_limit: setting.memory_limit,
+        prefix_cache: setting
+            .max_bytes
+            .map_or_else(PrefixCacheConfig::default, PrefixCacheConfig::of),
+        ..EngineConfig::default()
+    };
+    let mut bench = Bench::new(script, &config);
+    for step in steps {
+        match step {
+            Step::Submit {
+                prompt,
+                max_tokens,
+                priority,
+                queue_ms,
+                total_ms,
+            } => {
+                let seconds = |ms: Option<u32>| ms.map(|ms| f64::from(ms) / 1000.0);
+                let params = GenerateParams {
+                    priority,
+                    queue_timeout_s: seconds(queue_ms),
+                    timeout_s: seconds(total_ms),
+                    ..params(max_tokens)
+                };
+                let result = bench.submit(&prompt, params);
+                bench.collect();
+                let live = |sent: &&Sent| sent.events.is_some() && sent.ends.is_empty() && !sent.refused;
+                let there = bench.requests.iter().filter(live).count();
+                match result {
+                    Ok(_) => prop_assert!(there <= max_batch + max_queue),
+                    Err(EngineError::QueueFull { retry_after }) => {
+                        prop_assert!(retry_after > Duration::ZERO);
+                        prop_assert!(there >= max_batch + max_queue);
+                    }
+                    Err(EngineError::InsufficientMemory { required, available }) => {
+                        prop_assert!(required > available && available <= setting.memory_limit.unwrap());
+                    }
+                    Err(error) => prop_assert!(false, "{error}"),
+                }
+            }
+            Step::Drop(index) if !bench.requests.is_empty() => {
+                let at = index.index(bench.requests.len());
+                bench.requests[at].events = None;
+            }
+            Step::Pin(index) if !bench.requests.is_empty() => {
+                let at = index.index(bench.requests.len());
+                let tokens: Vec<u32> = bench.requests[at].prompt.bytes().map(u32::from).collect();
+                let (pinned, _) = tokio::sync::oneshot::channel();
+                bench.worker.manage(PrefixCommand::Pin { tokens, pinned });
+            }
+            Step::Clear => {
+                let (cleared, _) = tokio::sync::oneshot::channel();
+                bench.worker.manage(PrefixCommand::Clear(cleared));
+            }
+            Step::Turns(turns) => (0..turns).for_each(|_| bench.turn()),
+            Step::Wait(milliseconds) => bench.clock.advance(milliseconds),
+            Step::Drop(_) | Step::Pin(_) => {}
+        }
+        if let Some(limit) = setting.memory_limit {
+            let worker = &bench.worker;
+            let taken = worker.scheduler.reserved() + worker.prefixes.bytes();
+            prop_assert!(taken <= limit || worker.prefixes.pinned_bytes() > 0);
+        }
+        prop_assert!(bench.worker.active.len() <= max_batch);
+    }
+    bench.finish();
+    let mut faults = 0;
+    for sent in bench.requests.iter().filter(|sent| sent.events.is_some()) {
+        prop_assert_eq!(
+            sent.ends.len(),
+            usize::from(!sent.refused),
+            "it ends once: {}",
+            sent.prompt
+        );
+        let (text, reason) = alone(sent);
+        prop_assert!(text.starts_with(&sent.text), "{} begins {text}", sent.text);
+        match sent.ends.first() {
+            None => {}
+            Some((Ok(found), _)) => prop_assert_eq!((&sent.text, *found), (&text, reason)),
+            Some((Err(EngineError::DeadlineExceeded { limit }), at)) => {
+                let limits = [
+                    milliseconds(sent.params.queue_timeout_s),
+                    milliseconds(sent.params.timeout_s),
+                ];
+                prop_assert!(limits.contains(&Some(*limit)) && *at - sent.at >= *limit);
+            }
+            Some((Err(EngineError::InsufficientMemory { required, available }), _)) => {
+                prop_assert!(required > available, "what is pinned leaves no room");
+            }
+            Some((Err(error), _)) => {
+                prop_assert!(error.is_retryable(), "{error}");
+                faults += 1;
+            }
+        }
+    }
+    prop_assert!(faults <= setting.faults.len());
+    // All that was taken is given back.
+    prop_assert_eq!(bench.worker.scheduler.reserved(), 0);
+    let pinned: Vec<_> = bench
+        .worker
+        .prefixes
+        .entries()
+        .map(|(tokens, _)| tokens)
+        .collect();
+    prop_assert_eq!(bench.worker.model.alive(), pinned.len());
+    for tokens in pinned {
+        bench.worker.prefixes.unpin(&tokens);
+    }
+    bench.worker.prefixes.clear();
+    prop_assert_eq!(
+        (bench.worker.prefixes.bytes(), bench.worker.model.alive()),
+        (0, 0)
+    );
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3000))]
+
+    /// Whatever comes together, every request ends once, for the right reason, with what it gets alone.
+    #[test]
+    fn every_request_ends_once_with_what_it_gets_alone(steps in steps(), setting in setting()) {
+        check(steps, &setting)?;
+    }
+}
