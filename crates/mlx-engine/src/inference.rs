@@ -10,7 +10,7 @@ use mlx_engine_core::{
 };
 #[cfg(feature = "mlx")]
 use mlx_engine_engine::PromptEncoder;
-use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn, Score};
+use mlx_engine_engine::{Engine, EngineConfig, MockScript, PrefixCacheReport, ProgressFn, Score, UnloadMode};
 use mlx_engine_monitor::{
     DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, Monitored,
 };
@@ -366,6 +366,56 @@ impl InferenceEngine {
     /// [`EngineError::LoadInProgress`], and why the memory could not be given back.
     pub async fn unload(&self) -> Result<(), EngineError> {
         self.engine.unload().await
+    }
+
+    /// Gives the memory back after the requests that the engine has taken are answered, or at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`unload`](Self::unload).
+    pub async fn unload_with(&self, mode: UnloadMode) -> Result<(), EngineError> {
+        if mode == UnloadMode::Drain
+            && let Ok(engine) = self.engine()
+        {
+            engine.unload_with(mode).await?;
+        }
+        self.unload().await
+    }
+
+    /// What is kept of requests for those that begin alike.
+    ///
+    /// # Errors
+    ///
+    /// As [`engine`](Self::engine).
+    pub async fn prefix_cache(&self) -> Result<PrefixCacheReport, EngineError> {
+        self.engine()?.prefix_cache().await
+    }
+
+    /// Gives up what is kept and not pinned, and says how many bytes that were.
+    ///
+    /// # Errors
+    ///
+    /// As [`engine`](Self::engine).
+    pub async fn clear_prefix_cache(&self) -> Result<u64, EngineError> {
+        self.engine()?.clear_prefix_cache().await
+    }
+
+    /// Keeps the keys and values of a prompt, such as a long system prompt, until it is unpinned.
+    ///
+    /// # Errors
+    ///
+    /// As [`engine`](Self::engine) and [`Engine::pin_prefix`].
+    pub async fn pin_prefix(&self, prompt: impl Into<Prompt>) -> Result<(), EngineError> {
+        self.engine()?.pin_prefix(prompt.into()).await
+    }
+
+    /// Lets a prompt go that was pinned; `false` where it is not pinned.
+    ///
+    /// # Errors
+    ///
+    /// As [`engine`](Self::engine) and [`Engine::unpin_prefix`].
+    pub async fn unpin_prefix(&self, prompt: impl Into<Prompt>) -> Result<bool, EngineError> {
+        self.engine()?.unpin_prefix(prompt.into()).await
     }
 }
 

@@ -41,7 +41,8 @@ pub use chat::{ChatSession, ChatStream};
 pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
 pub use mlx_engine_engine::{
-    Engine, EngineConfig, MockFault, MockScript, PrefixCacheConfig, ProgressFn, PromptEncoder, Score,
+    Engine, EngineConfig, MockFault, MockScript, PrefixCacheConfig, PrefixCacheReport, PrefixEntry,
+    ProgressFn, PromptEncoder, Score, UnloadMode,
 };
 #[cfg(feature = "mlx")]
 pub use mlx_engine_engine::{cpu_kernels, mlx_device};

@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use futures::StreamExt;
 use mlx_engine::prelude::*;
 use mlx_engine::{Device, EngineConfig, LoadProgress};
 use serde_json::Value;
@@ -194,32 +195,160 @@ async fn a_conversation_reuses_its_keys_and_values_and_says_the_same() {
     assert_eq!(fresh.text, reused.text);
 }
 
-#[tokio::test]
-async fn memory_does_not_grow_with_requests() {
+/// A folder with the smallest model that there is.
+fn tiny() -> tempfile::TempDir {
     let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tests/fixtures/tiny/llama");
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("there is room");
     for file in ["config.json", "model.safetensors"] {
-        std::fs::copy(format!("{tiny}/{file}"), folder.path().join(file)).unwrap();
+        std::fs::copy(format!("{tiny}/{file}"), folder.path().join(file)).expect("the fixture is there");
     }
-    std::fs::write(folder.path().join("tokenizer.json"), TOKENIZER).unwrap();
-    let engine = InferenceEngine::new();
+    std::fs::write(folder.path().join("tokenizer.json"), TOKENIZER).expect("there is room");
+    folder
+}
+
+#[tokio::test]
+async fn memory_does_not_grow_with_requests_that_are_dropped_anywhere() {
+    let folder = tiny();
+    let config = EngineConfig {
+        max_batch: 4,
+        prefill_chunk: Some(16),
+        prefix_cache: mlx_engine::PrefixCacheConfig::of(64 << 10),
+        ..EngineConfig::default()
+    };
+    let engine = InferenceEngine::new().with_config(config);
     engine.load_model(folder.path().to_str().unwrap()).await.unwrap();
-    let mut peak = 0;
-    for number in 0..200_u32 {
+    let run = async |number: u32| {
         let tokens = (0..60).map(|i| (i * 7 + number * 3) % 96);
         let params = GenerateParams::default()
-            .with_max_tokens(4)
+            .with_max_tokens(12)
             .with_ignore_eos(true)
             .with_seed(1);
-        let output = engine.generate(Prompt::tokens(tokens), params).await.unwrap();
-        if number == 20 {
-            peak = output.peak_memory_bytes;
+        let mut stream = engine.stream(Prompt::tokens(tokens), params).await.unwrap();
+        // Every other one is dropped, in its prompt or after some tokens.
+        let events = if number.is_multiple_of(2) {
+            usize::MAX
+        } else {
+            (number as usize * 5) % 12
+        };
+        let mut peak = None;
+        for _ in 0..events {
+            match stream.next().await {
+                Some(event) => {
+                    if let GenerationEvent::Finished(summary) = event.unwrap() {
+                        peak = Some(summary.peak_memory_bytes);
+                    }
+                }
+                None => break,
+            }
         }
+        peak
+    };
+    let mut peak = 0;
+    for round in 0..25 {
+        let peaks = futures::future::join_all((0..8).map(|index| run(round * 8 + index))).await;
         assert!(
-            number <= 20 || output.peak_memory_bytes == peak,
-            "{number}: {} after {peak}",
-            output.peak_memory_bytes
+            peaks.iter().flatten().count() >= 4,
+            "those that are not dropped end"
         );
+        let largest = peaks.into_iter().flatten().max().unwrap();
+        if round < 5 {
+            peak = peak.max(largest);
+        }
+        // What several requests take at once depends on when they meet.
+        assert!(
+            largest <= peak + peak / 10,
+            "round {round}: {largest} after {peak}"
+        );
+    }
+    let report = engine.prefix_cache().await.unwrap();
+    assert!(report.bytes <= report.max_bytes && !report.entries.is_empty());
+}
+
+#[tokio::test]
+async fn a_long_prompt_stops_no_answer_for_longer_than_a_chunk() {
+    let config = EngineConfig {
+        prefill_chunk: Some(32),
+        ..EngineConfig::default()
+    };
+    let engine = InferenceEngine::new().with_config(config);
+    engine.load_model(&model()).await.unwrap();
+    let params = GenerateParams::default()
+        .with_temperature(0.0)
+        .with_ignore_eos(true);
+    let running = engine.stream(
+        Prompt::text("Once upon a time"),
+        params.clone().with_max_tokens(400),
+    );
+    let mut running = running.await.unwrap();
+    let mut tokens = 0;
+    while tokens < 2 {
+        if let GenerationEvent::Text { tokens: some, .. } = running.next().await.unwrap().unwrap() {
+            tokens += some.len();
+        }
+    }
+    let long = Prompt::text("The river flows by the town. ".repeat(60));
+    let mut long = engine.stream(long, params.with_max_tokens(1)).await.unwrap();
+    let mut chunks = 0;
+    loop {
+        match long.next().await.unwrap().unwrap() {
+            GenerationEvent::Started { prompt_tokens, .. } => chunks = prompt_tokens.div_ceil(32) as usize,
+            GenerationEvent::Text { .. } => break,
+            _ => {}
+        }
+    }
+    assert!(chunks > 10, "{chunks}");
+    // What has come meanwhile: a token for each chunk but the one that may have run before the first.
+    let mut meanwhile = 0;
+    while let Some(Some(event)) = futures::FutureExt::now_or_never(running.next()) {
+        if let GenerationEvent::Text { tokens, .. } = event.unwrap() {
+            meanwhile += tokens.len();
+        }
+    }
+    assert!(meanwhile + 1 >= chunks, "{meanwhile} tokens in {chunks} chunks");
+}
+
+#[tokio::test]
+async fn a_conversation_of_ten_turns_computes_what_is_new() {
+    let engine = load().await;
+    let params = GenerateParams::default().with_temperature(0.0).with_max_tokens(6);
+    let mut chat = engine
+        .chat()
+        .with_system("Answer in one word.")
+        .with_params(params);
+    let mut before = 0;
+    for turn in 0..10 {
+        let usage = chat.send(format!("Is {turn} a number?")).await.unwrap().usage;
+        assert!(usage.cached_tokens >= before, "turn {turn}: {usage:?}");
+        assert!(
+            usage.prompt_tokens - usage.cached_tokens < 60,
+            "turn {turn}: {usage:?}"
+        );
+        before = usage.prompt_tokens;
+    }
+}
+
+#[tokio::test]
+async fn requests_that_begin_alike_and_come_together_compute_it_once() {
+    let engine = load().await;
+    let alike = "The river flows by the town. ".repeat(20);
+    let params = || GenerateParams::default().with_temperature(0.0).with_max_tokens(8);
+    let prompts: Vec<String> = (1..5)
+        .map(|index| format!("{alike}Story {index} begins"))
+        .collect();
+    let runs = prompts
+        .iter()
+        .map(|prompt| engine.generate(Prompt::text(prompt.clone()), params()));
+    let together = futures::future::join_all(runs).await;
+    let fresh = load().await;
+    for (index, (output, prompt)) in together.into_iter().zip(&prompts).enumerate() {
+        let output = output.unwrap();
+        assert_eq!(output.usage.cached_tokens > 100, index > 0, "{:?}", output.usage);
+        fresh.clear_prefix_cache().await.unwrap();
+        let alone = fresh
+            .generate(Prompt::text(prompt.clone()), params())
+            .await
+            .unwrap();
+        assert_eq!((alone.usage.cached_tokens, alone.tokens), (0, output.tokens));
     }
 }
 
