@@ -1,4 +1,11 @@
-//! `cargo xtask bench`: the benches of the workspace, with the test model at hand.
+//! `cargo xtask bench`: the benches of the workspace, with the test model at hand, or the peers in turn with ours.
+
+mod llama;
+mod machine;
+mod ours;
+mod peers;
+mod process;
+mod report;
 
 use crate::error::Result;
 use crate::packages::{self, Package};
@@ -7,12 +14,24 @@ use crate::workspace::{cargo, run as go, spell};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Arguments for criterion, such as part of a bench's name
+    /// Run llama.cpp in turn with ours and print how they compare; it is fetched and built on the first call, for about
+    /// ten minutes
+    #[arg(long)]
+    peers: bool,
+
+    /// Rounds of each in turn, whose medians are compared
+    #[arg(long, value_name = "N", default_value_t = 3, requires = "peers", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+
+    /// Arguments for criterion for criterion, such as part of a bench's name
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     selection: Vec<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.peers {
+        return peers::run(args.rounds);
+    }
     let workspace = packages::read()?;
     let jobs: Vec<_> = workspace.packages.iter().filter_map(arguments).collect();
     if jobs.is_empty() {

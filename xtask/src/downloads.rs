@@ -9,6 +9,12 @@ pub(crate) const TEST_MODEL: &str = "models/SmolLM2-135M-Instruct.Q4_1.gguf";
 /// Folder of the tokenizer vectors and chat templates in the cache.
 pub(crate) const TEST_DATA: &str = "test-data";
 
+/// Folder of llama.cpp's sources among the peers.
+pub(crate) const LLAMA_CPP: &str = "llama.cpp";
+
+/// Folder of CMake among the peers.
+pub(crate) const CMAKE: &str = "cmake";
+
 /// Folder of the JSON-Schema-Test-Suite in the cache.
 const SCHEMA_SUITE: &str = "test-data/json-schema-test-suite";
 
@@ -288,6 +294,47 @@ pub(crate) fn test_data() -> Piece {
     }
 }
 
+/// llama.cpp, as sources: the file that the test data comes from too.
+pub(crate) fn llama_cpp() -> Piece {
+    Piece {
+        name: "llama.cpp",
+        rules: vec![(
+            "llama_cpp_python-0.3.36/vendor/llama.cpp/",
+            format!("{LLAMA_CPP}/"),
+        )],
+        places: vec![LLAMA_CPP],
+        unpacked: 320_000_000,
+        ..test_data()
+    }
+}
+
+/// What llama.cpp is built with where there is no CMake. `None` where this workspace pins no build of it.
+pub(crate) fn cmake(host: Host) -> Option<Piece> {
+    let (tag, file, bytes, sha256) = match host {
+        Host::LinuxX86 => (
+            "manylinux_2_17_x86_64",
+            "cmake-3.31.6-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+            27_800_904,
+            "1c8b05df0602365da91ee6a3336fe57525b137706c4ab5675498f662ae1dbcec",
+        ),
+        Host::LinuxArm | Host::MacArm | Host::MacX86 => return None,
+    };
+    Some(Piece {
+        name: "CMake",
+        download: Download {
+            from: Registry::Wheel(tag),
+            package: "cmake",
+            version: "3.31.6",
+            file,
+            bytes,
+            sha256,
+        },
+        rules: vec![("cmake/data/", format!("{CMAKE}/"))],
+        places: vec![CMAKE],
+        unpacked: 80_000_000,
+    })
+}
+
 /// The JSON-Schema-Test-Suite.
 pub(crate) fn schema_suite() -> Piece {
     Piece {
@@ -314,6 +361,7 @@ mod tests {
         let mut pieces = vec![mlx_c(), test_model(), test_data(), schema_suite()];
         for host in [Host::LinuxX86, Host::LinuxArm, Host::MacArm, Host::MacX86] {
             pieces.push(libclang(host));
+            pieces.extend(cmake(host));
             for device in [Device::Cpu, Device::Cuda, Device::Metal] {
                 pieces.extend(mlx(host, device));
             }
@@ -338,7 +386,7 @@ mod tests {
             );
             assert!(bytes > 100_000, "{file}");
             if let Registry::Wheel(tag) = piece.download.from {
-                assert!(file.ends_with(&format!("-{tag}.whl")), "{file}");
+                assert!(file.contains(&format!("-{tag}.")), "{file}");
             }
         }
     }

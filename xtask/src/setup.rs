@@ -78,6 +78,15 @@ pub(crate) fn fill(device: Option<Device>, test_data: bool) -> Result<Cache> {
     Ok(Cache { folder, oracle })
 }
 
+/// Brings pieces that are no part of the cache into a folder of the target directory.
+pub(crate) fn fill_beside(pieces: &[Piece], folder: &Path) -> Result<()> {
+    let cache = self::folder()?;
+    sweep(folder);
+    pieces
+        .iter()
+        .try_for_each(|piece| bring_to(piece, &cache, folder))
+}
+
 fn folder() -> Result<PathBuf> {
     let folder = cache::cache_dir().ok_or_else(|| {
         Error::Refused(
@@ -93,17 +102,21 @@ fn folder() -> Result<PathBuf> {
     })
 }
 
-/// Fetches one piece, unless all of it is in place.
 fn bring(piece: &Piece, cache: &Path) -> Result<()> {
-    if piece.places.iter().all(|place| cache.join(place).exists()) {
+    bring_to(piece, cache, cache)
+}
+
+/// Fetches one piece, unless all of it is in place in the folder. Files placed by hand are looked for in the cache.
+fn bring_to(piece: &Piece, cache: &Path, folder: &Path) -> Result<()> {
+    if piece.places.iter().all(|place| folder.join(place).exists()) {
         return Ok(());
     }
-    let staging = Staging::new(cache)?;
+    let staging = Staging::new(folder)?;
     let archive = fetch(piece, cache, &staging)?;
     let unpacked = staging.folder("unpacked")?;
     unpack(&archive, piece, &unpacked, cache)?;
     for name in &piece.places {
-        let target = cache.join(name);
+        let target = folder.join(name);
         match place(&unpacked.join(name), &target)? {
             Placed::Here => println!("{}: in {}", piece.name, target.display()),
             Placed::Already => println!(

@@ -68,7 +68,7 @@ pub(crate) struct Model {
     #[arg(long, value_enum, default_value_t)]
     pub(crate) backend: Backend,
 
-    /// Compute all in float32 on a CPU, several times slower, in place of 16-bit numbers
+    /// Compute all in float32 on a CPU, several times slower, in place of 8-bit activations and 16-bit keys and values
     #[arg(long)]
     pub(crate) exact: bool,
 

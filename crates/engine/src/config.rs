@@ -36,7 +36,7 @@ pub struct EngineConfig {
     pub memory_limit: Option<u64>,
     /// What is kept of requests for those that begin alike.
     pub prefix_cache: PrefixCacheConfig,
-    /// Whether a CPU computes all in float32, several times slower, where it would use 16-bit integers for
+    /// Whether a CPU computes all in float32, several times slower, where it would use 8-bit integers for
     /// activations and float16 for keys and values. A GPU computes in the type of the checkpoint either way.
     pub exact: bool,
 }

@@ -4,7 +4,7 @@ use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
 use crate::matrix::BLOCK;
-use crate::simd::{Halves, Kernel, LANES, Simd, dispatch};
+use crate::simd::{Bytes, Kernel, LANES, Simd, dispatch};
 use crate::{KernelError, Pool};
 
 /// How products with quantized weights are computed.
@@ -12,12 +12,12 @@ use crate::{KernelError, Pool};
 pub enum Precision {
     /// Weights become float32 and everything is summed in float32.
     Exact,
-    /// Activations become integers of 16 bits with a scale for each 32 of a row, and integers are summed within these.
-    /// The error of an activation is at most 1/65024 of the largest of its 32: less than that of float16.
+    /// Activations become integers of 8 bits with a scale for each 32 of a row, and integers are summed within these.
+    /// The error of an activation is at most 1/254 of the largest of its 32.
     Integer,
 }
 
-/// Rows as integers of 16 bits, 32 to a block: `x = scale * q`.
+/// Rows as integers of 8 bits, 32 to a block: `x = scale * q`.
 ///
 /// Rows are in strips, and within a strip lie block by block: the rows of a strip are multiplied together. Rows that
 /// fill up the last strip are zeros.
@@ -25,19 +25,29 @@ pub enum Precision {
 pub(crate) struct Integers {
     /// Rows of a strip.
     pub(crate) strip: usize,
-    /// 32 integers, in the halves that the instruction set multiplies bytes of weights with.
-    pub(crate) halves: Vec<Halves>,
-    /// For each block its scale, and the scale times the sum of `q`, which the bias of the weights multiplies.
-    pub(crate) factors: Vec<[f32; 2]>,
+    /// 32 integers of -127 to 127.
+    pub(crate) bytes: Vec<Bytes>,
+    /// Of each block.
+    pub(crate) factors: Vec<Factors>,
+}
+
+/// What a block of activations is multiplied with.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Factors {
+    pub(crate) scale: f32,
+    /// The scale times the sum of `q`, which the bias of the weights multiplies.
+    pub(crate) sum: f32,
+    /// The sum of `-q`: the products of weights without a bias start from it, times half the range of their numbers.
+    pub(crate) negated: i32,
 }
 
 impl Integers {
     /// The blocks of a strip, row by row within a block.
     #[inline(always)]
-    pub(crate) fn strip(&self, strip: usize, blocks: usize) -> (&[Halves], &[[f32; 2]]) {
+    pub(crate) fn strip(&self, strip: usize, blocks: usize) -> (&[Bytes], &[Factors]) {
         let len = self.strip * blocks;
         (
-            &self.halves[strip * len..][..len],
+            &self.bytes[strip * len..][..len],
             &self.factors[strip * len..][..len],
         )
     }
@@ -49,8 +59,8 @@ pub(crate) const FEW: usize = 7;
 /// Rows of a strip where they are all there are.
 pub(crate) const HALF_STRIP: usize = 8;
 
-/// The largest integer: its upper byte, rounded, is at most 127.
-const LARGEST: f32 = 32512.0;
+/// The largest integer.
+const LARGEST: f32 = 127.0;
 
 /// Rows of activations `[rows, columns]` that go into projections.
 #[derive(Debug, Default)]
@@ -72,7 +82,7 @@ impl Activations {
     /// Changes the shape and gives the floats to write; what they hold before is arbitrary. Memory is kept.
     pub fn resize(&mut self, rows: usize, columns: usize) -> &mut [f32] {
         (self.rows, self.columns) = (rows, columns);
-        self.integers.halves.clear();
+        self.integers.bytes.clear();
         self.floats.resize(rows * columns, 0.0);
         &mut self.floats
     }
@@ -94,14 +104,14 @@ impl Activations {
 
     /// The floats to write. An earlier [`prepare`](Self::prepare) does not hold for what is written.
     pub fn floats_mut(&mut self) -> &mut [f32] {
-        self.integers.halves.clear();
+        self.integers.bytes.clear();
         &mut self.floats
     }
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
         self.floats.capacity() * size_of::<f32>()
-            + self.integers.halves.capacity() * (size_of::<Halves>() + size_of::<[f32; 2]>())
+            + self.integers.bytes.capacity() * (size_of::<Bytes>() + size_of::<Factors>())
     }
 
     /// Makes the rows ready for products of this precision. Columns that are not whole blocks of 32 are left to the
@@ -109,7 +119,7 @@ impl Activations {
     pub fn prepare(&mut self, isa: Isa, pool: &Pool, precision: Precision) {
         let (rows, columns) = (self.rows, self.columns);
         let integers = &mut self.integers;
-        integers.halves.clear();
+        integers.bytes.clear();
         self.isa = Some(isa);
         if precision == Precision::Exact || !columns.is_multiple_of(BLOCK) || rows * columns == 0 {
             return;
@@ -121,12 +131,12 @@ impl Activations {
             _ => LANES,
         };
         let count = rows.next_multiple_of(integers.strip) * blocks;
-        integers.halves.resize(count, Halves::default());
+        integers.bytes.resize(count, Bytes::default());
         integers.factors.clear();
-        integers.factors.resize(count, [0.0; 2]);
+        integers.factors.resize(count, Factors::default());
         let strip = integers.strip;
-        let (halves, factors) = (
-            Disjoint::new(&mut integers.halves),
+        let (bytes, factors) = (
+            Disjoint::new(&mut integers.bytes),
             Disjoint::new(&mut integers.factors),
         );
         let floats = &self.floats;
@@ -135,7 +145,7 @@ impl Activations {
                 isa,
                 Quantize {
                     floats: &floats[row * columns..][..columns],
-                    halves: &halves,
+                    bytes: &bytes,
                     factors: &factors,
                     first: row / strip * strip * blocks + row % strip,
                     step: strip,
@@ -151,7 +161,7 @@ impl Activations {
 
     /// Whether integers are there.
     pub(crate) fn is_integer(&self) -> bool {
-        !self.integers.halves.is_empty()
+        !self.integers.bytes.is_empty()
     }
 
     pub(crate) fn check(&self, isa: Isa, columns: usize) -> Result<(), KernelError> {
@@ -165,8 +175,8 @@ impl Activations {
 /// One row.
 struct Quantize<'a> {
     floats: &'a [f32],
-    halves: &'a Disjoint<'a, Halves>,
-    factors: &'a Disjoint<'a, [f32; 2]>,
+    bytes: &'a Disjoint<'a, Bytes>,
+    factors: &'a Disjoint<'a, Factors>,
     /// Where the row's first block goes.
     first: usize,
     /// How far its next one is.
@@ -191,14 +201,19 @@ impl Kernel for Quantize<'_> {
             };
             let inverse = s.splat(inverse);
             let (a, b) = (s.round(s.mul(a, inverse)), s.round(s.mul(b, inverse)));
+            // A sum of 32 small integers is exact.
             let sum = s.sum(s.to_float(s.add_i(a, b)));
             let at = self.first + index * self.step;
             #[expect(unsafe_code, reason = "each task writes its own rows")]
             // SAFETY: a row has its own place in each block of its strip, and is given to one task.
-            let (halves, factors) = unsafe { (self.halves.part(at, 1), self.factors.part(at, 1)) };
-            if let ([halves], [factors]) = (halves, factors) {
-                *halves = s.halves(a, b);
-                *factors = [scale, scale * sum];
+            let (bytes, factors) = unsafe { (self.bytes.part(at, 1), self.factors.part(at, 1)) };
+            if let ([bytes], [factors]) = (bytes, factors) {
+                *bytes = s.narrow(a, b);
+                *factors = Factors {
+                    scale,
+                    sum: scale * sum,
+                    negated: -sum as i32,
+                };
             }
         }
     }

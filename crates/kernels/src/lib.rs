@@ -28,6 +28,7 @@
 
 mod activations;
 mod attention;
+mod ceilings;
 mod disjoint;
 mod error;
 mod isa;
@@ -41,6 +42,7 @@ mod top;
 
 pub use activations::{Activations, Precision};
 pub use attention::{AttentionSpec, KvElement, KvLayout, PAGE, Queries, attend};
+pub use ceilings::{Ceilings, ceilings};
 pub use error::KernelError;
 pub use isa::{ISA_VARIABLE, Isa};
 pub use matmul::{Gate, Product, apply_gate, gated, project};

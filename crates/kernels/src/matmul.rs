@@ -5,12 +5,12 @@
 
 use std::cell::RefCell;
 
-use crate::activations::{Activations, HALF_STRIP};
+use crate::activations::{Activations, Factors, HALF_STRIP};
 use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
-use crate::matrix::{BLOCK, Matrix, Quantized, STEPS, Weights, unpack};
-use crate::simd::{Halves, Kernel, LANES, Line, MatrixUnit, Simd, Sums, Tiles, dispatch, exp};
+use crate::matrix::{BLOCK, Matrix, Quantized, STEPS, Weights, middle, times_middle, unpack};
+use crate::simd::{Bytes, Kernel, LANES, Line, MatrixUnit, Simd, Sums, Tiles, dispatch, exp};
 use crate::{KernelError, Pool};
 
 /// Where a product goes.
@@ -409,10 +409,10 @@ fn integer_rows<S: Simd, const BITS: usize>(
         _ => {}
     }
     for (strip, sums) in sums.chunks_mut(integers.strip).enumerate() {
-        let (halves, factors) = integers.strip(strip, blocks);
-        in_groups!(sums.len(), [16, 8, 4, 2, 1], first, M => {
+        let (bytes, factors) = integers.strip(strip, blocks);
+        in_groups!(sums.len(), [16, 8, 7, 6, 5, 4, 3, 2, 1], first, M => {
             let sums = &mut sums[first..][..M];
-            s.call(IntegerBlock::<BITS, M> { weights, lines, tile, halves, factors, strip: integers.strip, first, sums });
+            s.call(IntegerBlock::<BITS, M> { weights, lines, tile, bytes, factors, strip: integers.strip, first, sums });
         });
     }
 }
@@ -434,16 +434,16 @@ fn matrix_rows<S: Simd, const BITS: usize, const ROWS: usize>(
         lines,
         numbers: &mut numbers,
     });
-    let (tiles, mut dots) = (unit.configure::<ROWS>(), [[[Line::ZERO; ROWS]; 2]; 2]);
+    let (tiles, mut dots) = (unit.configure::<ROWS>(), [[Line::ZERO; ROWS]; 2]);
     for (strip, sums) in sums.chunks_mut(ROWS).enumerate() {
-        let (halves, factors) = x.integers.strip(strip, blocks);
+        let (bytes, factors) = x.integers.strip(strip, blocks);
         s.call(MatrixBlock::<BITS, ROWS> {
             tiles: &tiles,
             dots: &mut dots,
             weights,
             numbers: &numbers,
             tile,
-            halves,
+            bytes,
             factors,
             sums,
         });
@@ -457,14 +457,15 @@ const PREFETCH_AHEAD: usize = 32;
 /// One tile times `M` rows of a strip of integer activations.
 ///
 /// With `w = scale_w * q_w + bias` and `x = scale_x * q_x`, the product over a block is
-/// `scale_w * scale_x * sum(q_w * q_x) + bias * scale_x * sum(q_x)`.
+/// `scale_w * scale_x * sum(q_w * q_x) + bias * scale_x * sum(q_x)`, or, where the bias is `-scale_w * middle`,
+/// `scale_w * scale_x * (sum(q_w * q_x) - middle * sum(q_x))`.
 struct IntegerBlock<'a, const BITS: usize, const M: usize> {
     weights: &'a Quantized,
     /// Those of the tile.
     lines: &'a [Line],
     tile: usize,
-    halves: &'a [Halves],
-    factors: &'a [[f32; 2]],
+    bytes: &'a [Bytes],
+    factors: &'a [Factors],
     /// Rows of the strip.
     strip: usize,
     /// The first row of it.
@@ -483,34 +484,38 @@ impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
         let mut sums = [s.splat(0.0); M];
         assert!(self.first + M <= self.strip, "rows of a strip");
         assert!(
-            self.halves.len().min(self.factors.len()) >= blocks * self.strip,
+            self.bytes.len().min(self.factors.len()) >= blocks * self.strip,
             "blocks of a strip"
         );
         for (index, block) in self.lines.chunks_exact(BITS).enumerate() {
             let at = index * self.strip + self.first;
             #[expect(unsafe_code, reason = "checks here cost a tenth of a token")]
             // SAFETY: `index` is below `blocks`, and the rows from `first` on are within a strip.
-            let (halves, factors) = unsafe {
+            let (bytes, factors) = unsafe {
                 (
-                    &*self.halves.as_ptr().add(at).cast::<[Halves; M]>(),
-                    &*self.factors.as_ptr().add(at).cast::<[[f32; 2]; M]>(),
+                    &*self.bytes.as_ptr().add(at).cast::<[Bytes; M]>(),
+                    &*self.factors.as_ptr().add(at).cast::<[Factors; M]>(),
                 )
             };
-            if M <= 8 {
-                // Few rows wait for memory alone: the processor's own prefetching is a fifth slower.
-                for line in 0..BITS {
-                    s.prefetch(block.as_ptr().wrapping_add(PREFETCH_AHEAD + line));
-                }
+            // Few rows wait for memory alone: the processor's own prefetching is a fifth slower.
+            for line in 0..BITS {
+                s.prefetch(block.as_ptr().wrapping_add(PREFETCH_AHEAD + line));
             }
             let numbers = unpack::<S, BITS>(s, block);
-            let (scale, bias) = self
-                .weights
-                .scales
-                .load::<S, BITS>(s, first_group + index / per_group);
-            for ((total, halves), [x_scale, x_sum]) in sums.iter_mut().zip(halves).zip(factors) {
-                let dot = s.to_float(s.dot(&numbers, halves));
-                *total = s.fma(dot, s.mul(scale, s.splat(*x_scale)), *total);
-                *total = s.fma(bias, s.splat(*x_sum), *total);
+            let (scale, bias) = self.weights.scales.load(s, first_group + index / per_group);
+            let rows = sums.iter_mut().zip(bytes).zip(factors);
+            if let Some(bias) = bias {
+                for ((total, bytes), factors) in rows {
+                    let dot = s.to_float(s.dot::<BITS>(s.zero(), &numbers, bytes));
+                    *total = s.fma(dot, s.mul(scale, s.splat(factors.scale)), *total);
+                    *total = s.fma(bias, s.splat(factors.sum), *total);
+                }
+            } else {
+                for ((total, bytes), factors) in rows {
+                    let start = times_middle::<S, BITS>(s, s.splat_i(factors.negated));
+                    let dot = s.to_float(s.dot::<BITS>(start, &numbers, bytes));
+                    *total = s.fma(dot, s.mul(scale, s.splat(factors.scale)), *total);
+                }
             }
         }
         for (out, total) in self.sums.iter_mut().zip(sums) {
@@ -562,8 +567,8 @@ struct MatrixBlock<'a, const BITS: usize, const ROWS: usize> {
     /// The weights of the tile.
     numbers: &'a [[Line; STEPS]],
     tile: usize,
-    halves: &'a [Halves],
-    factors: &'a [[f32; 2]],
+    bytes: &'a [Bytes],
+    factors: &'a [Factors],
     sums: &'a mut [[f32; LANES]],
 }
 
@@ -588,29 +593,35 @@ impl<const BITS: usize, const ROWS: usize> Kernel for MatrixBlock<'_, BITS, ROWS
         let blocks = self.numbers.len();
         let per_group = self.weights.group_size / BLOCK;
         let first_group = self.tile * (blocks / per_group);
-        let (halves, _) = self.halves.as_chunks::<ROWS>();
+        let (bytes, _) = self.bytes.as_chunks::<ROWS>();
         let (factors, _) = self.factors.as_chunks::<ROWS>();
         let Self { tiles, dots, .. } = self;
         let mut totals = [s.splat(0.0); ROWS];
-        if let (Some(numbers), Some(halves)) = (self.numbers.first(), halves.first()) {
-            tiles.dot(numbers, halves, &mut dots[0]);
+        if let (Some(numbers), Some(bytes)) = (self.numbers.first(), bytes.first()) {
+            tiles.dot(numbers, bytes, &mut dots[0]);
         }
         for (index, factors) in factors.iter().enumerate() {
             // The next products are on their way while these are summed.
-            if let (Some(numbers), Some(halves)) = (self.numbers.get(index + 1), halves.get(index + 1)) {
-                tiles.dot(numbers, halves, &mut dots[(index + 1) % 2]);
+            if let (Some(numbers), Some(bytes)) = (self.numbers.get(index + 1), bytes.get(index + 1)) {
+                tiles.dot(numbers, bytes, &mut dots[(index + 1) % 2]);
             }
-            let (scale, bias) = self
-                .weights
-                .scales
-                .load::<S, BITS>(s, first_group + index / per_group);
-            let [upper, lower] = &dots[index % 2];
-            for_rows!(ROWS, row => {
-                let [x_scale, x_sum] = factors[row];
-                let dot = s.add_i(s.shl::<8>(s.line(&upper[row])), s.line(&lower[row]));
-                let total = s.fma(s.to_float(dot), s.mul(scale, s.splat(x_scale)), totals[row]);
-                totals[row] = s.fma(bias, s.splat(x_sum), total);
-            });
+            let (scale, bias) = self.weights.scales.load(s, first_group + index / per_group);
+            let dots = &dots[index % 2];
+            if let Some(bias) = bias {
+                for_rows!(ROWS, row => {
+                    let Factors { scale: x_scale, sum, .. } = factors[row];
+                    let dot = s.to_float(s.line(&dots[row]));
+                    let total = s.fma(dot, s.mul(scale, s.splat(x_scale)), totals[row]);
+                    totals[row] = s.fma(bias, s.splat(sum), total);
+                });
+            } else {
+                for_rows!(ROWS, row => {
+                    let Factors { scale: x_scale, negated, .. } = factors[row];
+                    let start = times_middle::<S, BITS>(s, s.splat_i(negated));
+                    let dot = s.to_float(s.add_i(start, s.line(&dots[row])));
+                    totals[row] = s.fma(dot, s.mul(scale, s.splat(x_scale)), totals[row]);
+                });
+            }
         }
         for (sum, total) in self.sums.iter_mut().zip(totals) {
             s.store(total, sum);
@@ -643,7 +654,11 @@ impl<const BITS: usize> Kernel for Dequantize<'_, BITS> {
             let numbers = unpack::<S, BITS>(s, block);
             let (scale, bias) = weights
                 .scales
-                .load::<S, BITS>(s, tile * (blocks / per_group) + index / per_group);
+                .load(s, tile * (blocks / per_group) + index / per_group);
+            let bias = match bias {
+                Some(bias) => bias,
+                None => s.mul(scale, s.splat(-middle(BITS as u32))),
+            };
             for (four, out) in numbers.into_iter().zip(out.chunks_exact_mut(4)) {
                 let columns = [
                     s.and(four, byte),

@@ -18,7 +18,7 @@ use crate::{DecoderSpec, ModelError, Source};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Compute {
-    /// Our kernels on a CPU, with activations as 16-bit integers and keys and values in float16; MLX's operations on a GPU.
+    /// Our kernels on a CPU, with activations as 8-bit integers and keys and values in float16; MLX's operations on a GPU.
     #[default]
     Fastest,
     /// Our kernels on a CPU, all in float32; MLX's operations on a GPU.

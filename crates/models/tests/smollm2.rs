@@ -104,7 +104,7 @@ fn log_probabilities_of_500_tokens_are_those_of_mlx_lm() {
 }
 
 #[test]
-fn sixteen_bits_change_the_perplexity_by_less_than_a_thousandth() {
+fn eight_bits_change_the_perplexity_by_less_than_half_a_percent() {
     let oracle = oracle();
     let found = logprobs(
         &load(&gguf_path(), Compute::Fastest),
@@ -114,19 +114,28 @@ fn sixteen_bits_change_the_perplexity_by_less_than_a_thousandth() {
     let perplexity = |logprobs: &[f64]| (-logprobs.iter().sum::<f64>() / logprobs.len() as f64).exp();
     let found: Vec<f64> = found.into_iter().map(f64::from).collect();
     let ratio = perplexity(&found) / perplexity(&expected);
-    assert!((ratio - 1.0).abs() < 0.001, "{ratio}");
+    assert!((ratio - 1.0).abs() < 0.005, "{ratio}");
 }
 
 #[test]
-fn sixteen_bits_choose_nearly_always_the_same_tokens() {
+fn eight_bits_choose_nearly_always_the_token_of_mlx_lm() {
     let decoder = load(&gguf_path(), Compute::Fastest);
     let oracle = oracle();
-    let prompts = oracle["prompts"].as_array().expect("prompts");
-    let same = prompts.iter().filter(|prompt| {
-        let found = greedy(&decoder, &ids(&prompt["ids"]), 32);
-        found == ids(&prompt["greedy"])
-    });
-    assert!(same.count() + 1 >= prompts.len());
+    let (mut same, mut all) = (0, 0);
+    for prompt in oracle["prompts"].as_array().expect("prompts") {
+        // Each token behind those that mlx-lm has chosen: one that differs does not change the next.
+        let (prompt, expected) = (ids(&prompt["ids"]), ids(&prompt["greedy"]));
+        let tokens = [&prompt[..], &expected[..expected.len() - 1]].concat();
+        let logits = decoder.forward_all(&tokens, &mut decoder.sequence());
+        let logits = logits.expect("the tokens run");
+        let rows = logits.as_slice::<f32>().chunks_exact(decoder.spec().vocab_size);
+        for (row, expected) in rows.skip(prompt.len() - 1).zip(expected) {
+            let chosen = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+            same += usize::from(chosen == Some(expected as usize));
+            all += 1;
+        }
+    }
+    assert!(same * 100 >= all * 95, "{same} of {all}");
 }
 
 #[test]

@@ -19,7 +19,7 @@ mod scales;
 
 use half::{bf16, f16};
 
-pub(crate) use scales::Scales;
+pub(crate) use scales::{Scales, middle, times_middle};
 
 use crate::simd::{LANES, Line, Simd};
 use crate::{KernelError, Pool};

@@ -16,7 +16,7 @@ pub(crate) enum Scales {
 }
 
 /// Half the range of numbers of so many bits.
-fn middle(bits: u32) -> f32 {
+pub(crate) fn middle(bits: u32) -> f32 {
     (1_u32 << (bits - 1)) as f32
 }
 
@@ -79,10 +79,10 @@ impl Scales {
         (scale, bias.unwrap_or(-(scale * middle(bits))))
     }
 
-    /// The scales and biases of sixteen rows.
+    /// The scales and biases of sixteen rows; no biases where these are the negated scales times half the range.
     #[inline(always)]
-    pub(crate) fn load<S: Simd, const BITS: usize>(&self, s: S, index: usize) -> (S::F, S::F) {
-        let (scale, bias) = match self {
+    pub(crate) fn load<S: Simd>(&self, s: S, index: usize) -> (S::F, Option<S::F>) {
+        match self {
             Self::F16(scales, biases) => (
                 s.load_f16(&scales[index]),
                 biases.as_ref().map(|biases| s.load_f16(&biases[index])),
@@ -95,11 +95,19 @@ impl Scales {
                 s.load(&scales[index]),
                 biases.as_ref().map(|biases| s.load(&biases[index])),
             ),
-        };
-        let bias = match bias {
-            Some(bias) => bias,
-            None => s.mul(scale, s.splat(-middle(BITS as u32))),
-        };
-        (scale, bias)
+        }
+    }
+}
+
+/// Each lane times half the range of numbers of `BITS` bits.
+#[inline(always)]
+pub(crate) fn times_middle<S: Simd, const BITS: usize>(s: S, x: S::I) -> S::I {
+    match BITS {
+        2 => s.shl::<1>(x),
+        3 => s.shl::<2>(x),
+        4 => s.shl::<3>(x),
+        5 => s.shl::<4>(x),
+        6 => s.shl::<5>(x),
+        _ => s.shl::<7>(x),
     }
 }

@@ -3,7 +3,7 @@
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
-use super::{Halves, Line};
+use super::{Bytes, Line};
 
 /// The processor has AMX for bytes, the system lets this process use it, and a product came out right.
 #[derive(Clone, Copy, Debug)]
@@ -22,8 +22,8 @@ struct Configuration {
 /// Tiles in use on this thread for `ROWS` rows of activations, 16 at most, until it is dropped.
 pub(crate) struct Tiles<const ROWS: usize>(());
 
-/// Sums of upper and of lower bytes: for each of `ROWS` rows of activations sixteen lanes.
-pub(crate) type Sums<const ROWS: usize> = [[Line; ROWS]; 2];
+/// For each of `ROWS` rows of activations sixteen lanes.
+pub(crate) type Sums<const ROWS: usize> = [Line; ROWS];
 
 /// Bits 24 and 25 of `edx` of leaf 7: tiles, and their products of bytes.
 const TILES_AND_BYTES: u32 = 0b11 << 24;
@@ -70,9 +70,9 @@ fn configure<const ROWS: usize>() -> Tiles<ROWS> {
         row_bytes: [0; 16],
         rows: [0; 16],
     };
-    // Sums of upper and of lower bytes, upper and lower bytes of activations, weights.
+    // Sums, activations, weights.
     let rows = ROWS as u8;
-    let shapes = [(rows, 64), (rows, 64), (rows, 32), (rows, 32), (8, 64)];
+    let shapes = [(rows, 64), (rows, 32), (8, 64)];
     for (tile, (rows, row_bytes)) in shapes.into_iter().enumerate() {
         configuration.rows[tile] = rows;
         configuration.row_bytes[tile] = row_bytes;
@@ -85,31 +85,26 @@ fn configure<const ROWS: usize>() -> Tiles<ROWS> {
 }
 
 impl<const ROWS: usize> Tiles<ROWS> {
-    /// Multiplies 32 columns of the rows of activations, in signed upper and lower bytes, with those of sixteen rows
-    /// of weights.
+    /// Multiplies 32 columns of the rows of activations with those of sixteen rows of weights.
     #[expect(
         clippy::unused_self,
         reason = "the value proves that the tiles are configured"
     )]
     #[inline(always)]
-    pub(crate) fn dot(&self, weights: &[Line; 8], x: &[Halves; ROWS], sums: &mut Sums<ROWS>) {
-        // SAFETY: the tiles are configured, for 8 lines of weights, `ROWS` of activations and twice as many of sums.
+    pub(crate) fn dot(&self, weights: &[Line; 8], x: &[Bytes; ROWS], sums: &mut Sums<ROWS>) {
+        // SAFETY: the tiles are configured, for 8 lines of weights, `ROWS` of activations and as many of sums.
         unsafe {
             asm!(
-                "tileloadd tmm4, [{weights} + {line}*1]",
-                "tileloadd tmm2, [{x} + {line}*1]",
+                "tileloadd tmm2, [{weights} + {line}*1]",
+                "tileloadd tmm1, [{x} + {row}*1]",
                 "tilezero tmm0",
-                "tdpbsud tmm0, tmm2, tmm4",
-                "tileloadd tmm3, [{x} + {line}*1 + 32]",
-                "tilezero tmm1",
-                "tdpbsud tmm1, tmm3, tmm4",
+                "tdpbsud tmm0, tmm1, tmm2",
                 "tilestored [{sums} + {line}*1], tmm0",
-                "tilestored [{lower} + {line}*1], tmm1",
                 weights = in(reg) weights.as_ptr(),
                 x = in(reg) x.as_ptr(),
-                sums = in(reg) sums[0].as_mut_ptr(),
-                lower = in(reg) sums[1].as_mut_ptr(),
-                line = in(reg) 64_usize,
+                sums = in(reg) sums.as_mut_ptr(),
+                line = in(reg) size_of::<Line>(),
+                row = in(reg) size_of::<Bytes>(),
                 options(nostack, preserves_flags),
             );
         }
@@ -155,11 +150,12 @@ fn proved_in_child() -> bool {
 /// Multiplies a row of known bytes, signed and unsigned ones beyond 127.
 fn is_right() -> bool {
     let weights = [Line([200; 64]); 8];
-    let x = [Halves([[[3; 4]; 8], [[-2_i8 as u8; 4]; 8]]); 16];
-    let mut sums = [[Line::ZERO; 16]; 2];
+    let mut x = [Bytes([[3; 4]; 8]); 16];
+    x[15] = Bytes([[-2; 4]; 8]);
+    let mut sums = [Line::ZERO; 16];
     let tiles = configure::<16>();
     tiles.dot(&weights, &x, &mut sums);
     drop(tiles);
-    let [upper, lower] = sums.map(|rows| bytemuck::cast::<Line, [i32; 16]>(rows[15])[15]);
-    (upper, lower) == (32 * 3 * 200, -32 * 2 * 200)
+    let [first, last] = [sums[0], sums[15]].map(|row| bytemuck::cast::<Line, [i32; 16]>(row)[15]);
+    (first, last) == (32 * 3 * 200, -32 * 2 * 200)
 }

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Halves, Kernel, LANES, Line, Simd, even_and_odd};
+use super::{Bytes, Kernel, LANES, Line, Simd, low_bytes};
 
 /// The processor has AVX2, FMA and F16C. Made by [`run`] alone.
 #[derive(Clone, Copy, Debug)]
@@ -187,18 +187,44 @@ impl Simd for Avx2 {
         both!(_mm256_castsi256_ps, a)
     }
     #[inline(always)]
-    fn halves(self, a: Self::I, b: Self::I) -> Halves {
-        even_and_odd(self, a, b)
+    fn narrow(self, a: Self::I, b: Self::I) -> Bytes {
+        low_bytes(self, a, b)
     }
     #[inline(always)]
-    fn dot(self, weights: &[Self::I; 8], x: &Halves) -> Self::I {
-        // Even and odd bytes apart as 16-bit numbers, whose products with 16-bit activations are summed in pairs.
+    fn dot<const BITS: usize>(self, start: Self::I, weights: &[Self::I; 8], x: &Bytes) -> Self::I {
         have!({
+            let ones = _mm256_set1_epi16(1);
             let low = _mm256_set1_epi16(0xff);
-            let mut sums = [_mm256_setzero_si256(); 2];
-            for (weights, (even_x, odd_x)) in weights.iter().zip(x.0[0].iter().zip(&x.0[1])) {
-                let even_x = _mm256_set1_epi32(i32::from_le_bytes(*even_x));
-                let odd_x = _mm256_set1_epi32(i32::from_le_bytes(*odd_x));
+            // Products of two columns are at most 2 * 127 * (2^BITS - 1): so many steps fit 16 bits together.
+            let together = match BITS {
+                ..=4 => 8,
+                5 => 4,
+                6 => 2,
+                _ => 0,
+            };
+            let mut sums = start;
+            if together > 0 {
+                for (first, weights) in weights.chunks_exact(together).enumerate() {
+                    let mut pairs = [_mm256_setzero_si256(); 2];
+                    for (step, weights) in weights.iter().enumerate() {
+                        let x = _mm256_set1_epi32(x.step(first * together + step));
+                        for (pairs, weights) in pairs.iter_mut().zip(weights) {
+                            *pairs = _mm256_add_epi16(*pairs, _mm256_maddubs_epi16(*weights, x));
+                        }
+                    }
+                    for (sum, pairs) in sums.iter_mut().zip(pairs) {
+                        *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
+                    }
+                }
+                return sums;
+            }
+            // Even and odd columns apart as numbers of 16 bits, whose products are summed in pairs.
+            for (step, weights) in weights.iter().enumerate() {
+                let x = _mm256_set1_epi32(x.step(step));
+                let (even_x, odd_x) = (
+                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
+                    _mm256_srai_epi16::<8>(x),
+                );
                 for (sum, weights) in sums.iter_mut().zip(weights) {
                     let even = _mm256_madd_epi16(_mm256_and_si256(*weights, low), even_x);
                     let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(*weights), odd_x);

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Halves, Kernel, LANES, Line, MatrixUnit, Simd};
+use super::{Bytes, Kernel, LANES, Line, MatrixUnit, Simd};
 
 /// The processor has AVX-512 F, BW, VL and VNNI, FMA and F16C. Made by [`run`] alone.
 #[derive(Clone, Copy, Debug)]
@@ -169,42 +169,24 @@ impl Simd for Avx512 {
     fn as_float(self, a: __m512i) -> __m512 {
         have!(_mm512_castsi512_ps(a))
     }
-    /// Upper bytes, rounded, and lower bytes, both signed.
     #[inline(always)]
-    fn halves(self, a: __m512i, b: __m512i) -> Halves {
-        let mut halves = [[0; 32]; 2];
-        let (upper, lower) = halves.split_at_mut(1);
-        let split = |x: __m512i, at: usize, upper: &mut [u8; 32], lower: &mut [u8; 32]| {
-            have!({
-                let high = _mm512_srai_epi32::<8>(_mm512_add_epi32(x, _mm512_set1_epi32(128)));
-                let low = _mm512_sub_epi32(x, _mm512_slli_epi32::<8>(high));
-                _mm_storeu_si128(upper[at..].as_mut_ptr().cast(), _mm512_cvtepi32_epi8(high));
-                _mm_storeu_si128(lower[at..].as_mut_ptr().cast(), _mm512_cvtepi32_epi8(low));
-            });
-        };
-        split(a, 0, &mut upper[0], &mut lower[0]);
-        split(b, LANES, &mut upper[0], &mut lower[0]);
-        Halves(bytemuck::cast(halves))
+    fn narrow(self, a: __m512i, b: __m512i) -> Bytes {
+        let mut bytes = [[0_i8; LANES]; 2];
+        have!({
+            _mm_storeu_si128(bytes[0].as_mut_ptr().cast(), _mm512_cvtepi32_epi8(a));
+            _mm_storeu_si128(bytes[1].as_mut_ptr().cast(), _mm512_cvtepi32_epi8(b));
+        });
+        Bytes(bytemuck::cast(bytes))
     }
     #[inline(always)]
-    fn dot(self, weights: &[__m512i; 8], x: &Halves) -> __m512i {
-        have!({
-            let step = |sum, step: usize, half: usize| {
-                let x = _mm512_set1_epi32(i32::from_le_bytes(x.0[half][step]));
-                _mm512_dpbusd_epi32(sum, weights[step], x)
-            };
-            // Two chains, so that a sum does not wait for each before it.
-            let (mut a, mut b) = (_mm512_setzero_si512(), _mm512_setzero_si512());
-            for i in 0..4 {
-                a = step(a, i, 0);
-                b = step(b, i + 4, 0);
-            }
-            (a, b) = (_mm512_slli_epi32::<8>(a), _mm512_slli_epi32::<8>(b));
-            for i in 0..4 {
-                a = step(a, i, 1);
-                b = step(b, i + 4, 1);
-            }
-            _mm512_add_epi32(a, b)
+    fn dot<const BITS: usize>(self, start: __m512i, weights: &[__m512i; 8], x: &Bytes) -> __m512i {
+        // One chain: there are other rows and blocks to work on while a sum waits for the one before it.
+        weights.iter().enumerate().fold(start, |sum, (step, weights)| {
+            have!(_mm512_dpbusd_epi32(
+                sum,
+                *weights,
+                _mm512_set1_epi32(x.step(step))
+            ))
         })
     }
 }

@@ -48,11 +48,18 @@ impl Line {
     pub(crate) const ZERO: Self = Self([0; 64]);
 }
 
-/// 32 integers of 16 bits, as bytes or as pairs of them, four bytes a step of four columns, in two halves whose meaning
-/// is that of the instruction set.
-#[repr(C, align(64))]
+/// 32 signed bytes, four a step of four columns.
+#[repr(C, align(32))]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
-pub(crate) struct Halves(pub(crate) [[[u8; 4]; 8]; 2]);
+pub(crate) struct Bytes(pub(crate) [[i8; 4]; 8]);
+
+impl Bytes {
+    /// A step, as a number of 32 bits.
+    #[inline(always)]
+    pub(crate) fn step(&self, step: usize) -> i32 {
+        bytemuck::cast(self.0[step])
+    }
+}
 
 /// An instruction set as sixteen lanes. The value is the proof that the processor has it.
 pub(crate) trait Simd: Copy {
@@ -108,11 +115,11 @@ pub(crate) trait Simd: Copy {
     fn to_float(self, a: Self::I) -> Self::F;
     /// The 32 bits of each lane as a float32.
     fn as_float(self, a: Self::I) -> Self::F;
-    /// Lays out 32 integers of at most 32512 in magnitude for [`dot`](Self::dot).
-    fn halves(self, a: Self::I, b: Self::I) -> Halves;
-    /// The sums of the products of 32 columns of unsigned bytes, four a step in each lane, with integers that are the
-    /// same for all lanes.
-    fn dot(self, weights: &[Self::I; 8], x: &Halves) -> Self::I;
+    /// 32 integers of at most 127 in magnitude as bytes.
+    fn narrow(self, a: Self::I, b: Self::I) -> Bytes;
+    /// `start` and the sums of the products of 32 columns of numbers of `BITS` bits, four bytes a step in each lane, with
+    /// bytes that are the same for all lanes.
+    fn dot<const BITS: usize>(self, start: Self::I, weights: &[Self::I; 8], x: &Bytes) -> Self::I;
 
     /// Float16 of sixteen lanes, or bfloat16, as they lie in half a line.
     #[inline(always)]
@@ -128,18 +135,13 @@ pub(crate) trait Simd: Copy {
     }
 }
 
-/// The integers of two vectors as pairs of even and odd columns of each step.
+/// The integers of two vectors as bytes.
 #[inline(always)]
-fn even_and_odd<S: Simd>(s: S, a: S::I, b: S::I) -> Halves {
+fn low_bytes<S: Simd>(s: S, a: S::I, b: S::I) -> Bytes {
     let mut lines = [Line::ZERO; 2];
     s.store_line(a, &mut lines[0]);
     s.store_line(b, &mut lines[1]);
-    let wide: [[i32; 4]; 8] = bytemuck::cast(lines);
-    let pair = |a: i32, b: i32| -> [u8; 4] { bytemuck::cast([a as i16, b as i16]) };
-    Halves([
-        wide.map(|four| pair(four[0], four[2])),
-        wide.map(|four| pair(four[1], four[3])),
-    ])
+    Bytes(bytemuck::cast::<_, [[i32; 4]; 8]>(lines).map(|four| four.map(|x| x as i8)))
 }
 
 /// Something that is computed the same way on every instruction set.

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::marker::PhantomData;
 
-use super::{Halves, Line};
+use super::{Bytes, Line};
 
 /// There is none.
 #[derive(Clone, Copy, Debug)]
@@ -11,7 +11,7 @@ pub(crate) enum MatrixUnit {}
 
 pub(crate) struct Tiles<const ROWS: usize>(Infallible, PhantomData<[(); ROWS]>);
 
-pub(crate) type Sums<const ROWS: usize> = [[Line; ROWS]; 2];
+pub(crate) type Sums<const ROWS: usize> = [Line; ROWS];
 
 impl MatrixUnit {
     pub(crate) fn configure<const ROWS: usize>(self) -> Tiles<ROWS> {
@@ -20,7 +20,7 @@ impl MatrixUnit {
 }
 
 impl<const ROWS: usize> Tiles<ROWS> {
-    pub(crate) fn dot(&self, _weights: &[Line; 8], _x: &[Halves; ROWS], _sums: &mut Sums<ROWS>) {
+    pub(crate) fn dot(&self, _weights: &[Line; 8], _x: &[Bytes; ROWS], _sums: &mut Sums<ROWS>) {
         match self.0 {}
     }
 }

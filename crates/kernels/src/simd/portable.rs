@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::{Halves, Kernel, LANES, Line, Simd, even_and_odd};
+use super::{Bytes, Kernel, LANES, Line, Simd, low_bytes};
 
 /// Needs nothing.
 #[derive(Clone, Copy, Debug)]
@@ -150,16 +150,14 @@ impl Simd for Portable {
         a.map(|x| f32::from_bits(x as u32))
     }
     #[inline(always)]
-    fn halves(self, a: Self::I, b: Self::I) -> Halves {
-        even_and_odd(self, a, b)
+    fn narrow(self, a: Self::I, b: Self::I) -> Bytes {
+        low_bytes(self, a, b)
     }
     #[inline(always)]
-    fn dot(self, weights: &[Self::I; 8], x: &Halves) -> Self::I {
-        let mut out = [0; LANES];
-        for (weights, (even, odd)) in weights.iter().zip(x.0[0].iter().zip(&x.0[1])) {
-            let [a, c]: [i16; 2] = bytemuck::cast(*even);
-            let [b, d]: [i16; 2] = bytemuck::cast(*odd);
-            let x = [a, b, c, d].map(i32::from);
+    fn dot<const BITS: usize>(self, start: Self::I, weights: &[Self::I; 8], x: &Bytes) -> Self::I {
+        let mut out = start;
+        for (weights, x) in weights.iter().zip(x.0) {
+            let x = x.map(i32::from);
             for (out, weights) in out.iter_mut().zip(weights) {
                 let w = weights.to_le_bytes().map(i32::from);
                 *out += w[0] * x[0] + w[1] * x[1] + w[2] * x[2] + w[3] * x[3];
