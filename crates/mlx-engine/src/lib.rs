@@ -28,6 +28,8 @@
 
 #[cfg(unix)]
 mod apart;
+#[cfg(doctest)]
+mod book;
 mod chat;
 mod inference;
 mod platform;
