@@ -7,7 +7,7 @@ use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::{Array, ops};
 
 use crate::device::{self, DeviceInfo};
-use crate::graph::{GraphDecoder, KvCache};
+use crate::graph::{GraphDecoder, GraphRows, KvCache};
 use crate::host::{HostDecoder, HostRows, Precision};
 use crate::sampling::log_softmax;
 use crate::sequence::{Cache, Sequence};
@@ -267,45 +267,69 @@ impl Decoder {
                 FeedTokens::Unread(tokens) => Ok(tokens.reshape(&[-1])?),
             })
             .collect::<Result<_, _>>()?;
-        for (ids, sequence) in ids.iter().zip(sequences.iter()) {
-            self.check_room(sequence, ids.size())?;
-        }
-        let Body::Host(host) = &self.body else {
-            return ids
-                .iter()
-                .zip(feeds)
-                .zip(sequences.iter_mut())
-                .map(|((ids, feed), sequence)| self.feed(ids, sequence, feed.logits))
-                .collect();
+        let rows: Vec<(usize, usize)> = ids
+            .iter()
+            .zip(feeds)
+            .map(|(ids, feed)| (ids.size(), feed.logits.rows(ids.size())))
+            .collect();
+        let all = match &ids[..] {
+            [one] => one.clone(),
+            several => ops::concatenate(&several.iter().collect::<Vec<_>>(), 0)?,
         };
-        let all = ops::concatenate(&ids.iter().collect::<Vec<_>>(), 0)?;
-        let mut rows = Vec::with_capacity(sequences.len());
-        for ((sequence, ids), feed) in sequences.iter_mut().zip(&ids).zip(feeds) {
-            let Cache::Host(cache) = &mut sequence.cache else {
-                return Err(Self::foreign());
-            };
-            rows.push(HostRows {
-                cache,
-                position: sequence.offset,
-                rows: ids.size(),
-                wanted: feed.logits.rows(ids.size()),
-            });
-        }
-        let wanted: Vec<usize> = rows.iter().map(|rows| rows.wanted).collect();
-        let logits = host.forward(&all, &mut rows)?;
-        for (sequence, ids) in sequences.iter_mut().zip(&ids) {
-            sequence.offset += ids.size();
-        }
+        let logits = self.run(&all, sequences, &rows)?;
         let mut first = 0;
-        wanted
-            .into_iter()
-            .map(|rows| {
-                let own = first..first + rows as i32;
+        rows.into_iter()
+            .map(|(_, wanted)| {
+                let own = first..first + wanted as i32;
                 first = own.end;
-                let logits = logits.as_ref().filter(|_| rows > 0);
+                let logits = logits.as_ref().filter(|_| wanted > 0);
                 Ok(logits.map(|logits| logits.try_index((own, ..))).transpose()?)
             })
             .collect()
+    }
+
+    /// Feeds ids, those of one sequence after those of another. `rows` says of each sequence how many are its own, and
+    /// of how many of the last of them logits are wanted.
+    fn run(
+        &self,
+        ids: &Array,
+        sequences: &mut [&mut Sequence],
+        rows: &[(usize, usize)],
+    ) -> Result<Option<Array>, ModelError> {
+        for (sequence, &(rows, _)) in sequences.iter().zip(rows) {
+            self.check_room(sequence, rows)?;
+        }
+        let fed = sequences.iter_mut().zip(rows.iter().copied());
+        let logits = match &self.body {
+            Body::Host(host) => {
+                let rows = fed.map(|(sequence, (rows, wanted))| match &mut sequence.cache {
+                    Cache::Host(cache) => Ok(HostRows {
+                        cache,
+                        position: sequence.offset,
+                        rows,
+                        wanted,
+                    }),
+                    Cache::Graph(_) => Err(Self::foreign()),
+                });
+                host.forward(ids, &mut rows.collect::<Result<Vec<_>, _>>()?)?
+            }
+            Body::Graph(graph) => {
+                let rows = fed.map(|(sequence, (rows, wanted))| match &mut sequence.cache {
+                    Cache::Graph(layers) => Ok(GraphRows {
+                        layers,
+                        position: sequence.offset,
+                        rows,
+                        wanted,
+                    }),
+                    Cache::Host(_) => Err(Self::foreign()),
+                });
+                graph.forward(ids, &mut rows.collect::<Result<Vec<_>, _>>()?)?
+            }
+        };
+        for (sequence, &(rows, _)) in sequences.iter_mut().zip(rows) {
+            sequence.offset += rows;
+        }
+        Ok(logits)
     }
 
     /// Feeds tokens and returns the log-probability of each of `next`, which are the tokens that follow each of them.
@@ -343,7 +367,7 @@ impl Decoder {
         Ok(Array::from_slice(tokens, &[tokens.len() as i32]))
     }
 
-    fn check_room(&self, sequence: &Sequence, tokens: usize) -> Result<usize, ModelError> {
+    fn check_room(&self, sequence: &Sequence, tokens: usize) -> Result<(), ModelError> {
         let (end, context_length) = (sequence.offset + tokens, self.spec.context_length);
         if end > context_length {
             return Err(ModelError::ContextExceeded {
@@ -351,7 +375,7 @@ impl Decoder {
                 context_length,
             });
         }
-        Ok(end)
+        Ok(())
     }
 
     pub(crate) fn foreign() -> ModelError {
@@ -364,27 +388,8 @@ impl Decoder {
         sequence: &mut Sequence,
         logits: Wanted,
     ) -> Result<Option<Array>, ModelError> {
-        let end = self.check_room(sequence, ids.size())?;
-        let position = sequence.offset;
-        let result = match (&self.body, &mut sequence.cache) {
-            (Body::Graph(graph), Cache::Graph(layers)) => graph.forward(ids, layers, position, logits)?,
-            (Body::Host(host), Cache::Host(cache)) => {
-                let rows = ids.size();
-                let wanted = logits.rows(rows);
-                host.forward(
-                    ids,
-                    &mut [HostRows {
-                        cache,
-                        position,
-                        rows,
-                        wanted,
-                    }],
-                )?
-            }
-            _ => return Err(Self::foreign()),
-        };
-        sequence.offset = end;
-        Ok(result)
+        let rows = ids.size();
+        self.run(ids, &mut [sequence], &[(rows, logits.rows(rows))])
     }
 
     /// As [`feed`](Self::feed), where logits are wanted.

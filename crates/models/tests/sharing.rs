@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use mlx_engine_models::{Compute, Decoder, Feed, FeedTokens, ModelError, Sequence, Source, Wanted};
+use mlx_engine_models::{
+    Compute, Decoder, Feed, FeedTokens, ModelError, NextToken, Sequence, Source, Wanted,
+};
 use mlx_rs::Array;
 use proptest::prelude::*;
 
@@ -298,5 +300,40 @@ fn rows_of_several_sequences_are_fed_together() {
         );
         assert!(matches!(error, Err(ModelError::NoTokens)));
         assert!(matches!(decoder.step(&[], &mut []), Err(ModelError::NoTokens)));
+    }
+}
+
+#[test]
+fn one_token_each_of_several_sequences() {
+    let ids: Vec<u32> = (0..120).map(|i| i * 17 % 96).collect();
+    // Rotated by a base, by frequencies of their own, with neighbours in pairs; with norms of heads; with biases.
+    for name in ["llama", "llama-3", "llama-linear", "qwen2", "qwen3", "mistral"] {
+        for compute in [Compute::Fastest, Compute::Mlx] {
+            let decoder = load(name, compute);
+            let seen = [1, 64, 7, 100, 100];
+            let mut sequences: Vec<Sequence> = seen
+                .iter()
+                .map(|&seen| {
+                    let mut sequence = decoder.sequence();
+                    decoder
+                        .prefill(&ids[..seen], &mut sequence)
+                        .expect("the prompt runs");
+                    sequence
+                })
+                .collect();
+            for step in 0..3 {
+                let tokens: Vec<NextToken> = seen
+                    .iter()
+                    .map(|seen| NextToken::Read(ids[seen + step]))
+                    .collect();
+                let mut fed: Vec<&mut Sequence> = sequences.iter_mut().collect();
+                let logits = decoder.forward_batch(&tokens, &mut fed).expect("a step runs");
+                for (&seen, logits) in seen.iter().zip(&logits) {
+                    assert_eq!(logits.shape(), [1, decoder.spec().vocab_size as i32]);
+                    let expected = alone(&decoder, &ids[..=seen + step]);
+                    assert_same(compute, name, &read(logits), &expected);
+                }
+            }
+        }
     }
 }

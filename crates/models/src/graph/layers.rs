@@ -126,4 +126,19 @@ impl Rope {
             freqs,
         )?)
     }
+
+    /// Rotates `[sequences, heads, 1, head_dim]`, where each sequence is at the position that `[sequences]` says.
+    pub(crate) fn forward_each(&self, x: &Array, positions: &Array) -> Result<Array, ModelError> {
+        let theta = self.wavelengths.is_none().then_some(self.theta);
+        let freqs = self.wavelengths.as_ref();
+        Ok(fast::rope_dynamic(
+            x,
+            self.dimensions,
+            self.interleaved,
+            theta,
+            self.scale,
+            positions,
+            freqs,
+        )?)
+    }
 }

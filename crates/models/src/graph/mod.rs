@@ -2,20 +2,20 @@
 
 mod attention;
 mod cache;
+mod gate;
 mod layers;
 
 use mlx_engine_core::LoadProgress;
-use mlx_rs::ops::indexing::IndexOp;
-use mlx_rs::{Array, Dtype, nn, ops, transforms};
+use mlx_rs::ops::indexing::{IndexOp, take_axis};
+use mlx_rs::{Array, Dtype, ops, transforms};
 
 use attention::{Sight, soft_capped};
 pub(crate) use cache::{KvCache, LAYOUT, element};
+use gate::Gate;
 use layers::{Linear, Matrix, Norm, Rope};
 
-use crate::decoder::Wanted;
 use crate::device::DeviceInfo;
 use crate::names::{Part, Place};
-use crate::spec::Activation;
 use crate::weights::{Loader, RawMatrix, StoredType};
 use crate::{DecoderSpec, ModelError};
 
@@ -26,6 +26,7 @@ pub(crate) struct GraphDecoder {
     dtype: Dtype,
     embedding: Matrix,
     blocks: Vec<Block>,
+    gate: Gate,
     norm: Norm,
     /// `None` where the logits use the embedding.
     output: Option<Matrix>,
@@ -41,7 +42,6 @@ struct Block {
     attention: Attention,
     post_attention_norm: Option<Norm>,
     mlp_norm: Option<Norm>,
-    activation: Activation,
     gate: Linear,
     up: Linear,
     down: Linear,
@@ -67,15 +67,76 @@ struct Attention {
     head_dim: i32,
 }
 
+/// What a step feeds to one sequence.
+pub(crate) struct GraphRows<'a> {
+    /// A cache for each layer.
+    pub(crate) layers: &'a mut [KvCache],
+    /// Tokens that the sequence has seen.
+    pub(crate) position: usize,
+    /// Tokens that it is fed.
+    pub(crate) rows: usize,
+    /// Logits that are wanted, of the last rows.
+    pub(crate) wanted: usize,
+}
+
+/// Where the rows of a step belong.
+struct Batch<'a, 'b> {
+    parts: &'a mut [GraphRows<'b>],
+    /// The position of each row, `[rows]`, where several sequences are fed one token each.
+    positions: Option<Array>,
+}
+
+const HEADS_FIRST: [i32; 4] = [0, 2, 1, 3];
+
 impl Attention {
-    /// `[1, tokens, heads * head_dim]` to `[1, heads, tokens, head_dim]`.
+    /// `[1, rows, heads * head_dim]` to `[1, rows, heads, head_dim]`.
     fn split(&self, x: &Array, heads: i32) -> Result<Array, ModelError> {
-        let tokens = x.shape()[1];
-        Ok(x.reshape(&[1, tokens, heads, self.head_dim])?)
+        Ok(x.reshape(&[1, x.shape()[1], heads, self.head_dim])?)
     }
 
-    fn forward(&self, x: &Array, cache: &mut KvCache, offset: usize) -> Result<Array, ModelError> {
-        let tokens = x.shape()[1];
+    /// `[1, rows, heads, head_dim]` to `[1, heads, rows, head_dim]` for each sequence.
+    fn per_sequence(x: &Array, batch: &Batch<'_, '_>) -> Result<Vec<Array>, ModelError> {
+        let mut first = 0;
+        batch
+            .parts
+            .iter()
+            .map(|part| {
+                let own = first..first + part.rows as i32;
+                first = own.end;
+                let own = if batch.parts.len() == 1 {
+                    x.clone()
+                } else {
+                    x.index((.., own, .., ..))
+                };
+                Ok(own.transpose_axes(&HEADS_FIRST)?)
+            })
+            .collect()
+    }
+
+    /// As [`per_sequence`](Self::per_sequence), with the heads rotated by their positions.
+    fn rotated(&self, x: &Array, batch: &Batch<'_, '_>) -> Result<Vec<Array>, ModelError> {
+        let Some(rope) = &self.rope else {
+            return Self::per_sequence(x, batch);
+        };
+        if let Some(positions) = &batch.positions {
+            // One kernel for all: each sequence is a row of a batch with a position of its own.
+            let heads = x.shape()[2];
+            let rows = x.reshape(&[-1, heads, 1, self.head_dim])?;
+            let rotated = rope.forward_each(&rows, positions)?;
+            let count = batch.parts.len() as i32;
+            return Ok((0..count)
+                .map(|row| rotated.index((row..row + 1, .., .., ..)))
+                .collect());
+        }
+        Self::per_sequence(x, batch)?
+            .iter()
+            .zip(batch.parts.iter())
+            .map(|(x, part)| rope.forward(x, part.position))
+            .collect()
+    }
+
+    fn forward(&self, x: &Array, batch: &mut Batch<'_, '_>, layer: usize) -> Result<Array, ModelError> {
+        let rows = x.shape()[1];
         let mut queries = self.split(&self.query.forward(x)?, self.heads)?;
         let mut keys = self.split(&self.key.forward(x)?, self.kv_heads)?;
         let values = self.split(&self.value.forward(x)?, self.kv_heads)?;
@@ -83,40 +144,42 @@ impl Attention {
             queries = query_norm.forward(&queries)?;
             keys = key_norm.forward(&keys)?;
         }
-        let heads_first = [0, 2, 1, 3];
-        let mut queries = queries.transpose_axes(&heads_first)?;
-        let mut keys = keys.transpose_axes(&heads_first)?;
-        if let Some(rope) = &self.rope {
-            queries = rope.forward(&queries, offset)?;
-            keys = rope.forward(&keys, offset)?;
-        }
-        let (keys, values) = cache.update(offset, &keys, &values.transpose_axes(&heads_first)?)?;
+        let queries = self.rotated(&queries, batch)?;
+        let keys = self.rotated(&keys, batch)?;
+        let values = Self::per_sequence(&values, batch)?;
         let sight = Sight {
             scale: self.scale,
             softcap: self.softcap,
             window: self.window,
         };
-        let attended = sight.attend(&queries, keys, values)?;
-        let attended =
-            attended
-                .transpose_axes(&heads_first)?
-                .reshape(&[1, tokens, self.heads * self.head_dim])?;
-        self.output.forward(&attended)
+        let mut attended = Vec::with_capacity(batch.parts.len());
+        for (((part, queries), keys), values) in batch.parts.iter_mut().zip(queries).zip(keys).zip(values) {
+            let (keys, values) = part.layers[layer].update(part.position, &keys, &values)?;
+            let own = sight.attend(&queries, keys, values)?;
+            attended.push(own.transpose_axes(&HEADS_FIRST)?);
+        }
+        let attended = match &attended[..] {
+            [one] => one.clone(),
+            several => ops::concatenate(&several.iter().collect::<Vec<_>>(), 1)?,
+        };
+        self.output
+            .forward(&attended.reshape(&[1, rows, self.heads * self.head_dim])?)
     }
 }
 
 impl Block {
-    fn forward(&self, x: &Array, cache: &mut KvCache, offset: usize) -> Result<Array, ModelError> {
+    fn forward(
+        &self,
+        x: &Array,
+        batch: &mut Batch<'_, '_>,
+        layer: usize,
+        gate: &Gate,
+    ) -> Result<Array, ModelError> {
         let normed = normalized(self.attention_norm.as_ref(), x)?;
-        let attended = self.attention.forward(&normed, cache, offset)?;
+        let attended = self.attention.forward(&normed, batch, layer)?;
         let x = self.add(x, &attended, self.post_attention_norm.as_ref())?;
         let normed = normalized(self.mlp_norm.as_ref(), &x)?;
-        let gate = self.gate.forward(&normed)?;
-        let gate = match self.activation {
-            Activation::Silu => nn::silu(gate)?,
-            Activation::GeluTanh => nn::gelu_approximate(gate)?,
-        };
-        let gated = ops::multiply(gate, self.up.forward(&normed)?)?;
+        let gated = gate.forward(&self.gate.forward(&normed)?, &self.up.forward(&normed)?)?;
         self.add(&x, &self.down.forward(&gated)?, self.post_mlp_norm.as_ref())
     }
 
@@ -272,7 +335,6 @@ impl GraphDecoder {
                 },
                 post_attention_norm: after(Part::PostAttentionNorm)?,
                 mlp_norm: before(Part::MlpNorm)?,
-                activation: spec.activation,
                 gate: arrays.linear(at(Part::Gate), wide, hidden, spec.mlp_bias)?,
                 up: arrays.linear(at(Part::Up), wide, hidden, spec.mlp_bias)?,
                 down: arrays.linear(at(Part::Down), hidden, wide, spec.mlp_bias)?,
@@ -286,6 +348,7 @@ impl GraphDecoder {
             dtype,
             embedding,
             blocks,
+            gate: Gate::new(spec.activation, device.device),
             norm: final_norm,
             output,
             embedding_scale: spec.embedding_scale,
@@ -304,25 +367,34 @@ impl GraphDecoder {
         if self.dtype == Dtype::Float32 { 4 } else { 2 }
     }
 
-    /// Feeds `[tokens]` ids behind the first `offset` positions, and returns what `logits` asks for, `[rows,
-    /// vocab_size]` float32.
+    /// Feeds `[rows]` ids, those of one sequence after those of another, and returns the logits that the sequences want,
+    /// `[wanted, vocab_size]` float32.
     pub(crate) fn forward(
         &self,
         ids: &Array,
-        caches: &mut [KvCache],
-        offset: usize,
-        logits: Wanted,
+        parts: &mut [GraphRows<'_>],
     ) -> Result<Option<Array>, ModelError> {
         let ids = ids.reshape(&[1, -1])?;
+        let one_each = parts.len() > 1 && parts.iter().all(|part| part.rows == 1);
+        let positions = one_each.then(|| {
+            let positions: Vec<i32> = parts.iter().map(|part| part.position as i32).collect();
+            Array::from_slice(&positions, &[positions.len() as i32])
+        });
+        let wanted = Wanted::of(parts);
+        let mut batch = Batch { parts, positions };
         let mut x = scaled(self.embedding.rows(&ids, self.dtype)?, self.embedding_scale)?;
-        for (block, cache) in self.blocks.iter().zip(caches) {
-            x = block.forward(&x, cache, offset)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            x = block.forward(&x, &mut batch, layer, &self.gate)?;
         }
-        match logits {
-            Wanted::None => Ok(None),
-            Wanted::Last => self.logits(&x.index((.., -1, ..))).map(Some),
-            Wanted::All => self.logits(&x.index((0, .., ..))).map(Some),
-        }
+        let hidden = match wanted {
+            Wanted::None => return Ok(None),
+            Wanted::All => x.index((0, .., ..)),
+            Wanted::From(row) => x.index((0, row.., ..)),
+            Wanted::Some(rows) => {
+                take_axis(&x, Array::from_slice(&rows, &[rows.len() as i32]), 1)?.index((0, .., ..))
+            }
+        };
+        self.logits(&hidden).map(Some)
     }
 
     fn logits(&self, hidden: &Array) -> Result<Array, ModelError> {
@@ -337,6 +409,36 @@ impl GraphDecoder {
             logits.as_dtype(Dtype::Float32)?
         };
         soft_capped(scaled(logits, self.logit_scale)?, self.logit_softcap)
+    }
+}
+
+/// The rows of a step whose logits are wanted.
+enum Wanted {
+    None,
+    All,
+    /// This one and all behind it.
+    From(i32),
+    Some(Vec<i32>),
+}
+
+impl Wanted {
+    fn of(parts: &[GraphRows<'_>]) -> Self {
+        let (mut first, mut rows) = (0, Vec::new());
+        for part in parts {
+            let end = first + part.rows;
+            rows.extend((end - part.wanted..end).map(|row| row as i32));
+            first = end;
+        }
+        match (rows.first(), rows.last()) {
+            (Some(0), _) if rows.len() == first => Self::All,
+            (Some(&from), Some(&last))
+                if (last - from + 1) as usize == rows.len() && last as usize + 1 == first =>
+            {
+                Self::From(from)
+            }
+            (Some(_), _) => Self::Some(rows),
+            (None, _) => Self::None,
+        }
     }
 }
 
