@@ -1,5 +1,7 @@
 //! How an engine schedules and computes.
 
+use std::path::PathBuf;
+
 use mlx_engine_core::ParamError;
 use serde::{Deserialize, Serialize};
 
@@ -23,12 +25,16 @@ pub struct EngineConfig {
     /// Requests that may wait beside as many as a batch has, at most a million; one more is refused with
     /// [`QueueFull`](mlx_engine_core::EngineError::QueueFull).
     pub max_queue: usize,
+    /// The longest sequence, prompt and answer together, in tokens; at least 1. That of the model where `None`, and where
+    /// it is shorter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context_length: Option<usize>,
     /// Tokens of a prompt that are fed at once, between two steps of the others; 1 to 65536. Where `None`, 512 on a CPU,
-    /// which gains nothing from more, and 2048 elsewhere.
+    /// which gains nothing from more, and where memory is tight, and 2048 elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_chunk: Option<usize>,
-    /// Bytes that the model's weights and the keys and values of all its sequences may take together; no limit where
-    /// `None`. A model or a request that can never fit is refused with
+    /// Bytes that the model's weights, its workspace and the keys and values of all its sequences may take together; no
+    /// limit where `None`. It is MLX's limit in this process too, where it is told. A model or a request that can never fit is refused with
     /// [`InsufficientMemory`](mlx_engine_core::EngineError::InsufficientMemory), a request that does not fit now waits, and
     /// sequences that are only kept make room first. A request counts with its prompt and all the tokens that it may
     /// generate.
@@ -49,6 +55,43 @@ pub struct PrefixCacheConfig {
     /// [`memory_limit`](EngineConfig::memory_limit) leaves beside the weights, and 1 GiB where there is no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bytes: Option<u64>,
+    /// Where what was computed outlives the process; nowhere where `None`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskCacheConfig>,
+}
+
+/// Keys and values on disk. They are written beside the work, in chunks of 256 tokens, and found again by a model of the
+/// same content; a file that is damaged is computed again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskCacheConfig {
+    /// The folder, which is made where it is missing. Several models and processes may share it.
+    pub folder: PathBuf,
+    /// Bytes that the files of the folder may take, those used last; 4 GiB unless told, at least 1.
+    #[serde(default = "DiskCacheConfig::default_max_bytes")]
+    pub max_bytes: u64,
+    /// Bytes that have to stay free on the disk; 2 GiB unless told. Nothing is written where there would be less.
+    #[serde(default = "DiskCacheConfig::default_min_free_bytes")]
+    pub min_free_bytes: u64,
+}
+
+impl DiskCacheConfig {
+    /// A folder with the limits that are not told otherwise.
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Self {
+            folder: folder.into(),
+            max_bytes: Self::default_max_bytes(),
+            min_free_bytes: Self::default_min_free_bytes(),
+        }
+    }
+
+    const fn default_max_bytes() -> u64 {
+        4 << 30
+    }
+
+    const fn default_min_free_bytes() -> u64 {
+        2 << 30
+    }
 }
 
 impl PrefixCacheConfig {
@@ -59,7 +102,14 @@ impl PrefixCacheConfig {
     pub const fn of(max_bytes: u64) -> Self {
         Self {
             max_bytes: Some(max_bytes),
+            disk: None,
         }
+    }
+
+    /// Keeps keys and values on disk too.
+    pub fn with_disk(mut self, disk: DiskCacheConfig) -> Self {
+        self.disk = Some(disk);
+        self
     }
 }
 
@@ -68,6 +118,7 @@ impl Default for EngineConfig {
         Self {
             max_batch: 16,
             max_queue: 64,
+            context_length: None,
             prefill_chunk: None,
             memory_limit: None,
             prefix_cache: PrefixCacheConfig::default(),
@@ -85,8 +136,12 @@ impl EngineConfig {
     pub fn validate(&self) -> Result<(), ParamError> {
         between("max_batch", self.max_batch, 1, 1024)?;
         between("max_queue", self.max_queue, 0, 1_000_000)?;
+        between("context_length", self.context_length.unwrap_or(1), 1, usize::MAX)?;
         between("prefill_chunk", self.prefill_chunk.unwrap_or(1), 1, 65_536)?;
-        between("memory_limit", self.memory_limit.unwrap_or(1), 1, u64::MAX)
+        between("memory_limit", self.memory_limit.unwrap_or(1), 1, u64::MAX)?;
+        let disk = self.prefix_cache.disk.as_ref();
+        let max_bytes = disk.map_or(1, |disk| disk.max_bytes);
+        between("prefix_cache.disk.max_bytes", max_bytes, 1, u64::MAX)
     }
 }
 
@@ -119,11 +174,15 @@ mod tests {
             max_batch: 3,
             prefill_chunk: Some(64),
             memory_limit: Some(1 << 30),
-            prefix_cache: PrefixCacheConfig::OFF,
+            prefix_cache: PrefixCacheConfig::of(5).with_disk(DiskCacheConfig::new("kept")),
             ..EngineConfig::default()
         };
         let json = serde_json::to_value(&config).unwrap();
-        assert_eq!(json["prefix_cache"], json!({"max_bytes": 0}));
+        let disk =
+            json!({"folder": "kept", "max_bytes": 4_294_967_296_u64, "min_free_bytes": 2_147_483_648_u64});
+        assert_eq!(json["prefix_cache"], json!({"max_bytes": 5, "disk": disk}));
+        let read_disk = read(json!({"prefix_cache": {"disk": {"folder": "kept"}}})).unwrap();
+        assert_eq!(read_disk.prefix_cache.disk, Some(DiskCacheConfig::new("kept")));
         assert_eq!(read(json).unwrap(), config);
         let unknown = read(json!({"max_batches": 3})).unwrap_err().to_string();
         assert!(unknown.contains("unknown field `max_batches`"), "{unknown}");
@@ -138,8 +197,14 @@ mod tests {
         check(json!({"max_batch": 0}), "max_batch");
         check(json!({"max_batch": 1025}), "max_batch");
         check(json!({"max_queue": 1_000_001}), "max_queue");
+        check(json!({"context_length": 0}), "context_length");
         check(json!({"prefill_chunk": 0}), "prefill_chunk");
         check(json!({"prefill_chunk": 65_537}), "prefill_chunk");
         check(json!({"memory_limit": 0}), "memory_limit");
+        let disk = json!({"folder": "/tmp", "max_bytes": 0});
+        check(
+            json!({"prefix_cache": {"disk": disk}}),
+            "prefix_cache.disk.max_bytes",
+        );
     }
 }

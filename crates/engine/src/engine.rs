@@ -186,7 +186,7 @@ impl Engine {
             let result = result.unwrap_or_else(|panic| Err(panicked(&*panic)));
             let Loaded {
                 model,
-                configuration,
+                mut configuration,
                 encoder,
                 backend,
                 device,
@@ -197,6 +197,10 @@ impl Engine {
                     return;
                 }
             };
+            if let Some(tokens) = config.context_length {
+                let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+                configuration.context_length = configuration.context_length.min(tokens);
+            }
             progress(LoadProgress::Ready);
             let load_s = began.elapsed().as_secs_f64();
             let identity = Identity {
@@ -207,7 +211,13 @@ impl Engine {
             };
             tracing::info!(model = %identity.model, backend = %backend, device = %device, load_s, "model loaded");
             let tokenizer = encoder.tokenizer().clone();
-            let worker = Worker::new(model, tokenizer, identity.clone(), &config, SystemClock);
+            let worker = match Worker::new(model, tokenizer, identity.clone(), &config, SystemClock) {
+                Ok(worker) => worker,
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                    return;
+                }
+            };
             if ready
                 .send(Ok((identity, Arc::new(configuration), encoder)))
                 .is_ok()

@@ -22,7 +22,11 @@
 mod clock;
 mod config;
 mod constraint;
+mod disk;
 mod engine;
+#[cfg(feature = "mlx")]
+mod fingerprint;
+mod fit;
 #[cfg(feature = "mlx")]
 mod mlx;
 mod mock;
@@ -33,10 +37,11 @@ mod request;
 mod scheduler;
 mod worker;
 
-pub use config::{EngineConfig, PrefixCacheConfig};
+pub use config::{DiskCacheConfig, EngineConfig, PrefixCacheConfig};
 pub use engine::{Engine, ProgressFn, Score, UnloadMode};
+pub use fit::{MemoryFit, MemoryNeeds};
 #[cfg(feature = "mlx")]
-pub use mlx::{cpu_kernels, load_encoder, load_mlx, mlx_device};
+pub use mlx::{cpu_kernels, load_encoder, load_mlx, memory_needs, mlx_device};
 pub use mock::{MockFault, MockModel, MockScript};
 pub use model::{Chosen, Feed, TokenModel};
 pub use prefix::{PrefixCacheReport, PrefixEntry};

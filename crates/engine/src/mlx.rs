@@ -1,6 +1,7 @@
 //! MLX's decoders as the scheduler sees them.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,11 +9,15 @@ use mlx_engine_checkpoint::Metadata;
 use mlx_engine_core::{
     Backend, Device, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
 };
-use mlx_engine_models::{self as models, Compute, Decoder, ModelError, NextToken, Sampler, Source, Step};
+use mlx_engine_models::{
+    self as models, Compute, Decoder, DecoderSpec, ModelError, NextToken, Sampler, Source, Step,
+};
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 
 use crate::config::EngineConfig;
 use crate::engine::{Engine, Loaded, ProgressFn};
+use crate::fingerprint::fingerprint;
+use crate::fit::MemoryNeeds;
 use crate::{Chosen, Feed, PromptEncoder, TokenModel};
 
 /// Positions by which keys and values grow, at most.
@@ -22,6 +27,9 @@ const CACHE_BLOCK: usize = 256;
 /// this and whose other requests would wait longer.
 const DEVICE_CHUNK: usize = 2048;
 const CPU_CHUNK: usize = 512;
+
+/// The part of the memory beside the weights that MLX may keep for later arrays.
+const KEPT_BY_MLX: u64 = 8;
 
 /// Answers that a step takes further at once.
 const BATCH_LIMIT: usize = 32;
@@ -63,8 +71,15 @@ pub async fn load_mlx(
         Compute::Fastest
     };
     let memory_limit = config.memory_limit;
+    let disk = config.prefix_cache.disk.is_some();
     Engine::load(config, progress, move |cancelled, progress| {
-        load(&path, configuration, compute, memory_limit, cancelled, progress)
+        let mut loaded = load(&path, configuration, compute, memory_limit, cancelled, progress)?;
+        if disk {
+            let content = fingerprint(&path)
+                .map_err(|error| EngineError::model_load(&*loaded.configuration.id, error))?;
+            loaded.model.identity = Some(format!("{content} {compute}"));
+        }
+        Ok(loaded)
     })
     .await
 }
@@ -95,6 +110,11 @@ fn load(
     configuration.context_length = source.spec().context_length as u32;
     let encoder = PromptEncoder::new(tokenizer, configuration.default_system_prompt.clone())?;
     source.forget_tokenizer();
+    if let Some(limit) = memory_limit {
+        // What MLX keeps for later arrays must not stand in the way of what is needed now.
+        models::limit_memory(limit, (limit - weight_bytes) / KEPT_BY_MLX).map_err(failed)?;
+    }
+    let before = models::active_memory().map_err(failed)?;
     let decoder = Decoder::load(&source, compute, &mut |stage| {
         progress(stage);
         if cancelled.load(Ordering::Relaxed) {
@@ -106,8 +126,10 @@ fn load(
     .map_err(failed)?;
     Ok(Loaded {
         model: MlxModel {
+            weight_bytes: models::active_memory().map_err(failed)?.saturating_sub(before),
+            peak_at_load: models::peak_memory().map_err(failed)?,
             decoder,
-            weight_bytes,
+            identity: None,
         },
         configuration,
         encoder,
@@ -141,6 +163,48 @@ pub fn load_encoder(path: &Path, known: Option<&ModelConfiguration>) -> Result<P
 /// Where the environment names an instruction set that is not there.
 pub fn cpu_kernels() -> Result<(&'static str, usize), EngineError> {
     models::cpu_kernels().map_err(|error| EngineError::device("the kernels cannot be chosen", error))
+}
+
+/// What a model needs of memory, from its files' headers.
+///
+/// # Errors
+///
+/// As [`load_mlx`], but for those of the weights and the tokenizer.
+pub fn memory_needs(path: &Path, exact: bool) -> Result<MemoryNeeds, EngineError> {
+    let device = mlx_device()?;
+    let id = path.display().to_string();
+    let source = Source::open(path).map_err(|error| load_error(&id, error))?;
+    let spec = source.spec();
+    // Float16 in all cases but one.
+    let element_bytes = if exact && device == Device::Cpu { 4 } else { 2 };
+    Ok(MemoryNeeds {
+        weight_bytes: source.total_bytes(),
+        kv_bytes_per_token: spec.kv_bytes_per_token(element_bytes) as u64,
+        workspace_bytes_per_token: workspace_bytes_per_token(spec),
+        logits_bytes: logits_bytes(spec),
+        context_length: spec.context_length,
+        prefill_chunk: chunk(device),
+    })
+}
+
+/// Tokens of a prompt that are fed at once.
+fn chunk(device: Device) -> usize {
+    match device {
+        Device::Cpu => CPU_CHUNK,
+        _ => DEVICE_CHUNK,
+    }
+}
+
+/// Bytes that a step needs for a token that is fed: the residual stream and its norm, queries, keys, values and what
+/// attention gives, and the three vectors of the MLP, all in float32.
+fn workspace_bytes_per_token(spec: &DecoderSpec) -> u64 {
+    let attention = 2 * spec.heads * spec.head_dim + 2 * spec.kv_heads * spec.head_dim;
+    let floats = 4 * spec.hidden_size + attention + 3 * spec.intermediate_size;
+    (floats * size_of::<f32>()) as u64
+}
+
+fn logits_bytes(spec: &DecoderSpec) -> u64 {
+    (spec.vocab_size * size_of::<f32>()) as u64
 }
 
 fn read_tokenizer(source: &Source, id: &str) -> Result<Tokenizer, EngineError> {
@@ -232,6 +296,10 @@ fn vocabulary(metadata: &Metadata) -> Result<GgufVocabulary, mlx_engine_checkpoi
 struct MlxModel {
     decoder: Decoder,
     weight_bytes: u64,
+    /// The most bytes that models had taken when this one was loaded.
+    peak_at_load: u64,
+    /// The content of the model and how it computes, where keys and values are written to disk.
+    identity: Option<String>,
 }
 
 /// A sequence of a decoder, with the tokens that are being chosen: the oldest first, two at most.
@@ -273,10 +341,7 @@ impl TokenModel for MlxModel {
     }
 
     fn prefill_chunk(&self) -> usize {
-        match self.decoder.device().device {
-            Device::Cpu => CPU_CHUNK,
-            _ => DEVICE_CHUNK,
-        }
+        chunk(self.decoder.device().device)
     }
 
     fn open(&mut self) -> MlxSequence {
@@ -409,6 +474,36 @@ impl TokenModel for MlxModel {
     fn sequence_bytes(&self, tokens: usize) -> u64 {
         // Caches grow by blocks.
         (tokens.next_multiple_of(CACHE_BLOCK) * self.decoder.kv_bytes_per_token()) as u64
+    }
+
+    fn workspace_bytes(&self, chunk: usize, batch: usize) -> u64 {
+        let spec = self.decoder.spec();
+        let rows = workspace_bytes_per_token(spec).saturating_mul(chunk.max(batch) as u64);
+        rows.saturating_add(logits_bytes(spec).saturating_mul(batch as u64))
+    }
+
+    fn measured_bytes(&self) -> Option<u64> {
+        // A peak that loading reached says nothing of what came after.
+        models::peak_memory()
+            .ok()
+            .filter(|&peak| peak > self.peak_at_load)
+    }
+
+    fn identity(&self) -> Option<String> {
+        self.identity.clone()
+    }
+
+    fn export(&mut self, sequence: &MlxSequence, range: Range<usize>) -> Result<Vec<u8>, EngineError> {
+        self.decoder.export(&sequence.sequence, range).map_err(run_error)
+    }
+
+    fn import(&mut self, blocks: &[Vec<u8>]) -> Result<MlxSequence, EngineError> {
+        let sequence = self.decoder.import(blocks).map_err(run_error)?;
+        Ok(MlxSequence {
+            sequence,
+            sampler: None,
+            steps: VecDeque::new(),
+        })
     }
 
     fn shared_bytes(&self, len: usize) -> u64 {

@@ -1,5 +1,6 @@
 //! A scripted model that never poses as a real one.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub struct MockScript {
     context_length: Option<usize>,
     bytes_per_token: Option<u64>,
     whole_sequences: bool,
+    /// Bytes of workspace, as they are estimated and as they turn out.
+    workspace: Option<(u64, u64)>,
 }
 
 impl MockScript {
@@ -91,6 +94,12 @@ impl MockScript {
         self
     }
 
+    /// Counts so many bytes of workspace, and finds others once it has run.
+    pub fn with_workspace(mut self, estimated: u64, found: u64) -> Self {
+        self.workspace = Some((estimated, found));
+        self
+    }
+
     /// Has sequences that cannot be cut, as those of a recurrent model.
     pub fn with_whole_sequences(mut self) -> Self {
         self.whole_sequences = true;
@@ -103,6 +112,7 @@ impl MockScript {
             Some(message) => Err(EngineError::model_load("mock", message)),
             None => Ok(MockModel {
                 script: self,
+                most_seen: 0,
                 alive: Arc::default(),
             }),
         }
@@ -113,6 +123,8 @@ impl MockScript {
 #[derive(Debug)]
 pub struct MockModel {
     script: MockScript,
+    /// Tokens of the longest sequence so far.
+    most_seen: usize,
     /// Every sequence has a clone.
     alive: Arc<()>,
 }
@@ -217,6 +229,7 @@ impl TokenModel for MockModel {
     fn prefill(&mut self, sequence: &mut MockSequence, tokens: &[u32]) -> Result<(), EngineError> {
         std::thread::sleep(self.script.chunk_delay);
         sequence.seen.extend_from_slice(tokens);
+        self.most_seen = self.most_seen.max(sequence.seen.len());
         Ok(())
     }
 
@@ -228,6 +241,7 @@ impl TokenModel for MockModel {
         number: u64,
     ) -> Result<(), EngineError> {
         sequence.seen.extend_from_slice(tokens);
+        self.most_seen = self.most_seen.max(sequence.seen.len());
         if number == 0 {
             sequence.answer = match &self.script.reply {
                 Some(reply) => reply.bytes().map(u32::from).collect(),
@@ -295,6 +309,40 @@ impl TokenModel for MockModel {
         Err(EngineError::MlxUnavailable {
             reason: "the mock has no probabilities to score with".to_owned(),
         })
+    }
+
+    fn workspace_bytes(&self, _chunk: usize, _batch: usize) -> u64 {
+        self.script.workspace.map_or(0, |(estimated, _)| estimated)
+    }
+
+    fn measured_bytes(&self) -> Option<u64> {
+        let (_, found) = self.script.workspace?;
+        (self.most_seen > 0).then(|| found + self.sequence_bytes(self.most_seen))
+    }
+
+    fn identity(&self) -> Option<String> {
+        (!self.script.whole_sequences).then(|| "mock".to_owned())
+    }
+
+    fn export(&mut self, sequence: &MockSequence, range: Range<usize>) -> Result<Vec<u8>, EngineError> {
+        let tokens = sequence.seen.get(range);
+        let tokens =
+            tokens.ok_or_else(|| EngineError::internal("tokens were to be written that nobody has seen"))?;
+        Ok(tokens.iter().flat_map(|token| token.to_le_bytes()).collect())
+    }
+
+    fn import(&mut self, blocks: &[Vec<u8>]) -> Result<MockSequence, EngineError> {
+        let mut sequence = self.open();
+        for block in blocks {
+            let (tokens, rest) = block.as_chunks::<4>();
+            if !rest.is_empty() {
+                return Err(EngineError::internal("a block ends within a token"));
+            }
+            sequence
+                .seen
+                .extend(tokens.iter().map(|token| u32::from_le_bytes(*token)));
+        }
+        Ok(sequence)
     }
 
     fn sequence_bytes(&self, tokens: usize) -> u64 {

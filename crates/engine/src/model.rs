@@ -1,5 +1,7 @@
 //! What the scheduler runs.
 
+use std::ops::Range;
+
 use mlx_engine_core::{EngineError, GenerateParams};
 
 /// A token that a model chose.
@@ -162,6 +164,18 @@ pub trait TokenModel {
         0
     }
 
+    /// Bytes that steps take beside weights and sequences which feed so many tokens of a prompt and decode so many
+    /// answers, as an estimate.
+    fn workspace_bytes(&self, chunk: usize, batch: usize) -> u64 {
+        let _ = (chunk, batch);
+        0
+    }
+
+    /// The most bytes that all have taken at once since the model was loaded; `None` where that was not measured.
+    fn measured_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Bytes that a sequence of this many tokens takes.
     fn sequence_bytes(&self, tokens: usize) -> u64 {
         let _ = tokens;
@@ -171,6 +185,37 @@ pub trait TokenModel {
     /// Bytes of a sequence that a fork at this length goes on sharing with it.
     fn shared_bytes(&self, len: usize) -> u64 {
         self.sequence_bytes(len)
+    }
+
+    /// All that keys and values depend on beside the tokens, as a text: the content of the model, and how it computes.
+    /// `None` where they cannot be written, and where nobody asked for it when the model was loaded.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// The keys and values of 256 tokens of a sequence, from a multiple of 256 on, as bytes that
+    /// [`import`](Self::import) reads.
+    ///
+    /// # Errors
+    ///
+    /// What the device says, and that a model cannot write them.
+    fn export(&mut self, sequence: &Self::Sequence, range: Range<usize>) -> Result<Vec<u8>, EngineError> {
+        let _ = sequence;
+        Err(EngineError::internal(format!(
+            "the keys and values of {range:?} cannot be written"
+        )))
+    }
+
+    /// The sequence whose keys and values these are, from position 0 on.
+    ///
+    /// # Errors
+    ///
+    /// For bytes that are damaged or of another model.
+    fn import(&mut self, blocks: &[Vec<u8>]) -> Result<Self::Sequence, EngineError> {
+        Err(EngineError::internal(format!(
+            "{} blocks of keys and values cannot be read",
+            blocks.len()
+        )))
     }
 
     /// The most bytes that the model had allocated at once.

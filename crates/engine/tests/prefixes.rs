@@ -1,7 +1,7 @@
 //! What is kept of requests, through the handle of an engine.
 
 use mlx_engine_core::{ChatMessage, EngineError, GenerateParams, LlmEngine, Prompt};
-use mlx_engine_engine::{Engine, EngineConfig, MockScript, PrefixCacheConfig};
+use mlx_engine_engine::{DiskCacheConfig, Engine, EngineConfig, MockScript, PrefixCacheConfig, UnloadMode};
 
 async fn engine(max_bytes: u64) -> Engine {
     let config = EngineConfig {
@@ -76,4 +76,65 @@ async fn a_prompt_that_is_pinned_stays() {
         ),
         "{error}"
     );
+}
+
+#[tokio::test]
+async fn what_was_computed_outlives_the_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = async |script: MockScript| {
+        let disk = DiskCacheConfig {
+            min_free_bytes: 0,
+            ..DiskCacheConfig::new(folder.path())
+        };
+        let config = EngineConfig {
+            prefix_cache: PrefixCacheConfig::default().with_disk(disk),
+            ..EngineConfig::default()
+        };
+        Engine::mock("tiny", script, config).await
+    };
+    let prompt = || Prompt::text("many words ".repeat(80));
+    let run = async |engine: &Engine| {
+        let output = engine
+            .generate(prompt(), GenerateParams::default())
+            .await
+            .unwrap();
+        (output.text, output.usage.cached_tokens)
+    };
+    let first = open(MockScript::default()).await.unwrap();
+    let (text, cached) = run(&first).await;
+    assert_eq!(cached, 0);
+    first.unload_with(UnloadMode::Drain).await.unwrap();
+
+    let second = open(MockScript::default()).await.unwrap();
+    assert_eq!(run(&second).await, (text.clone(), 768));
+    assert_eq!(
+        run(&second).await,
+        (text.clone(), 879),
+        "memory has more than the disk"
+    );
+    second.unload_with(UnloadMode::Drain).await.unwrap();
+
+    // Every file is damaged in another way.
+    for (index, file) in std::fs::read_dir(folder.path()).unwrap().enumerate() {
+        let path = file.unwrap().path();
+        let mut bytes = std::fs::read(&path).unwrap();
+        match index {
+            0 => bytes.truncate(100),
+            1 => bytes.clear(),
+            _ => *bytes.last_mut().unwrap() ^= 1,
+        }
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let third = open(MockScript::default()).await.unwrap();
+    assert_eq!(run(&third).await, (text.clone(), 0));
+    third.unload_with(UnloadMode::Drain).await.unwrap();
+    // The one at which reading ended was written again.
+    let fourth = open(MockScript::default()).await.unwrap();
+    let (again, cached) = run(&fourth).await;
+    assert!(again == text && cached >= 256, "{cached}");
+
+    let refused = open(MockScript::default().with_whole_sequences())
+        .await
+        .unwrap_err();
+    assert!(refused.to_string().contains("prefix_cache.disk"), "{refused}");
 }

@@ -400,3 +400,56 @@ async fn a_request_has_the_time_that_it_was_given() {
         .unwrap();
     assert_eq!(output.text, "runs");
 }
+
+#[tokio::test]
+async fn a_shorter_context_than_the_models_is_kept_to() {
+    let config = EngineConfig {
+        context_length: Some(10),
+        ..EngineConfig::default()
+    };
+    let engine = Engine::mock("tiny", MockScript::reply("a long answer"), config)
+        .await
+        .unwrap();
+    assert_eq!(engine.model().unwrap().context_length, 10);
+    let output = engine.generate(Prompt::text("12345678"), params()).await.unwrap();
+    assert_eq!(
+        (output.text.as_str(), output.finish_reason),
+        ("a ", FinishReason::Length)
+    );
+    let error = error(&engine, Prompt::text("1234567890"), params()).await;
+    assert!(
+        matches!(
+            error,
+            EngineError::PromptTooLong {
+                context_length: 10,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn what_steps_take_is_measured_and_admission_corrected() {
+    let config = EngineConfig {
+        memory_limit: Some(1000),
+        ..EngineConfig::default()
+    };
+    let script = MockScript::reply("ok")
+        .with_bytes_per_token(10)
+        .with_workspace(200, 500);
+    let engine = Engine::mock("tiny", script, config).await.unwrap();
+    let available = async |engine: &Engine| {
+        let found = error(engine, Prompt::text("Hi"), params().with_max_tokens(4000)).await;
+        let EngineError::InsufficientMemory { available, .. } = found else {
+            panic!("{found}")
+        };
+        available
+    };
+    assert_eq!(available(&engine).await, 800);
+    engine
+        .generate(Prompt::text("Hi"), params().with_max_tokens(4))
+        .await
+        .unwrap();
+    assert_eq!(available(&engine).await, 500);
+}

@@ -43,11 +43,11 @@ pub use chat::{ChatSession, ChatStream};
 pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
 pub use mlx_engine_engine::{
-    Engine, EngineConfig, MockFault, MockScript, PrefixCacheConfig, PrefixCacheReport, PrefixEntry,
-    ProgressFn, PromptEncoder, Score, UnloadMode,
+    DiskCacheConfig, Engine, EngineConfig, MemoryFit, MemoryNeeds, MockFault, MockScript, PrefixCacheConfig,
+    PrefixCacheReport, PrefixEntry, ProgressFn, PromptEncoder, Score, UnloadMode,
 };
 #[cfg(feature = "mlx")]
-pub use mlx_engine_engine::{cpu_kernels, mlx_device};
+pub use mlx_engine_engine::{cpu_kernels, memory_needs, mlx_device};
 pub use mlx_engine_monitor::{
     DetailedStatus, Distribution, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason,
     HealthReport, InferenceMetrics,

@@ -44,7 +44,7 @@ pub use device::{DeviceInfo, detect};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};
 pub use host::cpu_kernels;
-pub use memory::{active_memory, clear_cache, peak_memory, reset_peak_memory};
+pub use memory::{active_memory, clear_cache, limit_memory, peak_memory, reset_peak_memory};
 pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax};
 pub use sequence::Sequence;
 pub use source::Source;

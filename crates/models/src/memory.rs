@@ -81,3 +81,16 @@ pub fn reset_peak_memory() -> Result<(), ModelError> {
 pub fn clear_cache() -> Result<(), ModelError> {
     Ok(memory::clear_cache()?)
 }
+
+/// Sets how much MLX may allocate in this process before it waits for what runs to give some back, and how much of what
+/// was given back it keeps for later arrays. It may go beyond the first where nothing runs that could give any back.
+///
+/// # Errors
+///
+/// None that MLX documents.
+pub fn limit_memory(bytes: u64, kept: u64) -> Result<(), ModelError> {
+    let size = |bytes| usize::try_from(bytes).unwrap_or(usize::MAX);
+    memory::set_memory_limit(size(bytes))?;
+    memory::set_cache_limit(size(kept))?;
+    Ok(())
+}

@@ -85,7 +85,6 @@ impl<S> PrefixCache<S> {
     }
 
     /// Bytes that all take.
-    #[cfg(test)]
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -139,6 +138,15 @@ impl<S> PrefixCache<S> {
             }
         }
         Ok(None)
+    }
+
+    /// A sequence that is kept and has seen these tokens, and perhaps more.
+    pub(crate) fn with(&self, tokens: &[u32]) -> Option<&S> {
+        let place = self.find(tokens);
+        let index = self
+            .first_kept(place.node)
+            .filter(|_| place.len == tokens.len())?;
+        Some(&self.node(index)?.kept.as_ref()?.sequence)
     }
 
     /// Counts a look-up that found so many tokens.

@@ -156,6 +156,11 @@ impl Scheduler {
         self.taken = bytes;
     }
 
+    /// Says how many bytes there are for the sequences of all that run.
+    pub(crate) fn set_available(&mut self, bytes: Option<u64>) {
+        self.limits.available = bytes;
+    }
+
     /// Bytes for those that run.
     fn available(&self) -> Option<u64> {
         let available = self.limits.available?;

@@ -18,9 +18,10 @@ pub(super) struct Active<S> {
     /// Prompt and answer so far.
     pub(super) tokens: Vec<u32>,
     pub(super) prompt_len: usize,
-    /// Prompt tokens that were taken over from another request, whose memory they share; `None` until its prompt is
-    /// begun.
+    /// Prompt tokens that need not be computed; `None` until its prompt is begun.
     pub(super) cached: Option<usize>,
+    /// Those of them that are in memory once, for this request and for another.
+    pub(super) shared: usize,
     /// Lengths of the prompt at which its state is kept, where it cannot be had from a longer one.
     pub(super) checkpoints: Vec<usize>,
     pub(super) started: Instant,
@@ -40,9 +41,10 @@ impl<S> Active<S> {
 pub(super) fn read<M: TokenModel>(
     model: &mut M,
     active: &mut Active<M::Sequence>,
+    context_length: usize,
     clock: &impl Clock,
 ) -> Result<Option<FinishReason>, EngineError> {
-    let room = active.tokens.len() + 1 < model.context_length();
+    let room = active.tokens.len() + 1 < context_length;
     let Request { params, walk, .. } = &mut active.request;
     if let Some(walk) = walk {
         walk.prepare()?;

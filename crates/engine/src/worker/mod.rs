@@ -2,6 +2,7 @@
 
 mod active;
 mod command;
+mod memory;
 mod scoring;
 #[cfg(test)]
 mod tests;
@@ -12,15 +13,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use mlx_engine_core::{Backend, Device, EngineError, FinishReason, GenerateSummary, GenerationEvent};
+use mlx_engine_core::{
+    Backend, Device, EngineError, FinishReason, GenerateSummary, GenerationEvent, ParamError,
+};
 use mlx_engine_text::Tokenizer;
 use tokio::sync::mpsc;
 
 use self::active::{Active, read};
 pub(crate) use self::command::{Command, PrefixCommand};
+use self::memory::Memory;
 use self::scoring::Scoring;
 use crate::clock::Clock;
 use crate::config::EngineConfig;
+use crate::disk::DiskCache;
 use crate::prefix::PrefixCache;
 use crate::request::{Answer, Request};
 use crate::scheduler::{Admission, Ask, Chunk, Id, Limits, Refusal, Scheduler};
@@ -40,17 +45,24 @@ pub(crate) struct Worker<M: TokenModel, C> {
     tokenizer: Tokenizer,
     identity: Identity,
     clock: C,
-    /// Bytes for all sequences, those that run and those that are kept; no limit where `None`.
-    available: Option<u64>,
+    memory: Memory,
+    /// The longest sequence, in tokens.
+    context_length: usize,
     scheduler: Scheduler,
     prefixes: PrefixCache<M::Sequence>,
     waiting: Vec<(Id, Request)>,
     /// In the order in which they were admitted.
     active: Vec<Active<M::Sequence>>,
     scoring: Scoring<M::Sequence>,
+    disk: Option<DiskCache>,
+    /// Turns since a chunk was written.
+    turns: u32,
     /// Requests so far.
     submitted: Id,
 }
+
+/// Turns between two chunks that are handed over to be written while there is something else to do.
+const TURNS_BETWEEN_CHUNKS: u32 = 16;
 
 /// Requests that an error of this turn ends.
 type Failed = Vec<(Id, EngineError)>;
@@ -62,36 +74,55 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         identity: Identity,
         config: &EngineConfig,
         clock: C,
-    ) -> Self {
-        let available = config
-            .memory_limit
-            .map(|limit| limit.saturating_sub(model.weight_bytes()));
+    ) -> Result<Self, EngineError> {
+        let disk = config.prefix_cache.disk.as_ref();
+        let disk = disk.map(|disk| {
+            let refused = || {
+                ParamError::new(
+                    "prefix_cache.disk",
+                    "set",
+                    "unset, as the model's state cannot be written",
+                )
+            };
+            let identity = model.identity().ok_or_else(refused)?;
+            DiskCache::open(disk, &identity)
+        });
+        let disk = disk.transpose()?;
+        let (memory, prefill_chunk) = Memory::new(&model, config);
+        let available = memory.available();
+        let context_length = config
+            .context_length
+            .unwrap_or(usize::MAX)
+            .min(model.context_length());
         let kept = config.prefix_cache.max_bytes;
         let limits = Limits {
             max_batch: config.max_batch,
             max_queue: config.max_queue,
-            prefill_chunk: config.prefill_chunk.unwrap_or_else(|| model.prefill_chunk()),
+            prefill_chunk,
             available,
         };
-        Self {
+        Ok(Self {
             prefixes: PrefixCache::new(kept.or(available.map(|bytes| bytes / 4)).unwrap_or(1 << 30)),
             model,
             tokenizer,
             identity,
             clock,
-            available,
+            memory,
+            context_length,
             scheduler: Scheduler::new(limits),
             waiting: Vec::new(),
             active: Vec::new(),
             scoring: Scoring::new(),
+            disk,
+            turns: 0,
             submitted: 0,
-        }
+        })
     }
 
     /// Serves requests until nobody can send any and all are answered, or until it is told to give them up.
     pub(crate) fn run(mut self, mut commands: mpsc::Receiver<Command>, abort: &AtomicBool) {
         loop {
-            if self.is_idle() {
+            if self.is_idle() && !self.save(true) {
                 match commands.blocking_recv() {
                     Some(command) => self.accept(command),
                     None => return,
@@ -150,7 +181,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 
     /// Puts a request into the queue.
     pub(crate) fn submit(&mut self, request: Request) -> Result<(), EngineError> {
-        let context_length = self.model.context_length();
+        let context_length = self.context_length;
         let prompt = request.tokens.len();
         if prompt >= context_length {
             return Err(EngineError::PromptTooLong {
@@ -292,6 +323,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 request,
                 sequence: self.model.open(),
                 cached: None,
+                shared: 0,
                 started: self.clock.now(),
                 ahead: false,
                 finished: None,
@@ -300,9 +332,18 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.make_room();
     }
 
+    /// Corrects what was thought that steps take, now that they were run.
+    fn measure(&mut self) {
+        let running = self.active.iter().map(|active| self.model.len(&active.sequence));
+        let running: u64 = running.map(|len| self.model.sequence_bytes(len)).sum();
+        let held = running.saturating_add(self.prefixes.bytes());
+        self.memory.measure(self.model.measured_bytes(), held);
+        self.scheduler.set_available(self.memory.available());
+    }
+
     /// What is only kept makes room for what runs.
     fn make_room(&mut self) {
-        if let Some(available) = self.available {
+        if let Some(available) = self.memory.available() {
             let free = available.saturating_sub(self.scheduler.reserved());
             self.prefixes.shrink(free);
         }
@@ -328,8 +369,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
         self.scoring.step(&mut self.model);
         let due = &turn.decode;
+        let context_length = self.context_length;
         self.feed(due, &mut failed, |model, active| {
-            let more = active.wants_more(model.context_length());
+            let more = active.wants_more(context_length);
             let free = active.request.walk.is_none();
             (more && free && model.can_look_ahead(&active.sequence)).then_some(None)
         });
@@ -345,8 +387,67 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             self.scheduler
                 .turned(&turn, self.clock.now().saturating_duration_since(began));
         }
+        if turn.chunk.is_some() {
+            self.measure();
+        }
         self.take_out(failed);
         self.make_room();
+        self.turns += 1;
+        if self.turns >= TURNS_BETWEEN_CHUNKS {
+            self.turns = 0;
+            self.save(false);
+        }
+    }
+
+    /// Hands a chunk of what was computed over to be written; `false` where there is none, and, unless it may wait, no
+    /// place for it.
+    fn save(&mut self, wait: bool) -> bool {
+        let Self {
+            model,
+            prefixes,
+            disk: Some(disk),
+            ..
+        } = self
+        else {
+            return false;
+        };
+        let Some(piece) = disk.piece() else {
+            return false;
+        };
+        let Some(sequence) = prefixes.with(&piece.tokens) else {
+            // It had to make room.
+            disk.give_up();
+            return true;
+        };
+        match guarded(|| model.export(sequence, piece.range.clone())) {
+            Ok(block) => disk.write(&piece, &block, wait),
+            Err(error) => {
+                tracing::warn!(%error, "what was computed could not be written");
+                disk.give_up();
+                true
+            }
+        }
+    }
+
+    /// The beginning of a prompt that is on disk, where that is longer than `known`.
+    fn read_disk(&mut self, prompt: &[u32], known: usize) -> Option<(M::Sequence, usize)> {
+        let disk = self.disk.as_ref().filter(|disk| disk.known(prompt) > known)?;
+        let blocks = disk.load(prompt);
+        if blocks.is_empty() {
+            return None;
+        }
+        let model = &mut self.model;
+        match guarded(|| model.import(&blocks)) {
+            Ok(sequence) => {
+                let len = model.len(&sequence);
+                (len > known && len <= prompt.len()).then_some((sequence, len))
+            }
+            Err(error) => {
+                tracing::warn!(%error, "what is on disk is of no use and is given up");
+                disk.refuse(prompt);
+                None
+            }
+        }
     }
 
     /// Looks for what is known of a prompt before its first chunk, and says what the chunk is then.
@@ -361,13 +462,17 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             Some((sequence, len)) => (Some(sequence), len),
             None => (None, 0),
         };
+        let (known, cached, shared) = match self.read_disk(prompt, cached) {
+            Some((sequence, len)) => (Some(sequence), len, 0),
+            None => (known, cached, cached),
+        };
         self.prefixes.count(cached);
         let now = self.clock.now();
         let active = &mut self.active[at];
         if let Some(sequence) = known {
             active.sequence = sequence;
         }
-        (active.cached, active.started) = (Some(cached), now);
+        (active.cached, active.shared, active.started) = (Some(cached), shared, now);
         let event = GenerationEvent::Started {
             prompt_tokens: active.prompt_len as u32,
             cached_tokens: cached as u32,
@@ -425,12 +530,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
             let kept = active.checkpoints.contains(&chunk.to) || chunk.last && !model.forks_anywhere();
             if kept && let Some(fork) = model.fork(sequence, chunk.to)? {
-                prefixes.keep(
-                    model,
-                    &active.tokens[..chunk.to],
-                    fork,
-                    active.cached.unwrap_or_default(),
-                );
+                prefixes.keep(model, &active.tokens[..chunk.to], fork, active.shared);
             }
             Ok(())
         })
@@ -481,11 +581,12 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             active,
             scheduler,
             clock,
+            context_length,
             ..
         } = self;
         let mut ended = Failed::new();
         for active in standing(active, due, failed) {
-            match guarded(|| read(model, active, clock)) {
+            match guarded(|| read(model, active, *context_length, clock)) {
                 Ok(reason) => {
                     active.finished = reason;
                     scheduler.generated(active.id);
@@ -552,14 +653,16 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let Active {
             mut sequence,
             mut tokens,
-            cached,
+            shared,
             ..
         } = active;
         // A step that looked ahead was fed a token that the answer does not have.
         tokens.truncate(self.model.len(&sequence));
         if self.model.truncate(&mut sequence, tokens.len()) {
-            self.prefixes
-                .keep(&self.model, &tokens, sequence, cached.unwrap_or_default());
+            self.prefixes.keep(&self.model, &tokens, sequence, shared);
+            if let Some(disk) = &mut self.disk {
+                disk.note(&tokens);
+            }
         }
     }
 }

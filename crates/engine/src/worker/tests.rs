@@ -66,7 +66,8 @@ impl Bench {
         let model = script.load().expect("the mock loads");
         let tokenizer = mock::tokenizer().expect("the mock has a tokenizer");
         Self {
-            worker: Worker::new(model, tokenizer, identity, config, clock.clone()),
+            worker: Worker::new(model, tokenizer, identity, config, clock.clone())
+                .expect("the folder is there"),
             clock,
             requests: Vec::new(),
         }

@@ -1,0 +1,246 @@
+//! How much memory a model needs, and what fits into the memory that there is.
+
+use std::fmt;
+
+use mlx_engine_core::EngineError;
+use serde::{Deserialize, Serialize};
+
+use crate::EngineConfig;
+
+/// Tokens of a request, prompt and answer, that a batch is laid out for. Longer ones run beside fewer others.
+const TYPICAL: u64 = 2048;
+
+/// The shortest context that is of use.
+const LEAST_CONTEXT: u64 = 256;
+
+/// The chunk of a prompt where memory is tight.
+pub(crate) const TIGHT_CHUNK: usize = 512;
+
+/// Memory is tight where the workspace would take more than this part of what the weights leave.
+pub(crate) const TIGHT: u64 = 4;
+
+/// What a model needs of memory, as it is known before it is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryNeeds {
+    /// Bytes of the weights.
+    pub weight_bytes: u64,
+    /// Bytes of keys and values for each token of a sequence.
+    pub kv_bytes_per_token: u64,
+    /// Bytes of workspace for each token that is fed at once.
+    pub workspace_bytes_per_token: u64,
+    /// Bytes of the logits of a sequence.
+    pub logits_bytes: u64,
+    /// The longest sequence that the model takes, in tokens.
+    pub context_length: usize,
+    /// Tokens of a prompt that it is best fed at once.
+    pub prefill_chunk: usize,
+}
+
+/// What [`EngineConfig::fit`] chose, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryFit {
+    /// Bytes that there are.
+    pub available: u64,
+    /// Bytes of the weights.
+    pub weight_bytes: u64,
+    /// Bytes of workspace, for the chunk and the batch that were chosen.
+    pub workspace_bytes: u64,
+    /// Bytes that are left for keys and values.
+    pub kv_bytes: u64,
+    /// The longest sequence that was chosen, in tokens.
+    pub context_length: usize,
+    /// Requests that run at the same time.
+    pub max_batch: usize,
+    /// Tokens of a prompt that are fed at once.
+    pub prefill_chunk: usize,
+}
+
+impl fmt::Display for MemoryFit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let megabytes = |bytes: u64| bytes.div_ceil(1_000_000);
+        write!(
+            f,
+            "context {}, batch {}, chunks of {}: {} MB of weights, {} MB of workspace and {} MB of keys and values in {} MB",
+            self.context_length,
+            self.max_batch,
+            self.prefill_chunk,
+            megabytes(self.weight_bytes),
+            megabytes(self.workspace_bytes),
+            megabytes(self.kv_bytes),
+            megabytes(self.available),
+        )
+    }
+}
+
+impl MemoryNeeds {
+    fn workspace(&self, chunk: usize, batch: u64) -> u64 {
+        let rows = (chunk as u64).max(batch);
+        let logits = self.logits_bytes.saturating_mul(batch);
+        self.workspace_bytes_per_token
+            .saturating_mul(rows)
+            .saturating_add(logits)
+    }
+}
+
+impl EngineConfig {
+    /// Chooses the longest context and the largest batch, up to what this configuration asks for, with which a model fits
+    /// into `available` bytes, and a smaller chunk where memory is tight. The context comes first: one request may have
+    /// all of it, and a batch is laid out for requests of 2048 tokens.
+    ///
+    /// ```
+    /// use mlx_engine_engine::{EngineConfig, MemoryNeeds};
+    ///
+    /// let needs = MemoryNeeds {
+    ///     weight_bytes: 4_000_000_000,
+    ///     kv_bytes_per_token: 131_072,
+    ///     workspace_bytes_per_token: 200_000,
+    ///     logits_bytes: 600_000,
+    ///     context_length: 131_072,
+    ///     prefill_chunk: 2048,
+    /// };
+    /// let (config, fit) = EngineConfig::default().fit(&needs, 8_000_000_000)?;
+    /// assert_eq!((config.context_length, config.max_batch), (Some(27_136), 13));
+    /// println!("{fit}");
+    /// # Ok::<(), mlx_engine_core::EngineError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::InvalidParameter`], and [`EngineError::InsufficientMemory`] where not even 256 tokens fit, with what
+    /// these would need.
+    pub fn fit(self, needs: &MemoryNeeds, available: u64) -> Result<(Self, MemoryFit), EngineError> {
+        self.validate()?;
+        let available = self.memory_limit.map_or(available, |limit| limit.min(available));
+        let asked = self
+            .context_length
+            .unwrap_or(needs.context_length)
+            .min(needs.context_length) as u64;
+        let beside_weights = available.saturating_sub(needs.weight_bytes);
+        let chunk = self.prefill_chunk.unwrap_or_else(|| {
+            let tight = needs.workspace(needs.prefill_chunk, 1) > beside_weights / TIGHT;
+            needs
+                .prefill_chunk
+                .min(if tight { TIGHT_CHUNK } else { usize::MAX })
+        });
+        let kv = needs.kv_bytes_per_token.max(1);
+        let fixed = needs.weight_bytes.saturating_add(needs.workspace(chunk, 1));
+        let least = kv.saturating_mul(asked.min(LEAST_CONTEXT));
+        let required = fixed.saturating_add(least);
+        if required > available {
+            return Err(EngineError::InsufficientMemory { required, available });
+        }
+        let left = available - fixed;
+        // Caches grow by blocks.
+        let context = if kv.saturating_mul(asked) <= left {
+            asked
+        } else {
+            (left / kv / LEAST_CONTEXT * LEAST_CONTEXT).max(asked.min(LEAST_CONTEXT))
+        };
+        let each = kv
+            .saturating_mul(context.min(TYPICAL))
+            .saturating_add(needs.logits_bytes);
+        // The logits of a batch must not take what one request of the whole context needs.
+        let beside_one = left.saturating_sub(kv.saturating_mul(context));
+        let logits = beside_one.checked_div(needs.logits_bytes).unwrap_or(u64::MAX - 1);
+        let rows = chunk as u64;
+        let batch = (left / each)
+            .min(logits.saturating_add(1))
+            .min(rows)
+            .clamp(1, self.max_batch as u64);
+        let workspace_bytes = needs.workspace(chunk, batch);
+        let fit = MemoryFit {
+            available,
+            weight_bytes: needs.weight_bytes,
+            workspace_bytes,
+            kv_bytes: beside_weights.saturating_sub(workspace_bytes),
+            context_length: context as usize,
+            max_batch: batch as usize,
+            prefill_chunk: chunk,
+        };
+        let config = Self {
+            memory_limit: Some(available),
+            context_length: Some(fit.context_length),
+            max_batch: fit.max_batch,
+            prefill_chunk: Some(chunk),
+            ..self
+        };
+        Ok((config, fit))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_what_it_needs() {
+        let needs = MemoryNeeds {
+            weight_bytes: 1000,
+            kv_bytes_per_token: 2,
+            workspace_bytes_per_token: 1,
+            logits_bytes: 8,
+            context_length: 4096,
+            prefill_chunk: 2048,
+        };
+        let refused = EngineConfig::default().fit(&needs, 2000).unwrap_err();
+        // Chunks of 512, as memory is tight, and 256 tokens.
+        let required = 1000 + 512 + 8 + 512;
+        assert!(
+            matches!(refused, EngineError::InsufficientMemory { required: found, available: 2000 } if found == required),
+            "{refused}"
+        );
+        let (config, fit) = EngineConfig::default().fit(&needs, required).unwrap();
+        assert_eq!(
+            (fit.context_length, fit.max_batch, fit.prefill_chunk),
+            (256, 1, 512)
+        );
+        assert_eq!(
+            (config.memory_limit, config.context_length),
+            (Some(required), Some(256))
+        );
+        let (_, fit) = EngineConfig::default().fit(&needs, 1 << 30).unwrap();
+        assert_eq!(
+            (fit.context_length, fit.max_batch, fit.prefill_chunk),
+            (4096, 16, 2048)
+        );
+        assert!(
+            fit.to_string()
+                .starts_with("context 4096, batch 16, chunks of 2048: 1 MB of weights")
+        );
+    }
+
+    proptest! {
+        /// What is chosen fits, is no more than was asked for, and is not refused by its own limit.
+        #[test]
+        fn what_is_chosen_fits(
+            weight_bytes in 0u64..1 << 40,
+            kv_bytes_per_token in 1u64..1 << 22,
+            workspace_bytes_per_token in 0u64..1 << 22,
+            logits_bytes in 0u64..1 << 22,
+            context_length in 1usize..1 << 20,
+            available in 0u64..1 << 41,
+            max_batch in 1usize..64,
+        ) {
+            let needs = MemoryNeeds {
+                weight_bytes, kv_bytes_per_token, workspace_bytes_per_token, logits_bytes, context_length,
+                prefill_chunk: 2048,
+            };
+            let asked = EngineConfig { max_batch, ..EngineConfig::default() };
+            match asked.fit(&needs, available) {
+                Ok((config, fit)) => {
+                    prop_assert!(fit.max_batch <= max_batch && fit.context_length <= context_length);
+                    let one = kv_bytes_per_token * fit.context_length as u64
+                        + needs.workspace(fit.prefill_chunk, fit.max_batch as u64);
+                    prop_assert!(weight_bytes + one <= available);
+                    config.validate().unwrap();
+                    let again = config.clone().fit(&needs, available).unwrap().0;
+                    prop_assert_eq!(again, config);
+                }
+                Err(EngineError::InsufficientMemory { required, .. }) => prop_assert!(required > available),
+                Err(error) => prop_assert!(false, "{error}"),
+            }
+        }
+    }
+}
