@@ -29,6 +29,17 @@ pub struct AffineTensor {
 const GROUP: usize = 32;
 
 impl AffineTensor {
+    /// The bits and the group size of what [`from_ggml`](Self::from_ggml) makes of a type, or `None` where it makes nothing.
+    pub fn form_of(ggml_type: GgmlType) -> Option<(u32, u32)> {
+        let bits = match ggml_type {
+            GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4_K => 4,
+            GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q5_K => 5,
+            GgmlType::Q8_0 => 8,
+            _ => return None,
+        };
+        Some((bits, GROUP as u32))
+    }
+
     /// Converts blocks of ggml, or `None` where MLX has no layout that keeps every value: Q2_K, Q3_K and Q6_K have
     /// groups of 16, and floats are no blocks.
     ///
@@ -45,11 +56,8 @@ impl AffineTensor {
         rows: usize,
         columns: usize,
     ) -> Result<Option<Self>, CheckpointError> {
-        let bits = match ggml_type {
-            GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4_K => 4,
-            GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q5_K => 5,
-            GgmlType::Q8_0 => 8,
-            _ => return Ok(None),
+        let Some((bits, _)) = Self::form_of(ggml_type) else {
+            return Ok(None);
         };
         let expected = rows * columns / ggml_type.block_len() * ggml_type.block_bytes();
         if bytes.len() != expected || !columns.is_multiple_of(ggml_type.block_len()) {
@@ -61,7 +69,7 @@ impl AffineTensor {
         }
         let groups = rows * columns / GROUP;
         let mut writer = Writer {
-            packed: Vec::with_capacity(groups * bits),
+            packed: Vec::with_capacity(groups * bits as usize),
             scales: Vec::with_capacity(groups),
             biases: Vec::with_capacity(groups),
         };
@@ -72,7 +80,7 @@ impl AffineTensor {
             packed: writer.packed,
             scales: writer.scales,
             biases: writer.biases,
-            bits: bits as u32,
+            bits,
             group_size: GROUP as u32,
             rows,
             columns,

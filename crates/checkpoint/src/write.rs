@@ -44,7 +44,7 @@ struct Place {
     shard: usize,
     start: u64,
     bytes: u64,
-    written: bool,
+    written: u64,
 }
 
 /// Writes the weights of a folder: `model.safetensors`, or `model-00001-of-0000N.safetensors` where they are larger than a
@@ -103,7 +103,7 @@ impl ShardWriter {
                     shard: number,
                     start,
                     bytes: tensor.bytes(),
-                    written: false,
+                    written: 0,
                 };
                 start += place.bytes;
                 places.insert(tensor.name.clone(), place);
@@ -123,12 +123,11 @@ impl ShardWriter {
         self.total_bytes
     }
 
-    /// Writes a tensor's elements, little-endian.
+    /// Writes a tensor's elements, little-endian, or those that follow what was written of it before.
     ///
     /// # Errors
     ///
-    /// Where the tensor was not announced, was so with another length, or is already written, and where the file cannot be
-    /// written.
+    /// Where the tensor was not announced or would be longer than that, and where the file cannot be written.
     pub fn write(&mut self, name: &str, data: &[u8]) -> Result<(), CheckpointError> {
         let refuse = |message: String| CheckpointError::Layout {
             tensor: name.to_owned(),
@@ -139,20 +138,19 @@ impl ShardWriter {
             .places
             .get_mut(name)
             .ok_or_else(|| refuse("was not announced".to_owned()))?;
-        if place.bytes != data.len() as u64 {
-            let (expected, found) = (place.bytes, data.len());
+        let end = place.written + data.len() as u64;
+        if end > place.bytes {
+            let announced = place.bytes;
             return Err(refuse(format!(
-                "has {found} bytes where {expected} were announced"
+                "has {end} bytes where {announced} were announced"
             )));
-        }
-        if std::mem::replace(&mut place.written, true) {
-            return Err(refuse("was written before".to_owned()));
         }
         let shard = &mut self.shards[place.shard];
         let written = shard
             .file
-            .seek(SeekFrom::Start(place.start))
+            .seek(SeekFrom::Start(place.start + place.written))
             .and_then(|_| shard.file.write_all(data));
+        place.written = end;
         written.map_err(|source| CheckpointError::Write {
             path: shard.path.clone(),
             source,
@@ -165,11 +163,11 @@ impl ShardWriter {
     ///
     /// Where an announced tensor was not written, and where a file cannot be.
     pub fn finish(self, parameters: u64) -> Result<(), CheckpointError> {
-        if let Some((tensor, place)) = self.places.iter().find(|(_, place)| !place.written) {
+        if let Some((tensor, place)) = self.places.iter().find(|(_, place)| place.written < place.bytes) {
             return Err(CheckpointError::Layout {
                 tensor: tensor.clone(),
                 file: self.shards[place.shard].path.display().to_string(),
-                message: "was announced and never written".to_owned(),
+                message: format!("has {} bytes where {} were announced", place.written, place.bytes),
             });
         }
         for shard in &self.shards {

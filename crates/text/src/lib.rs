@@ -22,6 +22,7 @@
 
 mod detokenizer;
 mod error;
+mod export;
 #[cfg(feature = "grammar")]
 mod grammar;
 mod parser;
@@ -38,6 +39,7 @@ mod vocabulary;
 
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use export::TokenizerFiles;
 #[cfg(feature = "grammar")]
 pub use grammar::{CompiledGrammar, Constraint, Grammar, TokenMask, TokenTable};
 pub use parser::{OutputParser, ParsedEvent, ToolFormat};

@@ -311,7 +311,10 @@ fn specials(tokenizer: &tokenizers::Tokenizer) -> BTreeSet<u32> {
 }
 
 /// A byte-level BPE from a GGUF vocabulary.
-fn byte_level(vocabulary: &GgufVocabulary, pre: &PreTokenizer) -> Result<tokenizers::Tokenizer, TextError> {
+pub(crate) fn byte_level(
+    vocabulary: &GgufVocabulary,
+    pre: &PreTokenizer,
+) -> Result<tokenizers::Tokenizer, TextError> {
     let invalid = |message: String| TextError::Vocabulary { message };
     let ids = vocabulary
         .tokens

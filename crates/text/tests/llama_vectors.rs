@@ -61,6 +61,15 @@ fn vocabulary(path: &Path) -> GgufVocabulary {
     }
 }
 
+/// The tokenizer that is written as `tokenizer.json` and read again.
+fn exported(vocabulary: &GgufVocabulary) -> Tokenizer {
+    let files = vocabulary.export().expect("it is exported");
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("tokenizer.json");
+    std::fs::write(&path, files.tokenizer).expect("it is written");
+    Tokenizer::from_file(&path).expect("it is read")
+}
+
 #[test]
 fn ids_are_those_of_llama_cpp() {
     let mut wrong = Vec::new();
@@ -80,7 +89,8 @@ fn ids_are_those_of_llama_cpp() {
             .expect("a name")
             .to_string_lossy()
             .replace("ggml-vocab-", "");
-        let tokenizer = match Tokenizer::from_vocabulary(vocabulary(&gguf)) {
+        let vocabulary = vocabulary(&gguf);
+        let tokenizer = match Tokenizer::from_vocabulary(vocabulary.clone()) {
             Ok(tokenizer) => tokenizer,
             Err(error) => {
                 let known = error.to_string().contains("known are: gpt2, llama");
@@ -89,6 +99,7 @@ fn ids_are_those_of_llama_cpp() {
                 continue;
             }
         };
+        let exported = exported(&vocabulary);
         let texts = std::fs::read_to_string(input).expect("the texts");
         let ids = std::fs::read_to_string(gguf.with_extension("gguf.out")).expect("the ids");
         for (text, ids) in texts.split("\n__ggml_vocab_test__\n").zip(ids.lines()) {
@@ -96,9 +107,11 @@ fn ids_are_those_of_llama_cpp() {
                 .split_whitespace()
                 .map(|id| id.parse().expect("an id"))
                 .collect();
-            let found = tokenizer.encode(text, false).expect("it encodes");
-            if found != expected {
-                wrong.push(format!("{name} {text:?}\n  {found:?}\n  {expected:?}"));
+            for (tokenizer, kind) in [(&tokenizer, ""), (&exported, " exported")] {
+                let found = tokenizer.encode(text, false).expect("it encodes");
+                if found != expected {
+                    wrong.push(format!("{name}{kind} {text:?}\n  {found:?}\n  {expected:?}"));
+                }
             }
         }
         checked.push(name);
