@@ -75,6 +75,14 @@ pub enum ModelError {
         /// What does not fit.
         message: String,
     },
+    /// A tensor cannot be converted to what was asked for.
+    #[error("tensor `{tensor}` cannot be converted: {message}")]
+    Convert {
+        /// The name.
+        tensor: String,
+        /// Why.
+        message: String,
+    },
     /// A token id is not in the vocabulary.
     #[error("token {token} is not in the vocabulary of {vocabulary}")]
     Token {

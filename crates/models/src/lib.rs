@@ -25,6 +25,7 @@
 //! ```
 
 mod block;
+mod convert;
 mod decoder;
 mod device;
 mod error;
@@ -39,6 +40,9 @@ mod source;
 mod spec;
 mod weights;
 
+pub use convert::{
+    Conversion, ConvertOptions, ConvertProgress, ConvertedWeights, Recipe, WeightBits, convert_weights,
+};
 pub use decoder::{Compute, Decoder, Feed, FeedTokens, NextToken, Wanted};
 pub use device::{DeviceInfo, detect};
 pub use error::ModelError;

@@ -40,6 +40,28 @@ pub(crate) enum Part {
 }
 
 impl Place {
+    /// Whether the tensor is a norm's, which is a vector and no matrix.
+    pub(crate) fn is_norm(self) -> bool {
+        match self {
+            Self::FinalNorm => true,
+            Self::Embedding | Self::Output => false,
+            Self::InLayer(_, part) => matches!(
+                part,
+                Part::AttentionNorm
+                    | Part::PostAttentionNorm
+                    | Part::QueryNorm
+                    | Part::KeyNorm
+                    | Part::MlpNorm
+                    | Part::PostMlpNorm
+            ),
+        }
+    }
+
+    /// Whether what the matrix makes is rotated by position.
+    pub(crate) fn is_rotated(self) -> bool {
+        matches!(self, Self::InLayer(_, Part::Query | Part::Key))
+    }
+
     /// The name in Hugging Face's and MLX's layout, without `.weight`.
     pub(crate) fn hugging_face(self, spec: &DecoderSpec) -> String {
         let prefix = hugging_face_prefix(spec);

@@ -188,6 +188,12 @@ impl DecoderSpec {
         self.attention_pattern[layer % self.attention_pattern.len()]
     }
 
+    /// Whether neighbours are rotated where positions are, as in GGUF files of the Llama family.
+    pub(crate) fn is_interleaved(&self) -> bool {
+        let mut ropes = self.attention.iter().filter_map(|kind| kind.rope.as_ref());
+        ropes.any(|rope| rope.interleaved)
+    }
+
     /// The attention of a layer.
     pub fn attention_of(&self, layer: usize) -> &LayerAttention {
         &self.attention[self.attention_kind(layer)]

@@ -3,16 +3,19 @@
 use std::collections::HashSet;
 
 use half::{bf16, f16};
-use mlx_engine_checkpoint::{AffineTensor, CheckpointError, Dtype as FileType, GgmlType, TensorView};
+use mlx_engine_checkpoint::{
+    AffineTensor, CheckpointError, Dtype as FileType, FloatType, GgmlType, TensorView,
+};
 use serde_json::Value;
 
+use crate::convert::matrix::{Matrix, Packing};
 use crate::names::{Part, Place, hugging_face_prefix};
 use crate::source::{Source, Weights};
 use crate::spec::NormPlacement;
 use crate::{DecoderSpec, ModelError};
 
 /// The tensors that a decoder has, without the `.weight` and `.bias` that end their names.
-fn places(spec: &DecoderSpec) -> impl Iterator<Item = (Place, bool)> {
+pub(crate) fn places(spec: &DecoderSpec) -> impl Iterator<Item = (Place, bool)> {
     let (before, after) = (spec.norms.before(), spec.norms.after());
     let parts = [
         (before, Part::AttentionNorm, false),
@@ -268,7 +271,85 @@ impl<'a> Loader<'a> {
         }
     }
 
-    fn release(&self) {
+    /// A matrix with the shape that it has, to be read by rows.
+    pub(crate) fn unread(&self, place: Place) -> Result<Matrix<'a>, ModelError> {
+        let base = self.name(place);
+        let name = format!("{base}.weight");
+        let (packing, rows, columns) = match &self.source.weights {
+            Weights::Folder(checkpoint, config) => {
+                let tensor = checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))?;
+                let [rows, columns] = two_axes(&name, tensor.shape)?;
+                if tensor.dtype == FileType::U32 {
+                    let (bits, group_size) = quantization(config, &base, &name)?;
+                    let companion = |suffix: &str| {
+                        let name = format!("{base}.{suffix}");
+                        checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))
+                    };
+                    let (scales, biases) = (companion("scales")?, companion("biases")?);
+                    let [_, groups] = two_axes(scales.name, scales.shape)?;
+                    let columns = groups.saturating_mul(group_size as usize);
+                    check_packed(
+                        &name,
+                        tensor.shape,
+                        scales.shape,
+                        [rows, columns],
+                        bits,
+                        group_size,
+                    )?;
+                    check_shape(biases.name, biases.shape, scales.shape)?;
+                    let packing = Packing::Affine {
+                        packed: tensor.data,
+                        scales: (float_type(scales)?, scales.data),
+                        biases: (float_type(biases)?, biases.data),
+                        bits,
+                        group_size,
+                    };
+                    (packing, rows, columns)
+                } else {
+                    (Packing::Floats(float_type(tensor)?, tensor.data), rows, columns)
+                }
+            }
+            Weights::Gguf(file) => {
+                let tensor = file.tensor(&name).ok_or_else(|| self.missing(&name))?;
+                let [rows, columns] = two_axes(&name, tensor.shape)?;
+                let float_type = match tensor.ggml_type {
+                    GgmlType::F32 => Some(FloatType::F32),
+                    GgmlType::F16 => Some(FloatType::F16),
+                    GgmlType::BF16 => Some(FloatType::BF16),
+                    _ => None,
+                };
+                let packing = match float_type {
+                    Some(float_type) => Packing::Floats(float_type, tensor.data),
+                    None => Packing::Ggml(tensor.ggml_type, tensor.data),
+                };
+                (packing, rows, columns)
+            }
+        };
+        Ok(Matrix {
+            packing,
+            rows,
+            columns,
+            interleaved: None,
+        })
+    }
+
+    /// A vector of whatever length it has, and the type that it is stored in.
+    pub(crate) fn any_vector(&self, place: Place, suffix: &str) -> Result<(Vec<f32>, FloatType), ModelError> {
+        let name = format!("{}.{suffix}", self.name(place));
+        let (stored, len) = match &self.source.weights {
+            Weights::Folder(checkpoint, _) => {
+                let tensor = checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))?;
+                (float_type(tensor)?, tensor.shape.iter().product())
+            }
+            Weights::Gguf(file) => {
+                let tensor = file.tensor(&name).ok_or_else(|| self.missing(&name))?;
+                (FloatType::F32, tensor.elements())
+            }
+        };
+        Ok((self.vector(place, suffix, len)?, stored))
+    }
+
+    pub(crate) fn release(&self) {
         match &self.source.weights {
             Weights::Folder(checkpoint, _) => checkpoint.release(),
             Weights::Gguf(file) => file.release(),
@@ -371,6 +452,26 @@ fn check_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<(), Mo
     })
 }
 
+fn two_axes(name: &str, shape: &[usize]) -> Result<[usize; 2], ModelError> {
+    shape.try_into().map_err(|_| ModelError::Convert {
+        tensor: name.to_owned(),
+        message: format!("its shape {shape:?} is that of no matrix"),
+    })
+}
+
+/// The type of a tensor of floats.
+fn float_type(tensor: TensorView<'_>) -> Result<FloatType, ModelError> {
+    FloatType::of(tensor.dtype).ok_or_else(|| no_floats(tensor))
+}
+
+fn no_floats(tensor: TensorView<'_>) -> ModelError {
+    ModelError::Checkpoint(CheckpointError::UnsupportedType {
+        tensor: tensor.name.to_owned(),
+        found: tensor.dtype.to_string(),
+        supported: "F32, F16, BF16".to_owned(),
+    })
+}
+
 /// A tensor of floats.
 fn floats(tensor: TensorView<'_>) -> Result<Floats, ModelError> {
     let two = || tensor.data.chunks_exact(2).map(|two| [two[0], two[1]]);
@@ -384,13 +485,7 @@ fn floats(tensor: TensorView<'_>) -> Result<Floats, ModelError> {
         ),
         FileType::F16 => Floats::F16(two().map(f16::from_le_bytes).collect()),
         FileType::BF16 => Floats::Bf16(two().map(bf16::from_le_bytes).collect()),
-        other => {
-            return Err(ModelError::Checkpoint(CheckpointError::UnsupportedType {
-                tensor: tensor.name.to_owned(),
-                found: other.to_string(),
-                supported: "F32, F16, BF16".to_owned(),
-            }));
-        }
+        _ => return Err(no_floats(tensor)),
     })
 }
 
