@@ -25,6 +25,9 @@ pub(crate) enum Command {
     Tokenize(Tokenize),
     /// Measure how fast a model reads and writes
     Bench(Bench),
+    /// Write a model as a folder in MLX's layout, quantized or not, for this command and for mlx-lm
+    #[cfg(feature = "mlx")]
+    Convert(crate::convert::Args),
     /// List the models of the registry, or show one
     Models(Models),
     /// Say what this machine has, what is missing, and what to do

@@ -5,6 +5,8 @@
 mod args;
 mod bench;
 mod chat;
+#[cfg(feature = "mlx")]
+mod convert;
 mod doctor;
 mod failure;
 mod generate;
@@ -51,6 +53,8 @@ fn main() -> ExitCode {
             Command::Score(args) => score::run(args).await,
             Command::Tokenize(args) => tokenize::run(&args),
             Command::Bench(args) => bench::run(args).await,
+            #[cfg(feature = "mlx")]
+            Command::Convert(args) => convert::run(args).await,
             Command::Models(args) => models::run(&args),
             Command::Doctor(args) => doctor::run(&args).await,
             // It was served above, before there was a runtime.

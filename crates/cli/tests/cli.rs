@@ -578,6 +578,81 @@ mod real {
         assert!(killed.success());
         assert_eq!(child.wait().expect("it ends").code(), Some(130));
     }
+
+    #[test]
+    fn a_converted_model_answers_as_before() {
+        let place = tempfile::tempdir().expect("a folder");
+        let folder = place.path().join("model");
+        let folder = folder.to_str().expect("UTF-8");
+        let convert = ["convert", "--model", &model(), "--out", folder, "--json"];
+        let (code, out, err) = run(&convert, "");
+        assert_eq!(code, 0, "{err}");
+        let report = json(&out);
+        assert_eq!(
+            (&report["exact"], &report["parameters"], &report["licence"]),
+            (&true.into(), &134_515_008.into(), &"apache-2.0".into())
+        );
+        let answer = |model: &str| {
+            let prompt = ["--raw", "--prompt", "The capital of France is", "--json"];
+            let greedy = ["--temperature", "0", "--max-tokens", "8", "--exact"];
+            let (code, out, err) = run(
+                &[&["generate", "--model", model][..], &prompt, &greedy].concat(),
+                "",
+            );
+            assert_eq!(code, 0, "{err}");
+            json(&out)["tokens"].clone()
+        };
+        assert_eq!(answer(folder), answer(&model()));
+
+        let (code, _, err) = run(&convert, "");
+        assert_eq!(code, 1);
+        assert!(
+            err.contains("model` is not empty\nhint: give a folder that is not there yet"),
+            "{err}"
+        );
+        for usage in [
+            &["--bits", "4"][..],
+            &["--quantize", "--recipe", "mixed_9_9"],
+            &["--dtype", "float8"],
+        ] {
+            assert_eq!(run(&[&convert[..], usage].concat(), "").0, 2, "{usage:?}");
+        }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn ctrl_c_ends_a_conversion_with_130_and_leaves_nothing() {
+        use std::process::{Command, Stdio};
+
+        let place = tempfile::tempdir().expect("a folder");
+        let mut child = Command::new(assert_cmd::cargo::cargo_bin("mlx-engine"))
+            .args([
+                "convert",
+                "--model",
+                &model(),
+                "--dequantize",
+                "--dtype",
+                "float32",
+            ])
+            .arg("--out")
+            .arg(place.path().join("model"))
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the command runs");
+        // The file says that it has begun.
+        while !place.path().join(".model.converting/model.safetensors").exists() {
+            assert!(child.try_wait().expect("it can be asked").is_none());
+            std::thread::yield_now();
+        }
+        let killed = Command::new("kill")
+            .args(["-INT", &child.id().to_string()])
+            .status()
+            .expect("kill runs");
+        assert!(killed.success());
+        assert_eq!(child.wait().expect("it ends").code(), Some(130));
+        let left = std::fs::read_dir(place.path()).expect("the folder").count();
+        assert_eq!(left, 0);
+    }
 }
 
 #[test]

@@ -22,6 +22,8 @@
 mod clock;
 mod config;
 mod constraint;
+#[cfg(feature = "mlx")]
+mod convert;
 mod disk;
 mod engine;
 #[cfg(feature = "mlx")]
@@ -38,10 +40,16 @@ mod scheduler;
 mod worker;
 
 pub use config::{DiskCacheConfig, EngineConfig, PrefixCacheConfig};
+#[cfg(feature = "mlx")]
+pub use convert::{ConvertError, ConvertReport, Origin, convert_model};
 pub use engine::{Engine, ProgressFn, Score, UnloadMode};
 pub use fit::{MemoryFit, MemoryNeeds};
 #[cfg(feature = "mlx")]
 pub use mlx::{cpu_kernels, load_encoder, load_mlx, memory_needs, mlx_device};
+#[cfg(feature = "mlx")]
+pub use mlx_engine_checkpoint::FloatType;
+#[cfg(feature = "mlx")]
+pub use mlx_engine_models::{Conversion, ConvertOptions, ConvertProgress, Recipe, WeightBits};
 pub use mock::{MockFault, MockModel, MockScript};
 pub use model::{Chosen, Feed, TokenModel};
 pub use prefix::{PrefixCacheReport, PrefixEntry};

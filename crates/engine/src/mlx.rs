@@ -262,7 +262,9 @@ fn run_error(error: ModelError) -> EngineError {
 }
 
 /// The vocabulary in a GGUF file's metadata.
-fn vocabulary(metadata: &Metadata) -> Result<GgufVocabulary, mlx_engine_checkpoint::CheckpointError> {
+pub(crate) fn vocabulary(
+    metadata: &Metadata,
+) -> Result<GgufVocabulary, mlx_engine_checkpoint::CheckpointError> {
     let id = |key: &str| metadata.optional_u32(&format!("tokenizer.ggml.{key}_token_id"));
     let text = |key: &str| metadata.optional_string(key).map(|text| text.map(str::to_owned));
     Ok(GgufVocabulary {

@@ -31,6 +31,8 @@ mod apart;
 #[cfg(doctest)]
 mod book;
 mod chat;
+#[cfg(feature = "mlx")]
+mod convert;
 mod inference;
 mod platform;
 mod resolve;
@@ -40,14 +42,19 @@ mod slot;
 #[cfg(unix)]
 pub use apart::serve_child;
 pub use chat::{ChatSession, ChatStream};
+#[cfg(feature = "mlx")]
+pub use convert::convert;
 pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
+#[cfg(feature = "mlx")]
+pub use mlx_engine_engine::{
+    Conversion, ConvertError, ConvertOptions, ConvertProgress, ConvertReport, FloatType, Origin, Recipe,
+    WeightBits, cpu_kernels, memory_needs, mlx_device,
+};
 pub use mlx_engine_engine::{
     DiskCacheConfig, Engine, EngineConfig, MemoryFit, MemoryNeeds, MockFault, MockScript, PrefixCacheConfig,
     PrefixCacheReport, PrefixEntry, ProgressFn, PromptEncoder, Score, UnloadMode,
 };
-#[cfg(feature = "mlx")]
-pub use mlx_engine_engine::{cpu_kernels, memory_needs, mlx_device};
 pub use mlx_engine_monitor::{
     DetailedStatus, Distribution, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason,
     HealthReport, InferenceMetrics,
