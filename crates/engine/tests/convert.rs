@@ -159,13 +159,15 @@ fn a_converted_smollm2_computes_in_mlx_lm_what_it_computes_here() {
     let here = load_encoder(&smollm2(), None).expect("the tokenizer loads");
     let tokenizer = here.tokenizer();
     let ids = tokenizer.encode(TEXT, false).expect("it encodes");
+    // mlx-lm computes some ten tokens a second here.
+    let fed = &ids[..8];
     for ((folder, options), (expected, answer)) in
         folders
             .iter()
             .zip(&cases)
-            .zip(by_mlx_lm(&folders, &ids, Some(TEXT)))
+            .zip(by_mlx_lm(&folders, fed, Some(TEXT)))
     {
-        let off = difference(&logits(folder, &ids), &expected);
+        let off = difference(&logits(folder, fed), &expected);
         assert!(off < 1e-4, "{options:?}: {off}");
         assert_eq!(answer["ids"], json!(ids), "{options:?}");
         assert_eq!(answer["ends"], json!(tokenizer.eos_ids()), "{options:?}");
@@ -175,7 +177,7 @@ fn a_converted_smollm2_computes_in_mlx_lm_what_it_computes_here() {
         );
     }
     // What nothing was done to is what the file is.
-    let (as_it_is, file) = (logits(&folders[0], &ids), logits(&smollm2(), &ids));
+    let (as_it_is, file) = (logits(&folders[0], fed), logits(&smollm2(), fed));
     assert!(difference(&as_it_is, &file) < 1e-5);
 }
 
