@@ -73,7 +73,7 @@ fn convert(from: &Path, to: &Path, options: &ConvertOptions) -> ConvertReport {
         last = stage.done;
         ControlFlow::Continue(())
     });
-    let report = report.unwrap_or_else(|error| panic!("{from:?} {options:?}: {error}"));
+    let report = report.unwrap_or_else(|error| panic!("{} {options:?}: {error}", from.display()));
     assert_eq!(last, report.bytes);
     report
 }
