@@ -28,7 +28,7 @@ pub(crate) enum Command {
     /// Write a model as a folder in MLX's layout, quantized or not, for this command and for mlx-lm
     #[cfg(feature = "mlx")]
     Convert(crate::convert::Args),
-    /// List the models of the registry, or show one
+    /// Find, fetch, check and remove models
     Models(Models),
     /// Say what this machine has, what is missing, and what to do
     Doctor(Doctor),
@@ -63,7 +63,7 @@ impl From<Backend> for BackendChoice {
 #[expect(clippy::struct_field_names, reason = "the option is called `--model`")]
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Model {
-    /// A model folder, a .gguf file, a name of the registry, or a hub id that is in the local cache
+    /// A model folder, a .gguf file, a name of the registry, owner/name[@revision] or hf:owner/name/FILE.gguf
     #[arg(long, value_name = "REF")]
     pub(crate) model: String,
 
@@ -190,7 +190,7 @@ pub(crate) struct Score {
 
 #[derive(Debug, Args)]
 pub(crate) struct Tokenize {
-    /// A model folder, a .gguf file, a name of the registry, or a hub id that is in the local cache
+    /// A model folder, a .gguf file, a name of the registry, owner/name[@revision] or hf:owner/name/FILE.gguf
     #[arg(long, value_name = "REF")]
     pub(crate) model: String,
     /// Stdin is a JSON list of messages, which the chat template renders
@@ -230,14 +230,29 @@ pub(crate) struct Models {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ModelsCommand {
-    /// List the models of the registry
+    /// List the models of the registry, or those that are on this machine
     List {
+        /// List the models in the local cache
+        #[arg(long)]
+        cached: bool,
         /// Print a JSON list
         #[arg(long)]
         json: bool,
     },
-    /// Search the models of the registry
+    /// Search the models of the registry, or of the hub
     Search {
+        /// Search the hub: words in the id, the most downloaded first
+        #[cfg(feature = "hub")]
+        #[arg(long, conflicts_with_all = ["family", "max_size", "min_context"])]
+        hub: bool,
+        /// Only models of this owner, with --hub
+        #[cfg(feature = "hub")]
+        #[arg(long, value_name = "NAME", requires = "hub")]
+        author: Option<String>,
+        /// Only models with this tag, such as mlx, with --hub; may be given again
+        #[cfg(feature = "hub")]
+        #[arg(long, value_name = "TAG", requires = "hub")]
+        tag: Vec<String>,
         /// Words that all have to be found; case, order and small typing errors do not matter
         words: Vec<String>,
         /// Only this family
@@ -253,6 +268,60 @@ pub(crate) enum ModelsCommand {
         #[arg(long, value_name = "N")]
         limit: Option<usize>,
         /// Print a JSON list
+        #[arg(long)]
+        json: bool,
+    },
+    /// Fetch a model from the hub into the local cache, or take up a fetch that was interrupted
+    #[cfg(feature = "hub")]
+    Pull {
+        /// A name of the registry, owner/name, either with @revision, or hf:owner/name/FILE
+        #[arg(value_name = "REF")]
+        model: String,
+        /// Fetch files that match this pattern, in place of those that the engine reads; may be given again
+        #[arg(long, value_name = "PATTERN")]
+        include: Vec<String>,
+        /// Leave out files that match this pattern; may be given again
+        #[arg(long, value_name = "PATTERN")]
+        exclude: Vec<String>,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compare the files of a cached model with their hashes
+    Verify {
+        /// A name of the registry, or owner/name, either with @revision
+        #[arg(value_name = "REF")]
+        model: String,
+        /// Fetch what is damaged or missing
+        #[cfg(feature = "hub")]
+        #[arg(long)]
+        repair: bool,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove a model from the local cache, or one revision of it
+    Rm {
+        /// A name of the registry, or owner/name; with @revision that revision alone
+        #[arg(value_name = "REF")]
+        model: String,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove from the local cache what nothing refers to: revisions that no branch or tag stood at when they were
+    /// fetched, files of no revision, and fetches that did not end
+    Prune {
+        /// Only say what would be removed
+        #[arg(long)]
+        dry_run: bool,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say how much room the cached models take
+    Du {
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
     },

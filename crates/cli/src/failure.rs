@@ -4,6 +4,7 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use mlx_engine::EngineError;
+use mlx_engine::hub::HubError;
 
 use crate::output::errln;
 
@@ -12,6 +13,8 @@ use crate::output::errln;
 pub(crate) enum Failure {
     /// The engine's error, with its sources and its hint.
     Engine(EngineError),
+    /// The hub's or its cache's error, with its sources and its hint.
+    Hub(HubError),
     /// Something else that went wrong.
     Other(String),
     /// The command was called in a way that makes no sense.
@@ -36,18 +39,9 @@ impl Failure {
     /// Prints the failure to stderr and returns its exit code.
     pub(crate) fn report(self) -> ExitCode {
         match self {
-            Self::Engine(error) => {
-                errln!("error: {error}");
-                let mut source = error.source();
-                while let Some(inner) = source {
-                    errln!("  caused by: {inner}");
-                    source = inner.source();
-                }
-                if let Some(hint) = error.hint() {
-                    errln!("hint: {hint}");
-                }
-                ExitCode::from(1)
-            }
+            Self::Engine(error) => told(&error, error.hint()),
+            Self::Interrupted | Self::Hub(HubError::Cancelled) => ExitCode::from(130),
+            Self::Hub(error) => told(&error, error.hint()),
             Self::Other(message) => {
                 errln!("error: {message}");
                 ExitCode::from(1)
@@ -56,10 +50,29 @@ impl Failure {
                 errln!("error: {message}\n\nFor more information, try '--help'.");
                 ExitCode::from(2)
             }
-            Self::Interrupted => ExitCode::from(130),
             Self::Told => ExitCode::from(1),
             Self::ReaderGone => ExitCode::SUCCESS,
         }
+    }
+}
+
+/// Prints an error with its sources and its hint.
+fn told(error: &dyn Error, hint: Option<String>) -> ExitCode {
+    errln!("error: {error}");
+    let mut source = error.source();
+    while let Some(inner) = source {
+        errln!("  caused by: {inner}");
+        source = inner.source();
+    }
+    if let Some(hint) = hint {
+        errln!("hint: {hint}");
+    }
+    ExitCode::from(1)
+}
+
+impl From<HubError> for Failure {
+    fn from(error: HubError) -> Self {
+        Self::Hub(error)
     }
 }
 

@@ -8,6 +8,7 @@ use mlx_engine::{EngineConfig, InferenceEngine, LoadProgress, ProgressFn};
 use crate::args::Model;
 use crate::failure::Failure;
 use crate::output::errln;
+use crate::table;
 
 /// Loads a model. Ctrl-C gives the load up.
 pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
@@ -43,8 +44,23 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
     }
     bar.enable_steady_tick(Duration::from_millis(200));
     let seen = bar.clone();
+    let fetching = ProgressStyle::with_template("{msg} {bar:30} {decimal_bytes}/{decimal_total_bytes}").ok();
+    let loading = bar.style();
     let progress: ProgressFn = Box::new(move |stage| match stage {
+        LoadProgress::Fetching {
+            done,
+            total,
+            bytes_per_second,
+            remaining_s,
+        } => {
+            seen.set_style(fetching.clone().unwrap_or_else(|| loading.clone()));
+            let left = remaining_s.map_or_else(String::new, |left| format!(", {left} s left"));
+            seen.set_message(format!("fetching at {}/s{left}", table::size(bytes_per_second)));
+            seen.set_length(total);
+            seen.set_position(done);
+        }
         LoadProgress::Layers { done, total } => {
+            seen.set_style(loading.clone());
             seen.set_message("loading layers");
             seen.set_length(total.into());
             seen.set_position(done.into());

@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod cached;
 mod chat;
 #[cfg(feature = "mlx")]
 mod convert;
@@ -14,8 +15,11 @@ mod input;
 mod load;
 mod models;
 mod output;
+#[cfg(feature = "hub")]
+mod pull;
 mod score;
 mod stats;
+mod table;
 mod tokenize;
 
 use std::process::ExitCode;
@@ -55,7 +59,7 @@ fn main() -> ExitCode {
             Command::Bench(args) => bench::run(args).await,
             #[cfg(feature = "mlx")]
             Command::Convert(args) => convert::run(args).await,
-            Command::Models(args) => models::run(&args),
+            Command::Models(args) => models::run(&args).await,
             Command::Doctor(args) => doctor::run(&args).await,
             // It was served above, before there was a runtime.
             #[cfg(unix)]

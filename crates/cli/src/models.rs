@@ -6,19 +6,59 @@ use mlx_engine::{
 use serde_json::json;
 
 use crate::args::{Models, ModelsCommand};
+use crate::cached;
 use crate::failure::Failure;
-use crate::output::outln;
+use crate::output::{outln, print_json};
+#[cfg(feature = "hub")]
+use crate::pull;
 
-pub(crate) fn run(args: &Models) -> Result<(), Failure> {
+pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
     let registry = ModelRegistry::builtin();
     match &args.command {
-        ModelsCommand::List { json } => {
+        ModelsCommand::List { cached: true, json } => cached::list(*json)?,
+        ModelsCommand::List { json, .. } => {
             let models: Vec<&ModelConfiguration> = registry.models().collect();
             if *json {
                 return print_json(&models);
             }
             models.into_iter().try_for_each(print_line)?;
         }
+        #[cfg(feature = "hub")]
+        ModelsCommand::Search {
+            hub: true,
+            words,
+            author,
+            tag,
+            limit,
+            json,
+            ..
+        } => {
+            let query = mlx_engine::hub::HubQuery {
+                text: (!words.is_empty()).then(|| words.join(" ")),
+                author: author.clone(),
+                tags: tag.clone(),
+                sort: Some(mlx_engine::hub::HubSort::Downloads),
+                limit: Some(limit.unwrap_or(20)),
+            };
+            pull::search(&query, *json).await?;
+        }
+        #[cfg(feature = "hub")]
+        ModelsCommand::Pull {
+            model,
+            include,
+            exclude,
+            json,
+        } => pull::pull(model, include, exclude, *json).await?,
+        #[cfg(feature = "hub")]
+        ModelsCommand::Verify {
+            model,
+            repair: true,
+            json,
+        } => pull::repair(model, *json).await?,
+        ModelsCommand::Verify { model, json, .. } => cached::verify(model, *json).await?,
+        ModelsCommand::Rm { model, json } => cached::remove(model, *json)?,
+        ModelsCommand::Prune { dry_run, json } => cached::prune(*dry_run, *json)?,
+        ModelsCommand::Du { json } => cached::usage(*json)?,
         ModelsCommand::Search {
             words,
             family,
@@ -26,6 +66,7 @@ pub(crate) fn run(args: &Models) -> Result<(), Failure> {
             min_context,
             limit,
             json,
+            ..
         } => {
             let criteria = SearchCriteria {
                 query: words.join(" "),
@@ -115,11 +156,5 @@ fn print_line(model: &ModelConfiguration) -> Result<(), Failure> {
         model.id,
         model.description
     );
-    Ok(())
-}
-
-fn print_json<T: serde::Serialize + ?Sized>(value: &T) -> Result<(), Failure> {
-    let json = serde_json::to_string(value).map_err(|error| Failure::other(error.to_string()))?;
-    outln!("{json}");
     Ok(())
 }

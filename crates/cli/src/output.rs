@@ -24,6 +24,12 @@ macro_rules! errln {
 
 pub(crate) use errln;
 
+/// Prints a value as one line of JSON.
+pub(crate) fn print_json<T: serde::Serialize + ?Sized>(value: &T) -> Result<(), Failure> {
+    let json = serde_json::to_string(value).map_err(|error| Failure::other(error.to_string()))?;
+    write(format_args!("{json}\n"))
+}
+
 /// Writes to stdout and does not wait for a line to be whole.
 pub(crate) fn write(text: fmt::Arguments<'_>) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();

@@ -63,6 +63,21 @@ pub enum EngineError {
         source: ErrorSource,
     },
 
+    /// A model is known and its files could not be fetched.
+    #[error("model `{model}` could not be fetched")]
+    ModelFetch {
+        /// The id of the model.
+        model: String,
+        /// What the user can do about it.
+        hint: Option<String>,
+        /// Whether a later try may succeed; it takes up what has come.
+        retryable: bool,
+        /// How long the hub wants to be left alone.
+        retry_after: Option<Duration>,
+        /// What went wrong.
+        source: ErrorSource,
+    },
+
     /// No architecture here runs the model.
     #[error("model type `{model_type}` is not supported")]
     UnsupportedModel {
@@ -239,6 +254,7 @@ impl EngineError {
             | Self::WorkerPanicked { .. }
             | Self::WorkerLost { .. }
             | Self::Device { .. } => true,
+            Self::ModelFetch { retryable, .. } => *retryable,
             Self::InvalidParameter(_)
             | Self::EmptyPrompt
             | Self::PromptTooLong { .. }
@@ -261,6 +277,7 @@ impl EngineError {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::QueueFull { retry_after } | Self::Unavailable { retry_after, .. } => Some(*retry_after),
+            Self::ModelFetch { retry_after, .. } => *retry_after,
             _ => None,
         }
     }
@@ -268,7 +285,7 @@ impl EngineError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::ModelNotFound { hint, .. } => return hint.clone(),
+            Self::ModelNotFound { hint, .. } | Self::ModelFetch { hint, .. } => return hint.clone(),
             Self::UnsupportedModel { supported, .. } if !supported.is_empty() => {
                 return Some(format!("supported model types: {}", supported.join(", ")));
             }
@@ -414,6 +431,18 @@ mod tests {
                 "model `tiny` could not be loaded",
                 false,
                 None,
+            ),
+            (
+                EngineError::ModelFetch {
+                    model: model(),
+                    hint: Some("set HF_TOKEN".to_owned()),
+                    retryable: false,
+                    retry_after: None,
+                    source: ErrorSource::new("status 403"),
+                },
+                "model `tiny` could not be fetched",
+                false,
+                Some("set HF_TOKEN"),
             ),
             (
                 EngineError::UnsupportedModel {

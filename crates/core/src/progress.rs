@@ -7,6 +7,17 @@ use serde::{Deserialize, Serialize};
 #[serde(tag = "stage", rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum LoadProgress {
+    /// Bytes of the model's files that have come from the hub.
+    Fetching {
+        /// Bytes that are here.
+        done: u64,
+        /// Bytes of all files.
+        total: u64,
+        /// Bytes a second that came of late; 0 while that is not known.
+        bytes_per_second: u64,
+        /// Seconds that are left at this rate.
+        remaining_s: Option<u64>,
+    },
     /// Bytes of the model's files on disk.
     Bytes {
         /// Bytes so far.
@@ -29,7 +40,7 @@ impl LoadProgress {
     /// The part of this stage that is done, 0 to 1. A stage with nothing to do is done.
     pub fn fraction(self) -> f64 {
         let (done, total) = match self {
-            Self::Bytes { done, total } => (done, total),
+            Self::Fetching { done, total, .. } | Self::Bytes { done, total } => (done, total),
             Self::Layers { done, total } => (done.into(), total.into()),
             Self::Ready => return 1.0,
         };
@@ -52,6 +63,13 @@ mod tests {
         let check = |progress: LoadProgress, expect: f64| {
             assert!((progress.fraction() - expect).abs() < 1e-12, "{progress:?}");
         };
+        let fetching = LoadProgress::Fetching {
+            done: 3,
+            total: 4,
+            bytes_per_second: 1,
+            remaining_s: Some(1),
+        };
+        check(fetching, 0.75);
         check(LoadProgress::Bytes { done: 0, total: 8 }, 0.0);
         check(LoadProgress::Bytes { done: 2, total: 8 }, 0.25);
         check(LoadProgress::Bytes { done: 9, total: 8 }, 1.0);

@@ -1,5 +1,9 @@
 //! Fetching, from a hub that answers well and badly.
 #![cfg(feature = "fetch")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy takes only the tests themselves for tests"
+)]
 
 mod server;
 
@@ -180,7 +184,11 @@ async fn a_model_comes_whole_and_only_once() {
     let world = World::new();
     let snapshot = world.fetch().await.unwrap();
     world.check(&snapshot);
-    let files: Vec<_> = snapshot.files.iter().map(|file| file.as_str()).collect();
+    let files: Vec<_> = snapshot
+        .files
+        .iter()
+        .map(mlx_engine_hub::RepoPath::as_str)
+        .collect();
     assert_eq!(files, ["config.json", "model.safetensors", "tokenizer.json"]);
     assert_eq!(snapshot.commit.as_deref(), Some(COMMIT));
     assert_eq!(snapshot.fetched_bytes, snapshot.bytes);
@@ -336,7 +344,7 @@ async fn a_server_that_wants_to_be_left_alone_for_long_is_told_of() {
     );
     let error = world.fetch().await.unwrap_err();
     says(&error, "takes no more requests", "try again in 3600 s");
-    assert_eq!(error.retry_after(), Some(Duration::from_secs(3600)));
+    assert_eq!(error.retry_after(), Some(Duration::from_hours(1)));
     for _ in 0..6 {
         world
             .server
@@ -907,6 +915,22 @@ async fn a_repair_fetches_only_what_is_damaged() {
     assert_eq!(world.requests("config.json"), []);
     world.check(&snapshot);
     assert!(hub.repair(&reference, &|_| {}).await.unwrap().found.is_sound());
+}
+
+#[test]
+fn what_it_does_can_be_spawned() {
+    fn check(_: &(impl Send + 'static)) {}
+    let hub = World::empty().hub();
+    check(&async move {
+        let reference: HubReference = REPO.parse().unwrap();
+        let request = SnapshotRequest::new(reference.clone());
+        let fetched = hub.fetch(&request, &|_| {}).await.is_ok();
+        (
+            fetched,
+            hub.info(&reference).await.is_ok(),
+            hub.repair(&reference, &|_| {}).await.is_ok(),
+        )
+    });
 }
 
 #[test]

@@ -2,6 +2,10 @@
 //!
 //! Set-up brings the package and tells its place in `MLX_ENGINE_TEST_PYTHONPATH`.
 #![cfg(feature = "oracle")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy takes only the tests themselves for tests"
+)]
 
 #[expect(dead_code, reason = "its faults are for the other tests")]
 mod server;

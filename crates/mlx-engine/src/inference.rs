@@ -127,6 +127,20 @@ impl InferenceEngine {
         self
     }
 
+    /// Sets whether loading a model may fetch it from the hub.
+    #[cfg(all(feature = "hub", feature = "mlx"))]
+    pub fn with_fetch(mut self, policy: crate::FetchPolicy) -> Self {
+        self.settings.fetch = policy;
+        self
+    }
+
+    /// Sets where models are fetched from; the hub of the environment unless told.
+    #[cfg(all(feature = "hub", feature = "mlx"))]
+    pub fn with_hub(mut self, hub: crate::hub::Hub) -> Self {
+        self.settings.hub = Some(hub);
+        self
+    }
+
     /// Sets from where on the engine is not well. What was counted so far stays with the clones made before.
     ///
     /// # Errors
@@ -166,8 +180,8 @@ impl InferenceEngine {
         self.engine.engine().engine()
     }
 
-    /// Loads a model in place of the one that is loaded: a folder, a `.gguf` file, a name of the registry, or a hub
-    /// id that is in the local cache. Dropping the future gives the load up.
+    /// Loads a model in place of the one that is loaded: whatever a [`ModelReference`](crate::ModelReference) can be. With
+    /// the feature `hub` a model that is not in the local cache is fetched first. Dropping the future gives the load up.
     ///
     /// # Errors
     ///

@@ -13,7 +13,7 @@
 //! ```
 //!
 //! A model is a folder in MLX's or Hugging Face's layout, a `.gguf` file, the name of a model in the
-//! [registry](ModelRegistry), or a hub id that is in the local cache.
+//! [registry](ModelRegistry), a hub id with or without a `@revision`, or one file of a repository (`hf:owner/name/file.gguf`).
 //!
 //! Where MLX cannot run, a scripted mock may take its place ([`FallbackPolicy`]); whatever it says is marked as
 //! [`Backend::Mock`], and [`InferenceEngine::fallback_reason`] tells why.
@@ -22,6 +22,10 @@
 //!
 //! `grammar` (default) lets answers keep to a JSON schema, a regular expression or a grammar
 //! ([`GenerateParams::constraint`]); without it such requests are refused.
+//!
+//! `hub` brings the network: models that are not in the local cache are fetched from the Hugging Face hub when they are
+//! loaded (`FetchPolicy`), and `hub::Hub` searches it. It is off by default, because it brings a TLS stack; the cache
+//! ([`hub::HubCache`]) is looked in without it.
 //!
 //! `mlx` (default) brings MLX. Without it everything builds and runs on the mock alone, with no other dependency than
 //! Rust itself.
@@ -33,6 +37,8 @@ mod book;
 mod chat;
 #[cfg(feature = "mlx")]
 mod convert;
+#[cfg(feature = "hub")]
+mod fetch;
 mod inference;
 mod platform;
 mod resolve;
@@ -44,6 +50,10 @@ pub use apart::serve_child;
 pub use chat::{ChatSession, ChatStream};
 #[cfg(feature = "mlx")]
 pub use convert::convert;
+#[cfg(all(feature = "hub", feature = "mlx"))]
+pub use fetch::FetchPolicy;
+#[cfg(feature = "hub")]
+pub use fetch::fetch;
 pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
 #[cfg(feature = "mlx")]
@@ -55,6 +65,8 @@ pub use mlx_engine_engine::{
     DiskCacheConfig, Engine, EngineConfig, MemoryFit, MemoryNeeds, MockFault, MockScript, PrefixCacheConfig,
     PrefixCacheReport, PrefixEntry, ProgressFn, PromptEncoder, Score, UnloadMode,
 };
+/// Models on the Hugging Face hub, and in its cache on this machine.
+pub use mlx_engine_hub as hub;
 pub use mlx_engine_monitor::{
     DetailedStatus, Distribution, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason,
     HealthReport, InferenceMetrics,
@@ -69,7 +81,7 @@ pub use mlx_engine_resilience::{
     RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration,
 };
 pub use platform::platform;
-pub use resolve::{ModelLocation, hub_cache, locate};
+pub use resolve::{ModelLocation, ModelReference, hub_cache, locate};
 pub use slot::BackendChoice;
 
 /// What most programs use.

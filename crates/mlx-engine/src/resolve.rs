@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use mlx_engine_core::{EngineError, ModelConfiguration};
+use mlx_engine_hub::{Environment, HubCache, HubReference};
 use mlx_engine_registry::{ModelRegistry, RegistryError};
 
 /// A model's files, and what is known of it.
@@ -14,7 +15,84 @@ pub struct ModelLocation {
     pub configuration: Option<ModelConfiguration>,
 }
 
-/// Finds a model: a path that exists, a model of the registry, or a hub id, both in the hub's local cache.
+/// What a user means by the name of a model. Everything that takes a model takes all of these.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum ModelReference {
+    /// A folder or a `.gguf` file that is there.
+    Path(PathBuf),
+    /// A repository of the hub, or a file in it, and the registry's entry where it has one.
+    Hub(HubReference, Option<Box<ModelConfiguration>>),
+}
+
+impl ModelReference {
+    /// Reads a path that exists; a name or an alias of the registry; `owner/name`; either of the two with `@revision`;
+    /// `hf:owner/name` or `hf:owner/name/file.gguf`, where nothing else is meant.
+    ///
+    /// ```
+    /// use mlx_engine::{ModelReference, ModelRegistry};
+    ///
+    /// let reference = ModelReference::parse("hf:owner/name@v1/model.gguf", ModelRegistry::builtin())?;
+    /// assert!(matches!(reference, ModelReference::Hub(hub, None) if hub.revision.as_str() == "v1"));
+    /// # Ok::<(), mlx_engine::EngineError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::ModelNotFound`] with what may have been meant.
+    pub fn parse(reference: &str, registry: &ModelRegistry) -> Result<Self, EngineError> {
+        let path = Path::new(reference);
+        if path.exists() {
+            return Ok(Self::Path(path.to_owned()));
+        }
+        if reference.starts_with("hf:") {
+            let found: HubReference = reference
+                .parse()
+                .map_err(|error: mlx_engine_hub::HubError| not_found(reference, error.to_string()))?;
+            let entry = registry.get(found.repo.as_str()).ok();
+            let entry = entry.filter(|_| found.file.is_none()).cloned().map(Box::new);
+            return Ok(Self::Hub(found, entry));
+        }
+        let looks_like_path = path.is_absolute()
+            || reference.starts_with(['.', '~'])
+            || path
+                .extension()
+                .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        if looks_like_path {
+            return Err(not_found(reference, "there is no such file or folder".to_owned()));
+        }
+        let (name, revision) = match reference.split_once('@') {
+            Some((name, revision)) => (name, Some(revision)),
+            None => (reference, None),
+        };
+        match registry.get(name) {
+            Ok(entry) => {
+                let text = match revision {
+                    Some(revision) => format!("{}@{revision}", entry.id),
+                    None => entry.id.clone(),
+                };
+                let found = text
+                    .parse()
+                    .map_err(|error: mlx_engine_hub::HubError| not_found(reference, error.to_string()))?;
+                Ok(Self::Hub(found, Some(Box::new(entry.clone()))))
+            }
+            Err(error @ RegistryError::Ambiguous { .. }) => Err(error.into()),
+            Err(error) => match reference.parse() {
+                Ok(found) => Ok(Self::Hub(found, None)),
+                Err(_) => Err(error.into()),
+            },
+        }
+    }
+}
+
+fn not_found(reference: &str, hint: String) -> EngineError {
+    EngineError::ModelNotFound {
+        reference: reference.to_owned(),
+        hint: Some(hint),
+    }
+}
+
+/// Finds a model that is on this machine: a path, or what a name means in the hub's local cache. Nobody is asked for it.
 ///
 /// # Errors
 ///
@@ -28,84 +106,47 @@ fn locate_in(
     registry: &ModelRegistry,
     hub: Option<&Path>,
 ) -> Result<ModelLocation, EngineError> {
-    let path = Path::new(reference);
-    if path.exists() {
-        return Ok(ModelLocation {
-            path: path.to_owned(),
-            configuration: None,
-        });
-    }
-    let not_found = |hint: String| EngineError::ModelNotFound {
-        reference: reference.to_owned(),
-        hint: Some(hint),
-    };
-    let looks_like_path = path.is_absolute()
-        || reference.starts_with('.')
-        || reference.starts_with('~')
-        || path
-            .extension()
-            .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
-    if looks_like_path {
-        return Err(not_found("there is no such file or folder".to_owned()));
-    }
-    let (id, configuration) = match registry.get(reference) {
-        Ok(entry) => (entry.id.clone(), Some(entry.clone())),
-        Err(error @ RegistryError::Ambiguous { .. }) => return Err(error.into()),
-        Err(_) if is_hub_id(reference) => (reference.to_owned(), None),
-        Err(error) => return Err(error.into()),
+    let (found, entry) = match ModelReference::parse(reference, registry)? {
+        ModelReference::Path(path) => {
+            return Ok(ModelLocation {
+                path,
+                configuration: None,
+            });
+        }
+        ModelReference::Hub(found, entry) => (found, entry),
     };
     let Some(hub) = hub else {
         return Err(not_found(
+            reference,
             "HOME is not set, so there is no cache to look in; give a path".to_owned(),
         ));
     };
-    match snapshot(hub, &id) {
-        Some(path) => Ok(ModelLocation { path, configuration }),
-        None => Err(not_found(format!(
-            "`{id}` is not in the cache at {}; fetch it there first, or give the path of a folder or a .gguf file",
-            hub.display()
-        ))),
+    match HubCache::new(hub).find(&found) {
+        Ok(path) => Ok(ModelLocation {
+            path,
+            configuration: entry.map(|entry| *entry),
+        }),
+        Err(_) => Err(not_found(
+            reference,
+            format!(
+                "`{found}` is not in the cache at {}; fetch it first (`mlx-engine models pull {found}`), or give the path \
+                 of a folder or a .gguf file",
+                hub.display()
+            ),
+        )),
     }
-}
-
-/// `owner/name`, as the hub allows them.
-fn is_hub_id(reference: &str) -> bool {
-    let valid = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part
-                .chars()
-                .all(|character| character.is_ascii_alphanumeric() || "-_.".contains(character))
-    };
-    reference
-        .split_once('/')
-        .is_some_and(|(owner, name)| valid(owner) && valid(name))
-}
-
-/// The folder of a cached repository's main revision, in the layout of Python's `huggingface_hub`.
-fn snapshot(hub: &Path, id: &str) -> Option<PathBuf> {
-    let repository = hub.join(format!("models--{}", id.replace('/', "--")));
-    let commit = std::fs::read_to_string(repository.join("refs/main")).ok()?;
-    let folder = repository.join("snapshots").join(commit.trim());
-    folder.join("config.json").exists().then_some(folder)
 }
 
 /// The hub's cache, by the variables that Python's `huggingface_hub` reads.
 pub fn hub_cache() -> Option<PathBuf> {
-    let set = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    set("HF_HUB_CACHE")
-        .or_else(|| set("HF_HOME").map(|home| home.join("hub")))
-        .or_else(|| set("XDG_CACHE_HOME").map(|cache| cache.join("huggingface/hub")))
-        .or_else(|| set("HOME").map(|home| home.join(".cache/huggingface/hub")))
+    Environment::read().cache
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const COMMIT: &str = "95d09f2b10159347eece71399a7e2e907ea3df4f";
 
     fn error(reference: &str, hub: &Path) -> String {
         let error = locate_in(reference, ModelRegistry::builtin(), Some(hub)).unwrap_err();
@@ -123,17 +164,33 @@ mod tests {
         for id in [known.id.as_str(), "someone/some-model"] {
             let repository = hub.path().join(format!("models--{}", id.replace('/', "--")));
             std::fs::create_dir_all(repository.join("refs")).unwrap();
-            std::fs::create_dir_all(repository.join("snapshots/abc")).unwrap();
-            std::fs::write(repository.join("refs/main"), "abc\n").unwrap();
-            std::fs::write(repository.join("snapshots/abc/config.json"), "{}").unwrap();
+            let snapshot = repository.join("snapshots").join(COMMIT);
+            std::fs::create_dir_all(&snapshot).unwrap();
+            std::fs::write(repository.join("refs/main"), COMMIT).unwrap();
+            for file in ["config.json", "model.safetensors", "some.gguf"] {
+                std::fs::write(snapshot.join(file), "{}").unwrap();
+            }
         }
         let found = locate_in(&known.id, registry, Some(hub.path())).unwrap();
         assert_eq!(found.configuration.as_ref(), Some(known));
         let found = locate_in("someone/some-model", registry, Some(hub.path())).unwrap();
         assert!(
-            found.path.ends_with("models--someone--some-model/snapshots/abc")
+            found
+                .path
+                .ends_with(format!("models--someone--some-model/snapshots/{COMMIT}"))
                 && found.configuration.is_none()
         );
+        let find = |reference: &str| locate_in(reference, registry, Some(hub.path())).unwrap();
+        assert_eq!(find("someone/some-model@main"), found);
+        assert_eq!(find(&format!("someone/some-model@{COMMIT}")), found);
+        assert_eq!(find("hf:someone/some-model"), found);
+        let file = find("hf:someone/some-model/some.gguf").path;
+        assert_eq!(file, found.path.join("some.gguf"));
+        let entry = find(&format!("hf:{}", known.id)).configuration;
+        assert_eq!(entry.as_ref(), Some(known));
+        if let Some(alias) = known.aliases.first() {
+            assert_eq!(find(&format!("{alias}@main")).configuration.as_ref(), Some(known));
+        }
     }
 
     #[test]
@@ -155,5 +212,9 @@ mod tests {
         let found = error("../../etc/passwd/../x", hub.path());
         assert!(found.contains("there is no such file or folder"), "{found}");
         assert!(error("smollm2", hub.path()).contains("smollm2"));
+        let found = error("hf:someone/else/../x.gguf", hub.path());
+        assert!(found.contains("it would lead out of its folder"), "{found}");
+        let found = error(&format!("{id}@.."), hub.path());
+        assert!(found.contains("revision `..` is refused"), "{found}");
     }
 }

@@ -34,6 +34,11 @@ pub(crate) struct Settings {
     pub(crate) fallback: FallbackPolicy,
     pub(crate) mock: MockScript,
     pub(crate) registry: Option<Arc<ModelRegistry>>,
+    /// Whether a model may be fetched, and from where.
+    #[cfg(all(feature = "hub", feature = "mlx"))]
+    pub(crate) fetch: crate::FetchPolicy,
+    #[cfg(all(feature = "hub", feature = "mlx"))]
+    pub(crate) hub: Option<crate::hub::Hub>,
     /// Where the engine is to have a process of its own.
     #[cfg(unix)]
     pub(crate) apart: Option<Apart>,
@@ -124,7 +129,12 @@ impl Settings {
 
     #[cfg(feature = "mlx")]
     async fn load_mlx(&self, model: &str, progress: Option<ProgressFn>) -> Result<Served, EngineError> {
+        #[cfg(feature = "hub")]
+        let mut progress = progress;
         // A model that does not exist is an error on every backend: the mock must not stand in for it.
+        #[cfg(feature = "hub")]
+        let location = self.found(model, &mut progress).await?;
+        #[cfg(not(feature = "hub"))]
         let location = crate::locate(model, self.registry())?;
         let (path, known, config) = (location.path, location.configuration, self.config.clone());
         #[cfg(unix)]
@@ -148,6 +158,21 @@ impl Settings {
                 "this build has no MLX and says that it has",
             )),
         }
+    }
+
+    /// The model's files, fetched where they are not here and may be.
+    #[cfg(all(feature = "mlx", feature = "hub"))]
+    async fn found(
+        &self,
+        model: &str,
+        progress: &mut Option<ProgressFn>,
+    ) -> Result<crate::ModelLocation, EngineError> {
+        // What cannot run here is not fetched.
+        let runs = crate::platform().require_mlx().is_ok() && mlx_engine_engine::mlx_device().is_ok();
+        if self.fetch == crate::FetchPolicy::Never || !runs {
+            return crate::locate(model, self.registry());
+        }
+        crate::fetch::find_or_fetch(model, self.registry(), self.hub.as_ref(), progress).await
     }
 
     /// The registry that names are looked up in.

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use serde::Serialize;
 
 use super::file::{Job, half_made, is_here, wait_for};
@@ -277,34 +278,32 @@ impl Hub {
                 .iter()
                 .try_for_each(|path| plan.folder.link(&plan.commit, path, hash))?;
         }
-        let each = missing.into_iter().map(|(file, present)| {
-            let places = &places;
-            async move {
-                let repo = reference.repo.as_str().split('/');
-                let parts = repo.chain(["resolve", plan.commit.as_str()]);
+        let at_once = self.options().files_at_once.max(1);
+        let mut waiting = missing.into_iter();
+        let mut running = FuturesUnordered::new();
+        let mut received = 0;
+        loop {
+            while running.len() < at_once
+                && let Some((file, present)) = waiting.next()
+            {
+                let url = http.url(parts(reference, &plan.commit).chain(file.path.components()));
                 let job = Job {
                     http,
                     folder: &plan.folder,
                     system: &*self.options().system,
                     meter,
-                    url: http.url(parts.chain(file.path.components())),
+                    url,
                     file,
                     present,
                 };
-                let received = job.run().await?;
-                for path in places.get(&file.hash).into_iter().flatten() {
-                    plan.folder.link(&plan.commit, path, &file.hash)?;
-                }
-                meter.tell(FetchEvent::Fetched {
-                    file: file.path.clone(),
-                });
-                Ok::<u64, HubError>(received)
+                let places = places.get(&file.hash).map(Vec::as_slice);
+                running.push(fetch_one(job, &plan.commit, places.unwrap_or_default()));
             }
-        });
-        futures::stream::iter(each)
-            .buffer_unordered(self.options().files_at_once.max(1))
-            .try_fold(0, |sum, received| async move { Ok(sum + received) })
-            .await
+            match running.next().await {
+                Some(done) => received += done?,
+                None => return Ok(received),
+            }
+        }
     }
 
     /// Compares every file of a cached model with its hash, and fetches those that are damaged or missing.
@@ -341,6 +340,24 @@ impl Hub {
             fetched_bytes: snapshot.fetched_bytes,
         })
     }
+}
+
+/// The address of a repository's files at a commit, in parts.
+fn parts<'a>(reference: &'a HubReference, commit: &'a str) -> impl Iterator<Item = &'a str> {
+    reference.repo.as_str().split('/').chain(["resolve", commit])
+}
+
+/// Fetches a file and puts it into its places of the snapshot.
+async fn fetch_one(job: Job<'_>, commit: &str, places: &[&RepoPath]) -> Result<u64> {
+    let (folder, file, meter) = (job.folder, job.file, job.meter);
+    let received = job.run().await?;
+    for path in places {
+        folder.link(commit, path, &file.hash)?;
+    }
+    meter.tell(FetchEvent::Fetched {
+        file: file.path.clone(),
+    });
+    Ok(received)
 }
 
 /// Removes the blobs of damaged files.

@@ -484,10 +484,11 @@ fn info(state: &State, id: &str, revision: &str) -> Reply {
         .iter()
         .map(|(path, file)| {
             let size = file.content.len();
-            match file.large {
-                true => json!({"rfilename": path, "size": size, "blobId": "0".repeat(40),
-                               "lfs": {"sha256": file.hash(), "size": size, "pointerSize": 134}}),
-                false => json!({"rfilename": path, "size": size, "blobId": file.hash()}),
+            if file.large {
+                json!({"rfilename": path, "size": size, "blobId": "0".repeat(40),
+                               "lfs": {"sha256": file.hash(), "size": size, "pointerSize": 134}})
+            } else {
+                json!({"rfilename": path, "size": size, "blobId": file.hash()})
             }
         })
         .collect();
@@ -508,10 +509,11 @@ fn tree(state: &State, id: &str, revision: &str) -> Reply {
         .iter()
         .map(|(path, file)| {
             let size = file.content.len();
-            match file.large {
-                true => json!({"type": "file", "path": path, "size": size, "oid": "0".repeat(40),
-                               "lfs": {"oid": file.hash(), "size": size, "pointerSize": 134}}),
-                false => json!({"type": "file", "path": path, "size": size, "oid": file.hash()}),
+            if file.large {
+                json!({"type": "file", "path": path, "size": size, "oid": "0".repeat(40),
+                               "lfs": {"oid": file.hash(), "size": size, "pointerSize": 134}})
+            } else {
+                json!({"type": "file", "path": path, "size": size, "oid": file.hash()})
             }
         })
         .collect();
