@@ -112,7 +112,7 @@ fn a_model_is_pulled_listed_and_removed() {
     let (code, out, err) = world.run(&["models", "pull", REPO]);
     assert_eq!(code, 0, "{err}");
     assert!(
-        err.contains("fetching 400.03 kB of 400.03 kB in 3 files"),
+        err.contains("fetching 400.02 kB of 400.02 kB in 3 files"),
         "{err}"
     );
     let folder = PathBuf::from(out.trim());
@@ -130,7 +130,7 @@ fn a_model_is_pulled_listed_and_removed() {
     let usage = world.json(&["models", "du", "--json"]);
     assert_eq!(usage["bytes"], SIZE + 25);
     let (_, out, _) = world.run(&["models", "du"]);
-    assert!(out.contains("400.03 kB") && out.contains("total"), "{out}");
+    assert!(out.contains("400.02 kB") && out.contains("total"), "{out}");
     assert_eq!(
         world.json(&["models", "prune", "--json"])["freed"],
         serde_json::json!([])
@@ -139,7 +139,7 @@ fn a_model_is_pulled_listed_and_removed() {
     let (code, out, _) = world.run(&["models", "rm", REPO]);
     assert_eq!(
         (code, out.as_str()),
-        (0, "owner/model: removed, 400.03 kB are free again\n")
+        (0, "owner/model: removed, 400.02 kB are free again\n")
     );
     let (code, _, err) = world.run(&["models", "rm", REPO]);
     assert_eq!(code, 1);
