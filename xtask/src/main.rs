@@ -1,4 +1,4 @@
-//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `fixtures`, `bench`.
+//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `fixtures`, `bench`, `sanitize`.
 
 mod bench;
 #[path = "../../crates/mlx-sys/build/cache.rs"]
@@ -17,6 +17,7 @@ mod lint;
 mod oracle;
 mod packages;
 mod progress;
+mod sanitize;
 mod setup;
 mod staging;
 mod test;
@@ -51,8 +52,10 @@ enum Command {
     Lint,
     /// Make the oracle fixtures again with mlx-lm
     Fixtures(fixtures::Args),
-    /// Run the benches
+    /// Run the benches, or the peers in turn with ours
     Bench(bench::Args),
+    /// Run the tests of the kernels under valgrind
+    Sanitize(sanitize::Args),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::run(),
         Command::Fixtures(args) => fixtures::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Sanitize(args) => sanitize::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

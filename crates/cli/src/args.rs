@@ -75,6 +75,10 @@ pub(crate) struct Model {
     #[arg(long)]
     pub(crate) exact: bool,
 
+    /// Threads that compute on a CPU; one for each physical core unless told
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) threads: Option<u32>,
+
     /// Run the engine in a process of its own: a crash in it costs an answer and not the program
     #[cfg(unix)]
     #[arg(long)]

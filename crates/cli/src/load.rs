@@ -30,6 +30,7 @@ fn isolated(engine: InferenceEngine) -> Result<InferenceEngine, Failure> {
 pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<InferenceEngine, Failure> {
     let config = EngineConfig {
         exact: model.exact,
+        threads: model.threads.map(|threads| threads as usize),
         ..config
     };
     let engine = InferenceEngine::new()

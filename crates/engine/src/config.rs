@@ -45,6 +45,10 @@ pub struct EngineConfig {
     /// Whether a CPU computes all in float32, several times slower, where it would use 8-bit integers for
     /// activations and float16 for keys and values. A GPU computes in the type of the checkpoint either way.
     pub exact: bool,
+    /// Threads that compute on a CPU, 1 to 1024; one for each physical core where `None`, more than which gain nothing. MLX's
+    /// own operations add none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
 }
 
 /// What is kept of requests for those that begin alike.
@@ -123,6 +127,7 @@ impl Default for EngineConfig {
             memory_limit: None,
             prefix_cache: PrefixCacheConfig::default(),
             exact: false,
+            threads: None,
         }
     }
 }
@@ -137,6 +142,7 @@ impl EngineConfig {
         between("max_batch", self.max_batch, 1, 1024)?;
         between("max_queue", self.max_queue, 0, 1_000_000)?;
         between("context_length", self.context_length.unwrap_or(1), 1, usize::MAX)?;
+        between("threads", self.threads.unwrap_or(1), 1, 1024)?;
         between("prefill_chunk", self.prefill_chunk.unwrap_or(1), 1, 65_536)?;
         between("memory_limit", self.memory_limit.unwrap_or(1), 1, u64::MAX)?;
         let disk = self.prefix_cache.disk.as_ref();

@@ -10,7 +10,7 @@ use mlx_engine_core::{
     Backend, Device, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
 };
 use mlx_engine_models::{
-    self as models, Compute, Decoder, DecoderSpec, ModelError, NextToken, Sampler, Source, Step,
+    self as models, Compute, Decoder, DecoderSpec, LoadOptions, ModelError, NextToken, Sampler, Source, Step,
 };
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 
@@ -65,19 +65,22 @@ pub async fn load_mlx(
     config: EngineConfig,
     progress: Option<ProgressFn>,
 ) -> Result<Engine, EngineError> {
-    let compute = if config.exact {
-        Compute::Exact
-    } else {
-        Compute::Fastest
+    let options = LoadOptions {
+        compute: if config.exact {
+            Compute::Exact
+        } else {
+            Compute::Fastest
+        },
+        threads: config.threads,
     };
     let memory_limit = config.memory_limit;
     let disk = config.prefix_cache.disk.is_some();
     Engine::load(config, progress, move |cancelled, progress| {
-        let mut loaded = load(&path, configuration, compute, memory_limit, cancelled, progress)?;
+        let mut loaded = load(&path, configuration, options, memory_limit, cancelled, progress)?;
         if disk {
             let content = fingerprint(&path)
                 .map_err(|error| EngineError::model_load(&*loaded.configuration.id, error))?;
-            loaded.model.identity = Some(format!("{content} {compute}"));
+            loaded.model.identity = Some(format!("{content} {}", options.compute));
         }
         Ok(loaded)
     })
@@ -87,7 +90,7 @@ pub async fn load_mlx(
 fn load(
     path: &Path,
     configuration: Option<ModelConfiguration>,
-    compute: Compute,
+    options: LoadOptions,
     memory_limit: Option<u64>,
     cancelled: &AtomicBool,
     progress: &mut dyn FnMut(LoadProgress),
@@ -115,7 +118,7 @@ fn load(
         models::limit_memory(limit, (limit - weight_bytes) / KEPT_BY_MLX).map_err(failed)?;
     }
     let before = models::active_memory().map_err(failed)?;
-    let decoder = Decoder::load(&source, compute, &mut |stage| {
+    let decoder = Decoder::load(&source, options, &mut |stage| {
         progress(stage);
         if cancelled.load(Ordering::Relaxed) {
             Err(ModelError::Cancelled)

@@ -50,4 +50,4 @@ pub use matrix::{AffineSource, DenseSource, Matrix};
 pub use norm::{layer_norm, rms_norm};
 pub use pool::Pool;
 pub use rope::{RopeLayout, Rotation, rotate};
-pub use top::argmax;
+pub use top::{all_finite, argmax};

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use mlx_engine_kernels::{
     Activations, AffineSource, DenseSource, Gate, Isa, KernelError, Matrix, Pool, Precision, Product,
-    apply_gate, argmax, gated, project,
+    all_finite, apply_gate, argmax, gated, project,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -278,12 +278,24 @@ proptest! {
     }
 
     #[test]
-    fn the_first_of_the_largest_is_found(values in prop::collection::vec(-4_i8..4, 1..100)) {
+    fn the_first_of_the_largest_is_found(values in prop::collection::vec(-4_i8..4, 1..2500)) {
         let values: Vec<f32> = values.into_iter().map(f32::from).collect();
         let largest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let expected = values.iter().position(|&value| value == largest).unwrap();
         for isa in Isa::available() {
             prop_assert_eq!(argmax(isa, &values), expected);
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_found(len in 1..100_usize, at in any::<prop::sample::Index>(), bad in select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY])) {
+        let mut values = vec![f32::MAX; len];
+        for isa in Isa::available() {
+            prop_assert!(all_finite(isa, &values));
+        }
+        values[at.index(len)] = bad;
+        for isa in Isa::available() {
+            prop_assert!(!all_finite(isa, &values));
         }
     }
 }

@@ -27,6 +27,25 @@ pub enum Compute {
     Mlx,
 }
 
+/// How a decoder is loaded. A [`Compute`] alone leaves the rest to the defaults.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct LoadOptions {
+    /// What computes.
+    pub compute: Compute,
+    /// Threads of our kernels, the calling one included; one for each physical core where `None`. A GPU and MLX's own
+    /// operations, which have one thread on a CPU, do not ask.
+    pub threads: Option<usize>,
+}
+
+impl From<Compute> for LoadOptions {
+    fn from(compute: Compute) -> Self {
+        Self {
+            compute,
+            ..Self::default()
+        }
+    }
+}
+
 impl Compute {
     /// The name, as options spell it.
     pub fn name(self) -> &'static str {
@@ -116,9 +135,10 @@ impl Decoder {
     /// missing or fails, and what `progress` returns.
     pub fn load(
         source: &Source,
-        compute: Compute,
+        options: impl Into<LoadOptions>,
         progress: &mut dyn FnMut(LoadProgress) -> Result<(), ModelError>,
     ) -> Result<Self, ModelError> {
+        let LoadOptions { compute, threads } = options.into();
         let device = device::detect()?;
         let loader = Loader::new(source)?;
         let spec = source.spec().clone();
@@ -130,7 +150,7 @@ impl Decoder {
             _ => None,
         };
         let body = match precision {
-            Some(precision) => Body::Host(HostDecoder::load(&spec, &loader, precision, progress)?),
+            Some(precision) => Body::Host(HostDecoder::load(&spec, &loader, precision, threads, progress)?),
             None => Body::Graph(GraphDecoder::load(&spec, &loader, device, progress)?),
         };
         let layers = spec.layers as u32;

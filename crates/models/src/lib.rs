@@ -43,7 +43,7 @@ mod weights;
 pub use convert::{
     Conversion, ConvertOptions, ConvertProgress, ConvertedWeights, Recipe, WeightBits, convert_weights,
 };
-pub use decoder::{Compute, Decoder, Feed, FeedTokens, NextToken, Wanted};
+pub use decoder::{Compute, Decoder, Feed, FeedTokens, LoadOptions, NextToken, Wanted};
 pub use device::{DeviceInfo, detect};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};

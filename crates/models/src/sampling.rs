@@ -6,11 +6,12 @@
 //! The order is mlx-lm's: logit bias and penalties change the logits; log-probabilities are those of the changed
 //! logits; top-p, min-p and top-k filter by these probabilities; the temperature flattens what is left.
 
-use mlx_engine_core::GenerateParams;
+use mlx_engine_core::{Device, GenerateParams};
 use mlx_rs::ops::indexing::argmax_axis;
-use mlx_rs::{Array, ops, random, transforms};
+use mlx_rs::{Array, Dtype, ops, random, transforms};
 
-use crate::ModelError;
+use crate::device::detect;
+use crate::{ModelError, host};
 
 /// Logits on the device, `[1, vocab_size]` float32.
 pub type Logits = Array;
@@ -79,7 +80,7 @@ impl Sampler {
         let kind = if !self.on_device() {
             StepKind::Logits(logits.clone())
         } else if self.params.is_greedy() {
-            StepKind::Chosen(argmax_axis(logits, -1, false)?)
+            StepKind::Chosen(argmax(logits)?)
         } else {
             let key = random::key(mix(self.seed, number))?;
             let scaled = ops::multiply(logits, Array::from_f32(1.0 / self.params.temperature))?;
@@ -240,6 +241,15 @@ impl Step {
                 ))
             }
         }
+    }
+}
+
+/// The likeliest token of each row, not evaluated yet.
+fn argmax(logits: &Array) -> Result<Array, ModelError> {
+    if detect()?.device == Device::Cpu && logits.dtype() == Dtype::Float32 {
+        host::argmax(logits)
+    } else {
+        Ok(argmax_axis(logits, -1, false)?)
     }
 }
 

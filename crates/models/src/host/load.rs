@@ -55,10 +55,10 @@ pub(super) fn model(
     spec: &DecoderSpec,
     loader: &Loader<'_>,
     precision: Precision,
+    pool: Pool,
     progress: &mut dyn FnMut(LoadProgress) -> Result<(), ModelError>,
 ) -> Result<Model, ModelError> {
     let isa = Isa::from_environment()?;
-    let pool = Pool::new(Pool::physical_cores());
     let layouts = Layouts { loader, pool: &pool };
     let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
     let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
