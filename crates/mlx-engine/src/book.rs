@@ -25,3 +25,8 @@ pages! {
 pages! {
     Structured = "docs/guide/structured.md";
 }
+
+#[cfg(feature = "mlx")]
+pages! {
+    Converting = "docs/guide/convert.md";
+}
