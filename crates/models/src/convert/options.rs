@@ -10,7 +10,8 @@ pub enum WeightBits {
     /// Those that they have: what is quantized stays so, bit for bit, where MLX has its form, and becomes floats where not.
     #[default]
     AsTheyAre,
-    /// The same for all matrices.
+    /// The same for all matrices. One that has them already keeps its integers, and one whose rows are no whole groups stays what it
+    /// is.
     Uniform {
         /// 2, 3, 4, 5, 6 or 8.
         bits: u32,
