@@ -151,8 +151,16 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 let _ = taken.send(self.submit(*request));
             }
             Command::Score { tokens, reply } => {
-                let sequence = self.model.open();
-                self.scoring.add(tokens, sequence, reply);
+                let required = self.model.sequence_bytes(tokens.len());
+                match self.memory.available().filter(|&available| required > available) {
+                    Some(available) => {
+                        drop(reply.send(Err(EngineError::InsufficientMemory { required, available })));
+                    }
+                    None => {
+                        let sequence = self.model.open();
+                        self.scoring.add(tokens, sequence, reply);
+                    }
+                }
             }
             Command::Prefixes(command) => self.manage(command),
         }
@@ -457,7 +465,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             return Ok(chunk);
         };
         // The last token is fed in any case: the logits after it are wanted.
-        let prompt = &self.active[at].tokens[..chunk.from.max(self.active[at].prompt_len - 1)].to_vec();
+        let active = &self.active[at];
+        let prompt = &active.tokens[..active.prompt_len - 1].to_vec();
         let (known, cached) = match guarded(|| self.known(prompt))? {
             Some((sequence, len)) => (Some(sequence), len),
             None => (None, 0),

@@ -215,6 +215,55 @@ fn a_conversation_on_a_model_that_cannot_cut_begins_where_messages_end() {
     assert!(send(&mut bench, &longer) >= before);
 }
 
+#[test]
+fn a_thousand_requests_that_are_dropped_anywhere_leave_nothing() {
+    let config = EngineConfig {
+        max_batch: 4,
+        prefill_chunk: Some(8),
+        prefix_cache: PrefixCacheConfig::of(4000),
+        ..EngineConfig::default()
+    };
+    let mut bench = Bench::new(MockScript::default().with_bytes_per_token(10), &config);
+    let (mut random, mut ended) = (7_u64, 0);
+    let mut draw = |below: u64| {
+        // Knuth's generator: any sequence will do, as long as it is the same each time.
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (random >> 33) % below
+    };
+    for number in 0..1000_u64 {
+        let prompt = format!(
+            "{} and the words of request {number}",
+            "alike ".repeat(draw(5) as usize)
+        );
+        bench.submit(&prompt, params(1 + draw(30) as u32)).unwrap();
+        (0..draw(6)).for_each(|_| bench.turn());
+        if bench.requests.len() > 5 && draw(2) == 0 {
+            let at = draw(bench.requests.len() as u64) as usize;
+            drop(bench.requests.remove(at));
+        }
+        ended += bench.requests.iter().filter(|sent| !sent.ends.is_empty()).count();
+        bench.requests.retain(|sent| sent.ends.is_empty());
+        while bench.requests.len() > 30 {
+            bench.turn();
+            ended += bench.requests.iter().filter(|sent| !sent.ends.is_empty()).count();
+            bench.requests.retain(|sent| sent.ends.is_empty());
+        }
+        let worker = &bench.worker;
+        assert!(worker.prefixes.bytes() <= 4000);
+        assert_eq!(
+            worker.model.alive(),
+            worker.active.len() + worker.prefixes.entries().count()
+        );
+        assert!(worker.active.len() <= 4 && worker.waiting.len() <= 64);
+    }
+    bench.finish();
+    assert!(ended > 300, "{ended}");
+    bench.worker.prefixes.clear();
+    assert_eq!(bench.worker.model.alive(), 0);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Submit {
