@@ -30,7 +30,7 @@ pub struct EngineConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context_length: Option<usize>,
     /// Tokens of a prompt that are fed at once, between two steps of the others; 1 to 65536. Where `None`, 512 on a CPU,
-    /// which gains nothing from more, and where memory is tight, and 2048 elsewhere.
+    /// where others would wait longer, and where memory is tight, and 2048 elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_chunk: Option<usize>,
     /// Bytes that the model's weights, its workspace and the keys and values of all its sequences may take together; no

@@ -23,8 +23,7 @@ use crate::{Chosen, Feed, PromptEncoder, TokenModel};
 /// Positions by which keys and values grow, at most.
 const CACHE_BLOCK: usize = 256;
 
-/// Tokens of a prompt that are fed at once. A GPU is kept busy by more than a CPU, whose products gain nothing beyond
-/// this and whose other requests would wait longer.
+/// Tokens of a prompt that are fed at once. A GPU is kept busy by more; on a CPU the others would wait for it too long.
 const DEVICE_CHUNK: usize = 2048;
 const CPU_CHUNK: usize = 512;
 
