@@ -267,7 +267,7 @@ pub(crate) fn test_model() -> Piece {
     }
 }
 
-/// Tokenizer vectors and chat templates that others wrote.
+/// Tokenizer vectors, chat templates and answers with their parts that others wrote.
 pub(crate) fn test_data() -> Piece {
     Piece {
         name: "the test data",
@@ -288,9 +288,17 @@ pub(crate) fn test_data() -> Piece {
                 "llama_cpp_python-0.3.36/vendor/llama.cpp/models/templates/",
                 "test-data/templates/".to_owned(),
             ),
+            (
+                "llama_cpp_python-0.3.36/vendor/llama.cpp/tests/test-chat.cpp",
+                "test-data/test-chat.cpp".to_owned(),
+            ),
         ],
-        places: vec!["test-data/ggml-vocab", "test-data/templates"],
-        unpacked: 78_070_292,
+        places: vec![
+            "test-data/ggml-vocab",
+            "test-data/templates",
+            "test-data/test-chat.cpp",
+        ],
+        unpacked: 78_396_691,
     }
 }
 

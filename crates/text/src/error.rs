@@ -49,6 +49,14 @@ pub enum TextError {
         /// What it says.
         message: String,
     },
+    /// There is no format of tool calls with this name.
+    #[error("`{name}` is no format of tool calls; there are {known}")]
+    ToolFormat {
+        /// What was asked for.
+        name: String,
+        /// The names that there are.
+        known: String,
+    },
     /// The grammar cannot be enforced.
     #[error("the {kind} is refused: {reason}")]
     Grammar {

@@ -41,8 +41,10 @@ pub use detokenizer::Detokenizer;
 pub use error::TextError;
 pub use export::TokenizerFiles;
 #[cfg(feature = "grammar")]
-pub use grammar::{CompiledGrammar, Constraint, Grammar, TokenMask, TokenTable};
-pub use parser::{OutputParser, ParsedEvent, ToolFormat};
+pub use grammar::{
+    CallGrammar, CompiledGrammar, Constraint, Grammar, Thoughts, TokenMask, TokenTable, after_thoughts,
+};
+pub use parser::{OutputParser, ParsedCall, ParsedEvent, Tool, ToolFormat};
 pub use stop::{StopMatcher, StopOutcome};
 pub use template::{ChatTemplate, TemplateContext};
 pub use tokenizer::Tokenizer;

@@ -4,11 +4,15 @@
 //! what it refuses is refused then, with the reason. Each request walks with a [`Constraint`] of its own: a mask before
 //! a token is chosen, a commit after it.
 
+mod calls;
 mod constraint;
 mod table;
 
 use serde_json::Value;
 
+use crate::TextError;
+
+pub use calls::{CallGrammar, Thoughts, after_thoughts};
 pub use constraint::{CompiledGrammar, Constraint, TokenMask};
 pub use table::TokenTable;
 
@@ -32,6 +36,18 @@ impl Grammar {
         Self {
             source: Source::JsonSchema(schema.clone()),
         }
+    }
+
+    /// The schema as it stands behind `%json` in a Lark grammar: with the settings that [`json_schema`](Self::json_schema) has.
+    ///
+    /// # Errors
+    ///
+    /// [`TextError::Grammar`] where it is no schema.
+    pub fn json_for_lark(schema: &Value) -> Result<Value, TextError> {
+        table::compact(schema).map_err(|reason| TextError::Grammar {
+            kind: "JSON schema",
+            reason,
+        })
     }
 
     /// A text that matches a regular expression as a whole. The syntax is that of the `regex` crate, without anchors,

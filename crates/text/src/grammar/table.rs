@@ -135,7 +135,7 @@ impl TokenTable {
 
 /// The schema with the settings that it is compiled with, in llguidance's own keyword: no white space, and nothing that is
 /// silently left out.
-fn compact(schema: &Value) -> Result<Value, String> {
+pub(super) fn compact(schema: &Value) -> Result<Value, String> {
     let object = match schema {
         Value::Bool(true) => Map::new(),
         Value::Bool(false) => return Err("the schema `false` allows nothing".to_owned()),

@@ -3,6 +3,8 @@
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::python;
+
 /// A call that was read.
 #[derive(Debug)]
 pub(super) struct Call {
@@ -11,17 +13,30 @@ pub(super) struct Call {
     pub(super) arguments: String,
 }
 
-/// Reads the calls of a body; none where it is no call.
-pub(super) type Read = fn(&str) -> Option<Vec<Call>>;
-
-fn named(name: &str, arguments: String) -> Option<Call> {
-    let name = name.trim();
-    (!name.is_empty()).then(|| Call {
-        id: None,
-        name: name.to_owned(),
-        arguments,
-    })
+impl Call {
+    pub(super) fn new(name: &str, arguments: String) -> Self {
+        Self {
+            id: None,
+            name: name.trim().to_owned(),
+            arguments,
+        }
+    }
 }
+
+/// Why a body is no call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unread {
+    /// More may make it one: the end mark that was found stands inside of a string.
+    Open,
+    /// Nothing makes it one.
+    Bad,
+}
+
+/// The tools on offer, with their schemas.
+pub(super) type Tools<'a> = &'a [super::Tool];
+
+/// Reads the calls of a body.
+pub(super) type Read = fn(&str, Tools<'_>) -> Result<Vec<Call>, Unread>;
 
 #[derive(serde::Deserialize)]
 struct Json {
@@ -39,261 +54,305 @@ struct Raw<'a> {
     arguments: Option<&'a RawValue>,
 }
 
-fn json_call(text: &str) -> Option<Call> {
-    let call: Json = serde_json::from_str(text).ok()?;
-    let raw: Raw<'_> = serde_json::from_str(text).ok()?;
-    let arguments = match (call.arguments, raw.arguments) {
-        (Some(Value::String(text)), _) => text,
-        (_, Some(raw)) => raw.get().to_owned(),
-        _ => "{}".to_owned(),
-    };
-    named(&call.name, arguments).map(|named| Call { id: call.id, ..named })
+fn unread(error: &serde_json::Error) -> Unread {
+    if error.is_eof() { Unread::Open } else { Unread::Bad }
 }
 
-/// Objects with `name` and `arguments` or `parameters`, one or a list or several with `;` between.
-pub(super) fn json(body: &str) -> Option<Vec<Call>> {
-    if let Ok(list) = serde_json::from_str::<Vec<&RawValue>>(body) {
-        return list.into_iter().map(|item| json_call(item.get())).collect();
+fn json_call(text: &str) -> Result<Call, Unread> {
+    let call: Json = serde_json::from_str(text).map_err(|_| Unread::Bad)?;
+    let raw: Raw<'_> = serde_json::from_str(text).map_err(|_| Unread::Bad)?;
+    let arguments = match (call.arguments, raw.arguments) {
+        // Arguments as a text that is JSON, as OpenAI writes them.
+        (Some(Value::String(text)), _) => object(&text)?,
+        (Some(Value::Object(_)), Some(raw)) => raw.get().to_owned(),
+        (Some(Value::Null) | None, _) => "{}".to_owned(),
+        _ => return Err(Unread::Bad),
+    };
+    if call.name.trim().is_empty() {
+        return Err(Unread::Bad);
     }
+    Ok(Call {
+        id: call.id,
+        ..Call::new(&call.name, arguments)
+    })
+}
+
+/// Objects with `name` and `arguments` or `parameters`, one or a list or several with `;` or white space between.
+pub(super) fn json(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
     let mut calls = Vec::new();
     let mut rest = body.trim();
+    if rest.starts_with('[') {
+        let list: Vec<&RawValue> = serde_json::from_str(rest).map_err(|error| unread(&error))?;
+        return list.into_iter().map(|item| json_call(item.get())).collect();
+    }
     while !rest.is_empty() {
         let mut stream = serde_json::Deserializer::from_str(rest).into_iter::<&RawValue>();
-        calls.push(json_call(stream.next()?.ok()?.get())?);
-        rest = rest[stream.byte_offset()..]
-            .trim_start()
-            .trim_start_matches(';')
-            .trim_start();
+        let item = stream
+            .next()
+            .ok_or(Unread::Bad)?
+            .map_err(|error| unread(&error))?;
+        calls.push(json_call(item.get())?);
+        rest = rest[stream.byte_offset()..].trim_start_matches(|c: char| c == ';' || c.is_whitespace());
     }
-    (!calls.is_empty()).then_some(calls)
+    if calls.is_empty() {
+        Err(Unread::Bad)
+    } else {
+        Ok(calls)
+    }
 }
 
-/// A list of objects, or names with `[ARGS]` and an object each.
-pub(super) fn mistral(body: &str) -> Option<Vec<Call>> {
-    if !body.contains("[ARGS]") {
-        return json(body);
-    }
-    let call = |part: &str| {
-        let (name, arguments) = part.split_once("[ARGS]")?;
-        let (name, id) = name
-            .split_once("[CALL_ID]")
-            .map_or((name, None), |(name, id)| (name, Some(id.to_owned())));
-        named(name, object(arguments)?).map(|named| Call { id, ..named })
+/// A list of objects, or a name with `[ARGS]` and an object.
+pub(super) fn mistral(body: &str, tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let Some((name, arguments)) = body.split_once("[ARGS]") else {
+        return json(body, tools);
     };
-    body.split("[TOOL_CALLS]").map(call).collect()
+    let (name, id) = name
+        .split_once("[CALL_ID]")
+        .map_or((name, None), |(name, id)| (name, Some(id.to_owned())));
+    Ok(vec![Call {
+        id,
+        ..Call::new(name, object(arguments)?)
+    }])
 }
 
 /// The text of a JSON object.
-fn object(text: &str) -> Option<String> {
+pub(super) fn object(text: &str) -> Result<String, Unread> {
     let text = text.trim();
     serde_json::from_str::<Map<String, Value>>(text)
-        .ok()
         .map(|_| text.to_owned())
+        .map_err(|error| unread(&error))
 }
 
-pub(super) fn deepseek(body: &str) -> Option<Vec<Call>> {
+/// Calls between marks of their own: a name and a block of code, or a name and an object.
+pub(super) fn deepseek(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
     let parts = body
         .split("<｜tool▁call▁end｜>")
         .map(str::trim)
         .filter(|part| !part.is_empty());
     let call = |part: &str| {
         let (head, tail) = part
-            .strip_prefix("<｜tool▁call▁begin｜>")?
-            .split_once("<｜tool▁sep｜>")?;
+            .trim_start_matches("<｜tool▁call▁begin｜>")
+            .split_once("<｜tool▁sep｜>")
+            .ok_or(Unread::Bad)?;
         match tail.split_once("```json") {
-            Some((name, arguments)) => named(name, object(arguments.trim().strip_suffix("```")?)?),
-            None => named(head, object(tail)?),
+            Some((name, arguments)) => {
+                let arguments = arguments.trim().strip_suffix("```").ok_or(Unread::Open)?;
+                Ok(Call::new(name, object(arguments)?))
+            }
+            None => Ok(Call::new(head, object(tail)?)),
         }
     };
-    parts
-        .map(call)
-        .collect::<Option<Vec<_>>>()
-        .filter(|calls| !calls.is_empty())
+    let calls: Vec<Call> = parts.map(call).collect::<Result<_, _>>()?;
+    if calls.is_empty() {
+        Err(Unread::Bad)
+    } else {
+        Ok(calls)
+    }
 }
 
-/// JSON where the text is some, a string elsewhere.
-fn value(text: &str) -> Value {
-    serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
+/// `functions.name:0`, a mark and an object.
+pub(super) fn kimi(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let (id, arguments) = body
+        .split_once("<|tool_call_argument_begin|>")
+        .ok_or(Unread::Bad)?;
+    let id = id.trim();
+    let name = id.strip_prefix("functions.").unwrap_or(id);
+    let name = name.rsplit_once(':').map_or(name, |(name, _)| name);
+    Ok(vec![Call {
+        id: Some(id.to_owned()),
+        ..Call::new(name, object(arguments)?)
+    }])
 }
 
-/// Pairs of names and values between four marks.
-fn pairs(mut rest: &str, marks: [&str; 4]) -> Option<String> {
+/// The value of a parameter whose text says nothing of its type: a string where the schema wants one, JSON where it is
+/// some, a string elsewhere.
+fn value(text: &str, tools: Tools<'_>, name: &str, key: &str) -> Value {
+    let wants_text = tools
+        .iter()
+        .find(|tool| tool.name == name)
+        .is_some_and(|tool| tool.is_text(key));
+    if wants_text {
+        return Value::String(text.to_owned());
+    }
+    literal(text)
+}
+
+/// JSON or Python where the text is some, a string elsewhere: templates of Python print both.
+fn literal(text: &str) -> Value {
+    let text_is = || Value::String(text.to_owned());
+    serde_json::from_str(text.trim()).unwrap_or_else(|_| python::value(text).unwrap_or_else(text_is))
+}
+
+/// Pairs of names and values between four marks. `lines` says that a value stands on lines of its own.
+fn pairs(
+    mut rest: &str,
+    marks: [&str; 4],
+    lines: bool,
+    value: impl Fn(&str, &str) -> Value,
+) -> Result<String, Unread> {
     let mut object = Map::new();
     while !rest.trim().is_empty() {
-        rest = rest.trim_start().strip_prefix(marks[0])?;
-        let (name, after) = rest.split_once(marks[1])?;
-        let (text, after) = after
-            .trim_start_matches('\n')
-            .strip_prefix(marks[2])?
-            .split_once(marks[3])?;
-        let text = text.strip_prefix('\n').unwrap_or(text);
-        object.insert(
-            name.trim().to_owned(),
-            value(text.strip_suffix('\n').unwrap_or(text)),
-        );
+        rest = rest.trim_start().strip_prefix(marks[0]).ok_or(Unread::Bad)?;
+        let (name, after) = rest.split_once(marks[1]).ok_or(Unread::Bad)?;
+        let after = if marks[2].is_empty() {
+            after
+        } else {
+            after.trim_start()
+        };
+        let after = after.strip_prefix(marks[2]).ok_or(Unread::Bad)?;
+        // Without its end mark a value holds the one that the call was ended by.
+        let (text, after) = split_value(after, marks, lines).ok_or(Unread::Open)?;
+        let name = name.trim();
+        object.insert(name.to_owned(), value(name, text));
         rest = after;
     }
-    Some(Value::Object(object).to_string())
+    Ok(Value::Object(object).to_string())
 }
 
-pub(super) fn qwen3_coder(body: &str) -> Option<Vec<Call>> {
-    let call = body
-        .trim()
-        .strip_prefix("<function=")?
-        .strip_suffix("</function>")?;
-    let (name, parameters) = call.split_once('>')?;
-    Some(vec![named(
-        name,
-        pairs(parameters, ["<parameter=", ">", "", "</parameter>"])?,
-    )?])
+/// The text of a value, and what follows the mark that ends it.
+fn split_value<'a>(after: &'a str, marks: [&str; 4], lines: bool) -> Option<(&'a str, &'a str)> {
+    let [open, _, _, close] = marks;
+    let first = after.find(close)?;
+    if !lines {
+        return Some((&after[..first], &after[first + close.len()..]));
+    }
+    let Some(inner) = after.strip_prefix('\n') else {
+        return Some((&after[..first], &after[first + close.len()..]));
+    };
+    // On lines of its own a value may hold the mark: the one that counts begins a line.
+    let (first, line) = (first - 1, format!("\n{close}"));
+    let next = |end: usize| inner[first..end].contains(&format!("\n{open}"));
+    match inner.find(&line).filter(|at| !next(at + 1)) {
+        Some(at) => Some((&inner[..at], &inner[at + line.len()..])),
+        None => Some((&inner[..first], &inner[first + close.len()..])),
+    }
 }
 
-pub(super) fn glm(body: &str) -> Option<Vec<Call>> {
+pub(super) fn qwen3_coder(body: &str, tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let (name, parameters) = body.split_once('>').ok_or(Unread::Bad)?;
+    let marks = ["<parameter=", ">", "", "</parameter>"];
+    let arguments = pairs(parameters, marks, true, |key, text| {
+        value(text, tools, name.trim(), key)
+    })?;
+    Ok(vec![Call::new(name, arguments)])
+}
+
+/// A name and an object.
+pub(super) fn function_json(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let (name, arguments) = body.split_once('>').ok_or(Unread::Bad)?;
+    Ok(vec![Call::new(name, object(arguments)?)])
+}
+
+pub(super) fn glm(body: &str, tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
     let body = body.trim();
     let (name, rest) = body.split_at(body.find("<arg_key>").unwrap_or(body.len()));
+    let name = name.trim();
     let marks = ["<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"];
-    if name.contains(['<', '{']) {
-        return None;
+    if name.is_empty() || name.contains(['<', '{', '\n']) {
+        return Err(Unread::Bad);
     }
-    Some(vec![named(name, pairs(rest, marks)?)?])
+    let arguments = pairs(rest, marks, false, |key, text| value(text, tools, name, key))?;
+    Ok(vec![Call::new(name, arguments)])
 }
 
-pub(super) fn harmony(body: &str) -> Option<Vec<Call>> {
-    let (head, arguments) = body.split_once("<|message|>")?;
-    let name = head.split([' ', '<']).next()?;
-    Some(vec![named(name, object(arguments)?)?])
-}
-
-pub(super) fn gemma(body: &str) -> Option<Vec<Call>> {
-    let (name, rest) = body.trim().strip_prefix("call:")?.split_once('{')?;
-    let mut rest = rest.strip_suffix('}')?;
-    let mut object = Map::new();
-    while !rest.is_empty() {
-        let (key, after) = rest.split_once(':')?;
-        let (found, after) = if let Some(text) = after.strip_prefix("<escape>") {
-            let (text, after) = text.split_once("<escape>")?;
-            (Value::String(text.to_owned()), after)
-        } else {
-            let (text, after) = after.split_at(after.find(',').unwrap_or(after.len()));
-            (value(text), after)
-        };
-        object.insert(key.trim().to_owned(), found);
-        rest = after.strip_prefix(',').unwrap_or(after);
-        if rest.len() == after.len() && !rest.is_empty() {
-            return None;
-        }
+/// `call:name{key:value,…}` with strings between marks of their own.
+pub(super) fn gemma(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let rest = body.trim().strip_prefix("call:").ok_or(Unread::Bad)?;
+    let at = rest.find('{').ok_or(Unread::Bad)?;
+    let (name, rest) = rest.split_at(at);
+    let mut reader = Gemma { rest, depth: 0 };
+    let arguments = reader.value()?;
+    if !reader.rest.trim().is_empty() || name.trim().is_empty() {
+        return Err(Unread::Bad);
     }
-    Some(vec![named(name, Value::Object(object).to_string())?])
+    Ok(vec![Call::new(name, arguments.to_string())])
 }
 
-/// A list of Python calls with literals as named arguments.
-pub(super) fn python(body: &str) -> Option<Vec<Call>> {
-    let mut reader = Python {
-        rest: body.trim(),
-        depth: 0,
-    };
-    reader.eat("[")?;
-    let mut calls = Vec::new();
-    while reader.eat("]").is_none() {
-        let name = reader.name()?;
-        reader.eat("(")?;
-        let mut object = Map::new();
-        while reader.eat(")").is_none() {
-            let key = reader.name()?;
-            reader.eat("=")?;
-            object.insert(key.to_owned(), reader.value()?);
-            reader
-                .eat(",")
-                .or_else(|| reader.rest.starts_with(')').then_some(()))?;
-        }
-        calls.push(named(name, Value::Object(object).to_string())?);
-        reader
-            .eat(",")
-            .or_else(|| reader.rest.starts_with(']').then_some(()))?;
-    }
-    (reader.rest.is_empty() && !calls.is_empty()).then_some(calls)
-}
+/// The marks around strings: FunctionGemma's and Gemma 4's.
+const QUOTES: [&str; 2] = ["<escape>", "<|\"|>"];
 
-struct Python<'a> {
+struct Gemma<'a> {
     rest: &'a str,
     depth: usize,
 }
 
-impl<'a> Python<'a> {
-    fn eat(&mut self, text: &str) -> Option<()> {
-        self.rest = self.rest.strip_prefix(text)?.trim_start();
-        Some(())
+impl Gemma<'_> {
+    fn eat(&mut self, text: &str) -> bool {
+        self.rest = self.rest.trim_start();
+        let after = self.rest.strip_prefix(text);
+        self.rest = after.unwrap_or(self.rest);
+        after.is_some()
     }
 
-    fn name(&mut self) -> Option<&'a str> {
-        let end = self
-            .rest
-            .find(|c: char| !(c.is_alphanumeric() || "_.-".contains(c)));
-        let (name, rest) = self.rest.split_at(end.unwrap_or(self.rest.len()));
-        self.rest = rest.trim_start();
-        (!name.is_empty()).then_some(name)
-    }
-
-    fn value(&mut self) -> Option<Value> {
-        self.depth += 1;
-        if self.depth > 64 {
-            return None;
+    /// A string between marks, or JSON's.
+    fn quoted(&mut self) -> Option<Result<String, Unread>> {
+        self.rest = self.rest.trim_start();
+        if self.rest.starts_with('"') {
+            let mut stream = serde_json::Deserializer::from_str(self.rest).into_iter::<String>();
+            let text = stream.next()?.map_err(|error| unread(&error));
+            self.rest = &self.rest[stream.byte_offset()..];
+            return Some(text);
         }
-        let value = match self.rest.chars().next()? {
-            quote @ ('\'' | '"') => Value::String(self.string(quote)?),
-            '[' => {
-                self.eat("[")?;
-                let mut items = Vec::new();
-                while self.eat("]").is_none() {
-                    items.push(self.value()?);
-                    self.eat(",")
-                        .or_else(|| self.rest.starts_with(']').then_some(()))?;
+        let quote = QUOTES.into_iter().find(|quote| self.eat(quote))?;
+        let Some((text, after)) = self.rest.split_once(quote) else {
+            return Some(Err(Unread::Open));
+        };
+        self.rest = after;
+        Some(Ok(text.to_owned()))
+    }
+
+    fn value(&mut self) -> Result<Value, Unread> {
+        self.depth += 1;
+        if self.depth > python::DEEPEST {
+            return Err(Unread::Bad);
+        }
+        let value = if let Some(text) = self.quoted() {
+            Value::String(text?)
+        } else if self.eat("{") {
+            let mut object = Map::new();
+            while !self.eat("}") {
+                let key = match self.quoted() {
+                    Some(key) => key?,
+                    None => self.until(&[':'])?,
+                };
+                if !self.eat(":") {
+                    return Err(Unread::Bad);
                 }
-                Value::Array(items)
-            }
-            '{' => {
-                self.eat("{")?;
-                let mut object = Map::new();
-                while self.eat("}").is_none() {
-                    let Value::String(key) = self.value()? else {
-                        return None;
-                    };
-                    self.eat(":")?;
-                    object.insert(key, self.value()?);
-                    self.eat(",")
-                        .or_else(|| self.rest.starts_with('}').then_some(()))?;
+                object.insert(key, self.value()?);
+                if !self.eat(",") && !self.rest.trim_start().starts_with('}') {
+                    return Err(Unread::Bad);
                 }
-                Value::Object(object)
             }
-            _ => match self.name()? {
-                "True" => Value::Bool(true),
-                "False" => Value::Bool(false),
-                "None" => Value::Null,
-                number => serde_json::from_str::<serde_json::Number>(number).ok()?.into(),
-            },
+            Value::Object(object)
+        } else if self.eat("[") {
+            let mut items = Vec::new();
+            while !self.eat("]") {
+                items.push(self.value()?);
+                if !self.eat(",") && !self.rest.trim_start().starts_with(']') {
+                    return Err(Unread::Bad);
+                }
+            }
+            Value::Array(items)
+        } else {
+            literal(&self.until(&[',', '}', ']'])?)
         };
         self.depth -= 1;
-        Some(value)
+        Ok(value)
     }
 
-    fn string(&mut self, quote: char) -> Option<String> {
-        let mut out = String::new();
-        let mut characters = self.rest.char_indices().skip(1);
-        while let Some((at, character)) = characters.next() {
-            match character {
-                '\\' => out.push(match characters.next()?.1 {
-                    'n' => '\n',
-                    't' => '\t',
-                    'r' => '\r',
-                    other => other,
-                }),
-                end if end == quote => {
-                    self.rest = self.rest[at + 1..].trim_start();
-                    return Some(out);
-                }
-                other => out.push(other),
-            }
-        }
-        None
+    fn until(&mut self, ends: &[char]) -> Result<String, Unread> {
+        let end = self.rest.find(ends).ok_or(Unread::Open)?;
+        let (text, rest) = self.rest.split_at(end);
+        self.rest = rest;
+        Ok(text.trim().to_owned())
     }
+}
+
+/// A list of Python calls with literals as named arguments.
+pub(super) fn python(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let calls = python::calls(body).ok_or(Unread::Open)?;
+    Ok(calls
+        .into_iter()
+        .map(|(name, arguments)| Call::new(&name, arguments))
+        .collect())
 }

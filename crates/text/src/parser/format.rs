@@ -1,32 +1,96 @@
 //! The formats as data.
 
+use std::fmt;
+use std::str::FromStr;
+
 use super::body::{self, Read};
+use super::harmony;
+use crate::TextError;
 
 /// How a model writes tool calls and reasoning.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ToolFormat {
     /// Reasoning alone, no tools.
     #[default]
     Plain,
-    /// JSON between `<tool_call>` and `</tool_call>`: Hermes, Qwen.
+    /// JSON between `<tool_call>` and `</tool_call>`: Hermes, Qwen, Granite 4.
     Hermes,
+    /// A list in JSON between `<tool_calls>`, `<TOOLCALL>` and the like: Apriel, MiniMax M1, Nemotron Nano 2.
+    JsonList,
     /// An answer that is JSON with `name` and `parameters`: Llama 3.
     Llama3Json,
-    /// An answer that is a list of Python calls: Llama 4 and others.
+    /// An answer that is a list of Python calls: Llama 4.
     Pythonic,
-    /// `[TOOL_CALLS]`: Mistral.
+    /// A list of Python calls between `<|tool_call_start|>` and `<|tool_call_end|>`: LFM2.
+    Lfm2,
+    /// `[TOOL_CALLS]` and a list in JSON: Mistral until 2024.
     Mistral,
-    /// `<｜tool▁calls▁begin｜>`: DeepSeek V3 and R1.
+    /// `[TOOL_CALLS]name[ARGS]`: Mistral since 2025.
+    MistralArgs,
+    /// `<｜tool▁calls▁begin｜>` with the arguments as a block of code: DeepSeek V3 and R1.
     DeepSeek,
-    /// `<function=name>` and `<parameter=name>`: Qwen3-Coder.
+    /// `<｜tool▁calls▁begin｜>` with the arguments as they are: DeepSeek V3.1.
+    DeepSeek31,
+    /// `<function=name>` and `<parameter=name>`: Qwen3-Coder, Qwen3.5, Nemotron 3.
     Qwen3Coder,
-    /// `<arg_key>` and `<arg_value>`: GLM 4.5.
+    /// As Qwen3-Coder, between `<seed:tool_call>` and `</seed:tool_call>`: Seed-OSS.
+    Seed,
+    /// `<function=name>` and an object: Functionary 3.1.
+    FunctionJson,
+    /// `<arg_key>` and `<arg_value>`: GLM 4.5 and later.
     Glm,
-    /// `<start_function_call>`: FunctionGemma.
+    /// `<start_function_call>call:name{…}`: FunctionGemma.
     Gemma,
+    /// `<|tool_call>call:name{…}`: Gemma 4.
+    Gemma4,
+    /// `<|tool_call_begin|>functions.name:0`: Kimi K2.
+    Kimi,
     /// Channels: gpt-oss.
     Harmony,
+}
+
+/// The formats with their names.
+const NAMES: [(&str, ToolFormat); 18] = [
+    ("plain", ToolFormat::Plain),
+    ("hermes", ToolFormat::Hermes),
+    ("json-list", ToolFormat::JsonList),
+    ("llama3-json", ToolFormat::Llama3Json),
+    ("pythonic", ToolFormat::Pythonic),
+    ("lfm2", ToolFormat::Lfm2),
+    ("mistral", ToolFormat::Mistral),
+    ("mistral-args", ToolFormat::MistralArgs),
+    ("deepseek", ToolFormat::DeepSeek),
+    ("deepseek-3.1", ToolFormat::DeepSeek31),
+    ("qwen3-coder", ToolFormat::Qwen3Coder),
+    ("seed", ToolFormat::Seed),
+    ("function-json", ToolFormat::FunctionJson),
+    ("glm", ToolFormat::Glm),
+    ("gemma", ToolFormat::Gemma),
+    ("gemma4", ToolFormat::Gemma4),
+    ("kimi", ToolFormat::Kimi),
+    ("harmony", ToolFormat::Harmony),
+];
+
+impl fmt::Display for ToolFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let found = NAMES.iter().find(|(_, format)| format == self);
+        f.pad(found.map_or("plain", |(name, _)| name))
+    }
+}
+
+impl FromStr for ToolFormat {
+    type Err = TextError;
+
+    fn from_str(name: &str) -> Result<Self, TextError> {
+        let found = NAMES.iter().find(|(known, _)| *known == name);
+        found
+            .map(|(_, format)| *format)
+            .ok_or_else(|| TextError::ToolFormat {
+                name: name.to_owned(),
+                known: NAMES.map(|(name, _)| name).join(", "),
+            })
+    }
 }
 
 /// What a mark does.
@@ -38,24 +102,30 @@ pub(super) enum Action {
     Reasoning,
     /// It opens calls, which this reads.
     Call(Read),
+    /// It opens a message whose head says what it is.
+    Head,
+}
+
+/// Where a mark counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Anywhere,
+    /// At the beginning of an answer, before anything but white space.
+    First,
 }
 
 /// A mark in the text.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mark {
     pub(super) open: &'static str,
-    /// What ends it; the end of the answer where there is none.
+    /// What ends it; the end of the answer or the next such mark where there is none.
     pub(super) close: Option<&'static str>,
     pub(super) action: Action,
-    /// Whether it counts at the beginning of an answer alone, and belongs to the body.
-    pub(super) only_first: bool,
-}
-
-impl Mark {
-    /// What is shown of the mark where its call is none.
-    pub(super) fn shown(&self) -> &'static str {
-        self.open
-    }
+    pub(super) place: Place,
+    /// Whether the mark belongs to the body, which is text where it is no call.
+    pub(super) kept: bool,
+    /// Whether it counts only where there are tools.
+    pub(super) of_calls: bool,
 }
 
 const fn mark(open: &'static str, close: Option<&'static str>, action: Action) -> Mark {
@@ -63,7 +133,9 @@ const fn mark(open: &'static str, close: Option<&'static str>, action: Action) -
         open,
         close,
         action,
-        only_first: false,
+        place: Place::Anywhere,
+        kept: false,
+        of_calls: true,
     }
 }
 
@@ -71,49 +143,174 @@ const fn call(open: &'static str, close: &'static str, read: Read) -> Mark {
     mark(open, Some(close), Action::Call(read))
 }
 
-const fn first(open: &'static str, read: Read) -> Mark {
+const fn drop(open: &'static str) -> Mark {
+    mark(open, None, Action::Drop)
+}
+
+/// An answer that is a call as a whole.
+const fn whole(open: &'static str, read: Read) -> Mark {
     Mark {
-        open,
-        close: None,
-        action: Action::Call(read),
-        only_first: true,
+        place: Place::First,
+        kept: true,
+        ..mark(open, None, Action::Call(read))
     }
 }
 
-const THINK: Mark = mark("<think>", Some("</think>"), Action::Reasoning);
+const fn think(open: &'static str, close: &'static str) -> Mark {
+    Mark {
+        place: Place::First,
+        of_calls: false,
+        ..mark(open, Some(close), Action::Reasoning)
+    }
+}
+
+/// The end of an empty block of reasoning that the prompt has opened and the model closes again.
+const fn unthought(close: &'static str) -> Mark {
+    Mark {
+        place: Place::First,
+        of_calls: false,
+        ..drop(close)
+    }
+}
+
+/// A mark of thoughts that stands where it has no meaning.
+const fn stray(open: &'static str) -> Mark {
+    Mark {
+        of_calls: false,
+        ..drop(open)
+    }
+}
+
+const THINK: Mark = think("<think>", "</think>");
+const UNTHOUGHT: Mark = unthought("</think>");
 const TOOL_CALL: (&str, &str) = ("<tool_call>", "</tool_call>");
 
 impl ToolFormat {
-    /// The format that a chat template writes calls in.
+    /// The format that a chat template writes calls in; [`Plain`](Self::Plain) where it writes none that is known here.
     pub fn detect(template: &str) -> Self {
-        const SIGNS: &[(&str, ToolFormat)] = &[
-            ("<|channel|>", ToolFormat::Harmony),
-            ("<function=", ToolFormat::Qwen3Coder),
-            ("<arg_key>", ToolFormat::Glm),
-            ("<start_function_call>", ToolFormat::Gemma),
-            ("<｜tool▁calls▁begin｜>", ToolFormat::DeepSeek),
-            ("[TOOL_CALLS]", ToolFormat::Mistral),
-            ("<tool_call>", ToolFormat::Hermes),
-            ("<|python_start|>", ToolFormat::Pythonic),
-            ("[func_name1(", ToolFormat::Pythonic),
-            ("<|python_tag|>", ToolFormat::Llama3Json),
-            ("\"parameters\": dictionary", ToolFormat::Llama3Json),
+        // Some formats are others with more to them, so the order counts.
+        const SIGNS: &[(&[&str], ToolFormat)] = &[
+            (&["<|channel|>"], ToolFormat::Harmony),
+            (&["]<]minimax[>["], ToolFormat::Plain),
+            (
+                &["<function=", "{start_tag}={function_name}"],
+                ToolFormat::FunctionJson,
+            ),
+            (&["seed:tool_call"], ToolFormat::Seed),
+            (&["<function="], ToolFormat::Qwen3Coder),
+            (&["<arg_key>"], ToolFormat::Glm),
+            (&["<start_function_call>"], ToolFormat::Gemma),
+            (&["<|tool_call>"], ToolFormat::Gemma4),
+            (&["<|tool_call_argument_begin|>"], ToolFormat::Kimi),
+            (&["<｜tool▁calls▁begin｜>", "```json"], ToolFormat::DeepSeek),
+            (&["<｜tool▁calls▁begin｜>"], ToolFormat::DeepSeek31),
+            (&["[TOOL_CALLS]", "[ARGS]"], ToolFormat::MistralArgs),
+            (&["[TOOL_CALLS]"], ToolFormat::Mistral),
+            (&["<tool_calls>["], ToolFormat::JsonList),
+            (&["<tool_call>"], ToolFormat::Hermes),
+            (&["<|python_start|>"], ToolFormat::Pythonic),
+            (&["<|tool_call_start|>"], ToolFormat::Lfm2),
+            (&["[func_name1("], ToolFormat::Pythonic),
+            (&["<|python_tag|>"], ToolFormat::Llama3Json),
+            (&["\"parameters\": dictionary"], ToolFormat::Llama3Json),
+            (&["<tool_calls>"], ToolFormat::JsonList),
+            (&["<TOOLCALL>"], ToolFormat::JsonList),
         ];
-        let found = SIGNS.iter().find(|(sign, _)| template.contains(sign));
+        let has = |signs: &[&str]| signs.iter().all(|sign| template.contains(sign));
+        let found = SIGNS.iter().find(|(signs, _)| has(signs));
         found.map_or(Self::Plain, |(_, format)| *format)
+    }
+
+    /// Whether a special token is a part of this format, and has to be written out for the parser.
+    pub fn has_special(self, text: &str) -> bool {
+        const HARMONY: [&str; 7] = [
+            "<|start|>",
+            "<|channel|>",
+            "<|message|>",
+            "<|constrain|>",
+            "<|end|>",
+            "<|return|>",
+            "<|call|>",
+        ];
+        const INSIDE: [&str; 10] = [
+            "<escape>",
+            "<|\"|>",
+            "[ARGS]",
+            "[CALL_ID]",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁sep｜>",
+            "<|tool_call_begin|>",
+            "<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+        ];
+        if text.is_empty() {
+            return false;
+        }
+        if self == Self::Harmony {
+            return HARMONY.contains(&text);
+        }
+        let of_mark =
+            |mark: &Mark| mark.open.contains(text) || mark.close.is_some_and(|close| close.contains(text));
+        INSIDE.contains(&text) || self.marks().iter().any(of_mark)
+    }
+
+    /// The marks that open thoughts.
+    pub fn thought_marks(self) -> impl Iterator<Item = &'static str> {
+        let thoughts = self
+            .marks()
+            .iter()
+            .filter(|mark| matches!(mark.action, Action::Reasoning));
+        thoughts
+            .map(|mark| mark.open)
+            .chain((self == Self::Harmony).then_some("<|channel|>analysis"))
     }
 
     pub(super) fn marks(self) -> &'static [Mark] {
         match self {
-            Self::Plain => const { &[THINK] },
-            Self::Hermes => const { &[THINK, call(TOOL_CALL.0, TOOL_CALL.1, body::json)] },
-            Self::Qwen3Coder => const { &[THINK, call(TOOL_CALL.0, TOOL_CALL.1, body::qwen3_coder)] },
-            Self::Glm => const { &[THINK, call(TOOL_CALL.0, TOOL_CALL.1, body::glm)] },
+            Self::Plain => const { &[THINK, UNTHOUGHT] },
+            Self::Hermes => const { &[THINK, UNTHOUGHT, call(TOOL_CALL.0, TOOL_CALL.1, body::json)] },
+            Self::JsonList => {
+                const {
+                    &[
+                        THINK,
+                        UNTHOUGHT,
+                        call("<tool_calls>", "</tool_calls>", body::json),
+                        call("<TOOLCALL>", "</TOOLCALL>", body::json),
+                    ]
+                }
+            }
+            Self::Qwen3Coder => {
+                const {
+                    &[
+                        THINK,
+                        UNTHOUGHT,
+                        // Some models leave the outer marks out.
+                        drop(TOOL_CALL.0),
+                        drop(TOOL_CALL.1),
+                        call("<function=", "</function>", body::qwen3_coder),
+                    ]
+                }
+            }
+            Self::Seed => {
+                const {
+                    &[
+                        think("<seed:think>", "</seed:think>"),
+                        unthought("</seed:think>"),
+                        drop("<seed:tool_call>"),
+                        drop("</seed:tool_call>"),
+                        call("<function=", "</function>", body::qwen3_coder),
+                    ]
+                }
+            }
+            Self::FunctionJson => const { &[call("<function=", "</function>", body::function_json)] },
+            Self::Glm => const { &[THINK, UNTHOUGHT, call(TOOL_CALL.0, TOOL_CALL.1, body::glm)] },
             Self::Llama3Json => {
                 const {
                     &[
                         THINK,
-                        first("{", body::json),
+                        UNTHOUGHT,
+                        whole("{", body::json),
                         mark("<|python_tag|>", None, Action::Call(body::json)),
                     ]
                 }
@@ -122,24 +319,36 @@ impl ToolFormat {
                 const {
                     &[
                         THINK,
-                        first("[", body::python),
+                        UNTHOUGHT,
+                        whole("[", body::python),
                         call("<|python_start|>", "<|python_end|>", body::python),
                     ]
                 }
             }
-            Self::Mistral => {
+            Self::Lfm2 => {
                 const {
                     &[
                         THINK,
-                        mark("[THINK]", Some("[/THINK]"), Action::Reasoning),
+                        UNTHOUGHT,
+                        call("<|tool_call_start|>", "<|tool_call_end|>", body::python),
+                    ]
+                }
+            }
+            Self::Mistral | Self::MistralArgs => {
+                const {
+                    &[
+                        THINK,
+                        UNTHOUGHT,
+                        think("[THINK]", "[/THINK]"),
                         mark("[TOOL_CALLS]", None, Action::Call(body::mistral)),
                     ]
                 }
             }
-            Self::DeepSeek => {
+            Self::DeepSeek | Self::DeepSeek31 => {
                 const {
                     &[
                         THINK,
+                        UNTHOUGHT,
                         call("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", body::deepseek),
                     ]
                 }
@@ -148,27 +357,36 @@ impl ToolFormat {
                 const {
                     &[
                         THINK,
+                        UNTHOUGHT,
                         call("<start_function_call>", "<end_function_call>", body::gemma),
                     ]
                 }
             }
-            Self::Harmony => {
+            Self::Gemma4 => {
                 const {
                     &[
-                        mark(
-                            "<|channel|>analysis<|message|>",
-                            Some("<|end|>"),
-                            Action::Reasoning,
-                        ),
-                        mark("<|channel|>final<|message|>", None, Action::Drop),
-                        mark("<|channel|>commentary<|message|>", None, Action::Drop),
-                        call("<|channel|>commentary to=functions.", "<|call|>", body::harmony),
-                        mark("<|start|>assistant", None, Action::Drop),
-                        mark("<|end|>", None, Action::Drop),
-                        mark("<|return|>", None, Action::Drop),
+                        Mark {
+                            place: Place::Anywhere,
+                            ..think("<|channel>thought", "<channel|>")
+                        },
+                        stray("<|channel>"),
+                        stray("<channel|>"),
+                        call("<|tool_call>", "<tool_call|>", body::gemma),
                     ]
                 }
             }
+            Self::Kimi => {
+                const {
+                    &[
+                        THINK,
+                        UNTHOUGHT,
+                        drop("<|tool_calls_section_begin|>"),
+                        drop("<|tool_calls_section_end|>"),
+                        call("<|tool_call_begin|>", "<|tool_call_end|>", body::kimi),
+                    ]
+                }
+            }
+            Self::Harmony => harmony::MARKS,
         }
     }
 }

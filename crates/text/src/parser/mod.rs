@@ -2,30 +2,64 @@
 
 mod body;
 mod format;
+mod harmony;
+mod python;
+
+use serde_json::Value;
 
 pub use format::ToolFormat;
-use format::{Action, Mark};
+use format::{Action, Mark, Place};
 
-/// A piece of an answer.
+/// A tool that the model may call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tool {
+    /// Its name.
+    pub name: String,
+    /// The JSON schema of its arguments.
+    pub parameters: Value,
+}
+
+impl Tool {
+    /// Whether a parameter can be nothing but a string.
+    pub(crate) fn is_text(&self, key: &str) -> bool {
+        let schema = &self.parameters["properties"][key];
+        let of_type = |schema: &Value| match &schema["type"] {
+            Value::String(kind) => kind == "string",
+            Value::Array(kinds) => !kinds.is_empty() && kinds.iter().all(|kind| kind == "string"),
+            _ => schema["enum"]
+                .as_array()
+                .is_some_and(|all| all.iter().all(Value::is_string)),
+        };
+        match schema["anyOf"].as_array() {
+            Some(schemas) => !schemas.is_empty() && schemas.iter().all(of_type),
+            None => of_type(schema),
+        }
+    }
+}
+
+/// A call that a model wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParsedCall {
+    /// The id that the model gave it, in the formats that have one.
+    pub id: Option<String>,
+    /// The tool's name.
+    pub name: String,
+    /// The arguments as the text of a JSON object: as the model wrote it where the format has JSON, made of its parameters
+    /// elsewhere.
+    pub arguments: String,
+}
+
+/// A part of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ParsedEvent {
     /// Text for the reader.
     Text(String),
     /// What the model thinks before it answers.
     Reasoning(String),
-    /// A tool call begins.
-    ToolCallBegin {
-        /// Its number in this answer, from 0.
-        index: usize,
-        /// The id that the model gave it.
-        id: Option<String>,
-        /// The tool's name.
-        name: String,
-    },
-    /// More of the call's arguments, as JSON text.
-    ToolCallArguments(String),
-    /// The call is complete.
-    ToolCallEnd,
+    /// A call of a tool, whole.
+    ToolCall(ParsedCall),
+    /// What began as a call and is none, or was cut off, as it was written.
+    Malformed(String),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -35,53 +69,81 @@ enum State {
     Reasoning(&'static str),
     /// Inside of this mark.
     Call(&'static Mark),
+    /// In the head of a message, which this mark began.
+    Head(&'static Mark),
 }
 
-/// Takes the text of an answer, with special tokens written out, and gives its parts in order.
+/// Takes the text of an answer, with the special tokens of its format written out, and gives its parts in order.
 ///
-/// Marks never show as text. What looked like a call and is none becomes text as it was written.
+/// Marks never show as text, nor does the white space between them. A call is given when it is whole.
+///
+/// ```
+/// use mlx_engine_text::{OutputParser, ParsedEvent, Tool, ToolFormat};
+///
+/// let tools = [Tool { name: "now".to_owned(), parameters: serde_json::json!({"type": "object"}) }];
+/// let mut parser = OutputParser::new(ToolFormat::Hermes, &tools);
+/// assert_eq!(parser.push("Wait.\n<tool_c"), [ParsedEvent::Text("Wait.".to_owned())]);
+/// let events = parser.push("all>{\"name\": \"now\", \"arguments\": {}}</tool_call>");
+/// assert!(matches!(&events[..], [ParsedEvent::ToolCall(call)] if call.name == "now"));
+/// ```
 #[derive(Clone, Debug)]
 pub struct OutputParser {
-    marks: &'static [Mark],
+    format: ToolFormat,
+    tools: Vec<Tool>,
     state: State,
     held: String,
     /// Whether nothing but white space has come, so that a mark of the beginning counts.
     fresh: bool,
-    calls: usize,
+    /// Whether white space that comes next follows a mark and is no text.
+    trim: bool,
+    /// Whether reasoning is told apart from text.
+    separate: bool,
+    /// Whether nothing follows.
+    ending: bool,
     reasoning_tokens: usize,
 }
 
 impl OutputParser {
-    /// A parser at the beginning of an answer.
-    pub fn new(format: ToolFormat) -> Self {
+    /// A parser at the beginning of an answer. Without tools nothing is a call.
+    pub fn new(format: ToolFormat, tools: &[Tool]) -> Self {
         Self {
-            marks: format.marks(),
+            format,
+            tools: tools.to_vec(),
             state: State::Text,
             held: String::new(),
             fresh: true,
-            calls: 0,
+            trim: false,
+            separate: true,
+            ending: false,
             reasoning_tokens: 0,
         }
     }
 
-    /// A parser of an answer to a prompt that has opened the block of reasoning itself.
-    pub fn reasoning_opened(mut self) -> Self {
-        self.state = State::Reasoning("</think>");
+    /// A parser that leaves reasoning in the text.
+    pub fn without_reasoning(mut self) -> Self {
+        self.separate = false;
         self
     }
 
-    /// A parser of an answer to this prompt: one that ends with `<think>` has opened the block of reasoning.
-    pub fn after_prompt(self, prompt: &str) -> Self {
-        if prompt.trim_end().ends_with("<think>") {
-            self.reasoning_opened()
-        } else {
-            self
-        }
+    /// The format.
+    pub fn format(&self) -> ToolFormat {
+        self.format
     }
 
-    /// Takes the text of the next token or more.
+    /// A parser of an answer to this prompt: one that ends with `<think>` has opened the block of reasoning itself.
+    pub fn after_prompt(mut self, prompt: &str) -> Self {
+        let prompt = prompt.trim_end();
+        let opened = |mark: &&Mark| matches!(mark.action, Action::Reasoning) && prompt.ends_with(mark.open);
+        if let Some(mark) = self.format.marks().iter().find(opened).filter(|_| self.separate) {
+            self.state = State::Reasoning(mark.close.unwrap_or_default());
+            self.trim = true;
+        }
+        self
+    }
+
+    /// Takes the text of the next token.
     pub fn push(&mut self, text: &str) -> Vec<ParsedEvent> {
-        if matches!(self.state, State::Reasoning(_)) {
+        if self.is_reasoning() {
             self.reasoning_tokens += 1;
         }
         self.held.push_str(text);
@@ -90,7 +152,7 @@ impl OutputParser {
         events
     }
 
-    /// The rest of an answer that was cut off: an unfinished call is text.
+    /// The rest of an answer that was cut off: an unfinished call is malformed.
     pub fn finish(&mut self) -> Vec<ParsedEvent> {
         self.end(false)
     }
@@ -105,13 +167,31 @@ impl OutputParser {
         matches!(self.state, State::Reasoning(_))
     }
 
-    /// The text that ends the reasoning, once more than `budget` pieces of it were pushed (one a token). Feed its tokens to
-    /// the model and push it here.
-    pub fn end_of_budget(&self, budget: usize) -> Option<&'static str> {
+    /// Tokens that were taken while the model was thinking.
+    pub fn reasoning_tokens(&self) -> usize {
+        self.reasoning_tokens
+    }
+
+    /// The text that ends the reasoning that the model is in. Feed its tokens to the model and push it here.
+    pub fn end_of_reasoning(&self) -> Option<&'static str> {
         match self.state {
-            State::Reasoning(close) if self.reasoning_tokens >= budget => Some(close),
+            State::Reasoning("</think>") => Some("\n</think>\n\n"),
+            State::Reasoning(harmony::END) => Some("<|end|><|start|>assistant"),
+            State::Reasoning(close) => Some(close),
             _ => None,
         }
+    }
+
+    /// The marks that count.
+    fn marks(&self, place: Place) -> impl Iterator<Item = &'static Mark> + Clone + use<> {
+        let (calls, separate) = (
+            !self.tools.is_empty(),
+            self.separate || self.format == ToolFormat::Harmony,
+        );
+        self.format.marks().iter().filter(move |mark| {
+            let of_thoughts = !mark.of_calls && matches!(mark.action, Action::Reasoning | Action::Drop);
+            mark.place == place && (calls || !mark.of_calls) && (separate || !of_thoughts)
+        })
     }
 
     /// Takes what is certain from the held text; false when more is needed.
@@ -120,111 +200,231 @@ impl OutputParser {
             State::Text => self.step_text(events),
             State::Reasoning(close) => {
                 let found = self.held.find(close);
-                let end =
-                    found.unwrap_or_else(|| self.held.len() - open_tail(&self.held, &[close].into_iter()));
-                let rest = self.held.split_off(end);
-                let text = std::mem::replace(&mut self.held, rest);
-                add(events, ParsedEvent::Reasoning(text));
-                if found.is_some() {
-                    self.held.drain(..close.len());
+                let end = found.unwrap_or_else(|| {
+                    // A call among thoughts is one where the thoughts have no end.
+                    let calls = self
+                        .marks(Place::Anywhere)
+                        .filter(|mark| mark.of_calls)
+                        .map(|mark| mark.open);
+                    let begun = calls.clone().filter_map(|open| self.held.find(open)).min();
+                    begun.unwrap_or_else(|| self.held.len() - open_tail(&self.held, calls.chain([close])))
+                });
+                // White space before the mark is no thought.
+                let end = self.held[..end].trim_end().len();
+                self.give(end, ParsedEvent::Reasoning, events);
+                if let Some(found) = found {
+                    self.held.drain(..found - end + close.len());
                     self.state = State::Text;
+                    (self.fresh, self.trim) = (true, true);
                 }
                 found.is_some()
             }
-            State::Call(mark) => {
-                let Some(end) = mark.close.and_then(|close| self.held.find(close)) else {
+            State::Head(mark) => {
+                let close = mark.close.unwrap_or_default();
+                let Some(end) = self.held.find(close) else {
                     return false;
                 };
-                let close = mark.close.unwrap_or_default();
-                let rest = self.held.split_off(end + close.len());
-                let whole = std::mem::replace(&mut self.held, rest);
-                self.call(mark, &whole[..end], close, events);
+                let kind = harmony::kind(&self.held[..end]);
+                self.state = match kind {
+                    harmony::Kind::Call => State::Call(&harmony::CALL),
+                    harmony::Kind::Reasoning if self.separate => State::Reasoning(harmony::END),
+                    harmony::Kind::Reasoning | harmony::Kind::Text => State::Text,
+                };
+                if kind != harmony::Kind::Call {
+                    self.held.drain(..end + close.len());
+                }
+                (self.fresh, self.trim) = (false, false);
                 true
             }
+            State::Call(mark) => self.step_call(mark, events),
+        }
+    }
+
+    /// Gives out the first bytes of the held text, without the white space that follows a mark.
+    fn give(&mut self, end: usize, event: fn(String) -> ParsedEvent, events: &mut Vec<ParsedEvent>) {
+        let rest = self.held.split_off(end);
+        let mut text = std::mem::replace(&mut self.held, rest);
+        if self.trim {
+            let start = text.trim_start();
+            if start.is_empty() {
+                return;
+            }
+            text = text.split_off(text.len() - start.len());
+        }
+        if !text.is_empty() {
+            self.trim = false;
+            add(events, event(text));
         }
     }
 
     fn step_text(&mut self, events: &mut Vec<ParsedEvent>) -> bool {
-        if self.fresh {
-            let start = self.held.trim_start();
-            let starting = || self.marks.iter().filter(|mark| mark.only_first);
-            let blank = self.held.len() - start.len();
-            if start.is_empty() {
+        let blank = self.held.len() - self.held.trim_start().len();
+        let start = &self.held[blank..];
+        let anywhere = self.marks(Place::Anywhere);
+        let first = self.marks(Place::First).filter(|_| self.fresh);
+        let found = anywhere
+            .clone()
+            .filter_map(|mark| Some((self.held.find(mark.open)?, mark)));
+        let leading = first
+            .clone()
+            .filter(|mark| start.starts_with(mark.open))
+            .map(|mark| (blank, mark));
+        let found = found
+            .chain(leading)
+            .min_by_key(|(at, mark)| (*at, std::cmp::Reverse(mark.open.len())));
+        if let Some((at, mark)) = found {
+            let rest = &self.held[at..];
+            let longer = |other: &Mark| other.open.len() > rest.len() && other.open.starts_with(rest);
+            if !self.ending && anywhere.clone().any(longer) {
                 return false;
             }
-            if let Some(mark) = starting().find(|mark| start.starts_with(mark.open)) {
-                let blank: String = self.held.drain(..blank + mark.open.len()).take(blank).collect();
-                add(events, ParsedEvent::Text(blank));
-                self.fresh = false;
-                self.state = State::Call(mark);
-                return true;
-            }
-            self.fresh = starting().any(|mark| mark.open.starts_with(start));
-            if self.fresh {
-                return false;
-            }
+            self.open(at, mark, events);
+            return true;
         }
-        let anywhere = || self.marks.iter().filter(|mark| !mark.only_first);
-        let found = anywhere().filter_map(|mark| Some((self.held.find(mark.open)?, mark)));
-        let found = found.min_by_key(|(at, mark)| (*at, std::cmp::Reverse(mark.open.len())));
-        let open = open_tail(&self.held, &anywhere().map(|mark| mark.open));
-        let Some((at, mark)) = found else {
-            let rest = self.held.split_off(self.held.len() - open);
-            let text = std::mem::replace(&mut self.held, rest);
-            add(events, ParsedEvent::Text(text));
+        // A mark that may have begun.
+        if self.fresh && (start.is_empty() || first.clone().any(|mark| mark.open.starts_with(start))) {
             return false;
-        };
-        let rest = self.held.split_off(at + mark.open.len());
-        let mut text = std::mem::replace(&mut self.held, rest);
-        text.truncate(at);
-        add(events, ParsedEvent::Text(text));
-        match mark.action {
-            Action::Drop => {}
-            Action::Reasoning => self.state = State::Reasoning(mark.close.unwrap_or_default()),
-            Action::Call(_) => self.state = State::Call(mark),
         }
-        true
+        let mut end = self.held.len() - open_tail(&self.held, anywhere.clone().map(|mark| mark.open));
+        if anywhere.clone().next().is_some() {
+            end = self.held[..end].trim_end().len();
+        }
+        if end > 0 {
+            self.fresh = false;
+            self.give(end, ParsedEvent::Text, events);
+        }
+        false
+    }
+
+    /// Takes the mark that stands at this place of the held text.
+    fn open(&mut self, at: usize, mark: &'static Mark, events: &mut Vec<ParsedEvent>) {
+        let end = self.held[..at].trim_end().len();
+        let blank = if mark.place == Place::First && mark.kept {
+            0
+        } else {
+            at
+        };
+        if end > 0 {
+            self.fresh = false;
+            self.give(end, ParsedEvent::Text, events);
+            self.held.drain(..at - end);
+        } else {
+            self.held.drain(..blank);
+        }
+        if !mark.kept {
+            self.held.drain(..mark.open.len());
+            self.trim = true;
+        }
+        self.state = match mark.action {
+            Action::Drop => State::Text,
+            Action::Reasoning => State::Reasoning(mark.close.unwrap_or_default()),
+            Action::Call(_) => State::Call(mark),
+            Action::Head => State::Head(mark),
+        };
+    }
+
+    fn step_call(&mut self, mark: &'static Mark, events: &mut Vec<ParsedEvent>) -> bool {
+        // A mark without an end is ended by the next one.
+        let (close, again) = match mark.close {
+            Some(close) => (close, false),
+            None if mark.kept => return false,
+            None => (mark.open, true),
+        };
+        let mut from = 0;
+        while let Some(at) = self.held[from..].find(close).map(|at| from + at) {
+            match self.read(mark, &self.held[..at]) {
+                Err(body::Unread::Open) => from = at + close.len(),
+                read => {
+                    let rest = self.held.split_off(at + close.len());
+                    let whole = std::mem::replace(&mut self.held, rest);
+                    let written = if again { &whole[..at] } else { &whole };
+                    self.called(mark, written, read.ok(), events);
+                    if again {
+                        self.state = State::Call(mark);
+                    }
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// Reads the calls of a body. An answer that only looks like a call has to name a tool that there is.
+    fn read(&self, mark: &Mark, body: &str) -> Result<Vec<body::Call>, body::Unread> {
+        let Action::Call(read) = mark.action else {
+            return Err(body::Unread::Bad);
+        };
+        let calls = read(body, &self.tools)?;
+        let known = |call: &body::Call| self.tools.iter().any(|tool| tool.name == call.name);
+        let named = calls.iter().all(|call| !call.name.is_empty());
+        if named && (mark.place == Place::Anywhere || calls.iter().all(known)) {
+            Ok(calls)
+        } else {
+            Err(body::Unread::Bad)
+        }
+    }
+
+    /// Gives the calls of a body out, or the body where it has none.
+    fn called(
+        &mut self,
+        mark: &Mark,
+        written: &str,
+        calls: Option<Vec<body::Call>>,
+        events: &mut Vec<ParsedEvent>,
+    ) {
+        self.state = State::Text;
+        self.fresh = false;
+        match calls {
+            Some(calls) => {
+                self.trim = true;
+                events.extend(calls.into_iter().map(|call| {
+                    ParsedEvent::ToolCall(ParsedCall {
+                        id: call.id,
+                        name: call.name,
+                        arguments: call.arguments,
+                    })
+                }));
+            }
+            None if mark.place == Place::First => add(events, ParsedEvent::Text(written.to_owned())),
+            None => {
+                self.trim = true;
+                let open = if mark.kept { "" } else { mark.open };
+                events.push(ParsedEvent::Malformed(format!("{open}{written}")));
+            }
+        }
     }
 
     fn end(&mut self, stopped: bool) -> Vec<ParsedEvent> {
         let mut events = Vec::new();
-        let held = std::mem::take(&mut self.held);
-        match self.state {
-            State::Text => add(&mut events, ParsedEvent::Text(held)),
-            State::Reasoning(_) => add(&mut events, ParsedEvent::Reasoning(held)),
-            State::Call(mark) if stopped => self.call(mark, &held, "", &mut events),
-            State::Call(mark) => add(&mut events, ParsedEvent::Text(format!("{}{held}", mark.shown()))),
+        self.ending = true;
+        if matches!(self.state, State::Reasoning(_)) {
+            let mut calls = self.marks(Place::Anywhere).filter(|mark| mark.of_calls);
+            if calls.any(|mark| self.held.trim_start().starts_with(mark.open)) {
+                self.state = State::Text;
+            }
         }
+        while self.step(&mut events) {}
+        match self.state {
+            State::Text => self.give(self.held.len(), ParsedEvent::Text, &mut events),
+            State::Reasoning(_) => {
+                self.held.truncate(self.held.trim_end().len());
+                self.give(self.held.len(), ParsedEvent::Reasoning, &mut events);
+            }
+            State::Head(mark) => {
+                let head = std::mem::take(&mut self.held);
+                self.called(mark, &head, None, &mut events);
+            }
+            State::Call(mark) => {
+                let body = std::mem::take(&mut self.held);
+                // What has no end mark ends with its own last brace.
+                let whole = stopped || mark.close.is_none();
+                let calls = if whole { self.read(mark, &body).ok() } else { None };
+                self.called(mark, &body, calls, &mut events);
+            }
+        }
+        self.held.clear();
         self.state = State::Text;
         events
-    }
-
-    fn call(&mut self, mark: &'static Mark, body: &str, close: &str, events: &mut Vec<ParsedEvent>) {
-        self.state = State::Text;
-        self.fresh = false;
-        let Action::Call(read) = mark.action else { return };
-        let whole = if mark.only_first {
-            format!("{}{body}", mark.open)
-        } else {
-            body.to_owned()
-        };
-        let Some(calls) = read(&whole) else {
-            add(
-                events,
-                ParsedEvent::Text(format!("{}{body}{close}", mark.shown())),
-            );
-            return;
-        };
-        for call in calls {
-            events.push(ParsedEvent::ToolCallBegin {
-                index: self.calls,
-                id: call.id,
-                name: call.name,
-            });
-            events.push(ParsedEvent::ToolCallArguments(call.arguments));
-            events.push(ParsedEvent::ToolCallEnd);
-            self.calls += 1;
-        }
     }
 }
 
@@ -239,167 +439,144 @@ fn add(events: &mut Vec<ParsedEvent>, event: ParsedEvent) {
 }
 
 /// Length of the longest end of a text that begins one of the marks.
-fn open_tail<'a>(text: &str, marks: &(impl Iterator<Item = &'a str> + Clone)) -> usize {
-    let at = text.char_indices().map(|(at, _)| at);
-    at.into_iter()
-        .find(|&at| {
-            marks
-                .clone()
-                .any(|mark| mark.len() > text.len() - at && mark.starts_with(&text[at..]))
-        })
+fn open_tail<'a>(text: &str, marks: impl Iterator<Item = &'a str>) -> usize {
+    let marks: Vec<&str> = marks.collect();
+    let longest = marks.iter().map(|mark| mark.len()).max().unwrap_or(0);
+    let from = text.len().saturating_sub(longest.saturating_sub(1));
+    (from..text.len())
+        .filter(|&at| text.is_char_boundary(at))
+        .find(|&at| marks.iter().any(|mark| mark.starts_with(&text[at..])))
         .map_or(0, |at| text.len() - at)
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use serde_json::json;
 
     use super::*;
+
+    fn tools() -> [Tool; 1] {
+        [Tool {
+            name: "f".to_owned(),
+            parameters: json!({"properties": {"x": {"type": "string"}}}),
+        }]
+    }
 
     fn run(parser: &OutputParser, pieces: &[&str]) -> Vec<ParsedEvent> {
         let mut parser = parser.clone();
         let mut events = Vec::new();
-        for piece in pieces {
-            parser
-                .push(piece)
-                .into_iter()
-                .for_each(|event| add(&mut events, event));
+        let given = pieces
+            .iter()
+            .flat_map(|piece| parser.push(piece))
+            .collect::<Vec<_>>();
+        for event in given.into_iter().chain(parser.finish_at_stop()) {
+            add(&mut events, event);
         }
-        parser
-            .finish_at_stop()
-            .into_iter()
-            .for_each(|event| add(&mut events, event));
         events
     }
 
-    fn golden() -> Vec<(ToolFormat, &'static str, &'static str)> {
-        use ToolFormat as F;
-        vec![
-            (
-                F::Hermes,
-                "<think>a</think>b<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 1.0}}\n</tool_call>",
-                "R:a T:b f{\"x\": 1.0}",
-            ),
-            (
-                F::Hermes,
-                "<tool_call>{no}</tool_call> < b",
-                "T:<tool_call>{no}</tool_call> < b",
-            ),
-            (
-                F::Llama3Json,
-                "<|python_tag|>{\"name\": \"f\", \"parameters\": {\"x\": 1}}",
-                "f{\"x\": 1}",
-            ),
-            (
-                F::Llama3Json,
-                "{\"name\": \"f\", \"parameters\": {}}; {\"name\": \"g\", \"parameters\": {}}",
-                "f{} g{}",
-            ),
-            (F::Llama3Json, "{\"a\": 1}", "T:{\"a\": 1}"),
-            (
-                F::Pythonic,
-                "[f(x=1, y='a\\'b'), g(z=[True, None])]",
-                "f{\"x\":1,\"y\":\"a'b\"} g{\"z\":[true,null]}",
-            ),
-            (
-                F::Mistral,
-                "a[TOOL_CALLS][{\"name\": \"f\", \"arguments\": {}, \"id\": \"abcdefghi\"}]",
-                "T:a f{}",
-            ),
-            (
-                F::Mistral,
-                "[TOOL_CALLS]f[ARGS]{\"x\": 1}[TOOL_CALLS]g[ARGS]{}",
-                "f{\"x\": 1} g{}",
-            ),
-            (
-                F::DeepSeek,
-                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{\"x\": 1}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-                "f{\"x\": 1}",
-            ),
-            (
-                F::DeepSeek,
-                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-                "f{}",
-            ),
-            (
-                F::Qwen3Coder,
-                "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n<parameter=y>\na b\n</parameter>\n</function>\n</tool_call>",
-                "f{\"x\":1,\"y\":\"a b\"}",
-            ),
-            (
-                F::Glm,
-                "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>a</arg_value>\n</tool_call>",
-                "f{\"x\":\"a\"}",
-            ),
-            (
-                F::Gemma,
-                "<start_function_call>call:f{x:<escape>a, b<escape>,y:2}<end_function_call>",
-                "f{\"x\":\"a, b\",\"y\":2}",
-            ),
-            (
-                F::Harmony,
-                "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"x\": 1}<|call|>",
-                "R:a f{\"x\": 1}",
-            ),
-            (F::Harmony, "<|channel|>final<|message|>b<|return|>", "T:b"),
-        ]
-    }
-
-    fn show(events: &[ParsedEvent]) -> String {
-        let mut out = Vec::new();
-        for event in events {
-            match event {
-                ParsedEvent::Text(text) => out.push(format!("T:{text}")),
-                ParsedEvent::Reasoning(text) => out.push(format!("R:{text}")),
-                ParsedEvent::ToolCallBegin { name, .. } => out.push(name.clone()),
-                ParsedEvent::ToolCallArguments(text) => out.last_mut().unwrap().push_str(text),
-                ParsedEvent::ToolCallEnd => {}
-            }
-        }
-        out.join(" ")
-    }
-
     #[test]
-    fn every_split_of_an_answer_gives_what_the_whole_gives() {
-        for (format, text, expected) in golden() {
-            let parser = OutputParser::new(format);
-            let whole = run(&parser, &[text]);
-            assert_eq!(show(&whole), expected, "{text}");
-            let ends: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
-            for &a in &ends {
-                assert_eq!(run(&parser, &[&text[..a], &text[a..]]), whole);
-                for &b in ends.iter().filter(|&&b| b > a) {
-                    assert_eq!(run(&parser, &[&text[..a], &text[a..b], &text[b..]]), whole);
-                }
-            }
-            let single: Vec<String> = text.chars().map(String::from).collect();
-            let single: Vec<&str> = single.iter().map(String::as_str).collect();
-            assert_eq!(run(&parser, &single), whole);
+    fn what_looks_like_a_call_and_is_none_is_not_shown_as_text() {
+        let parser = OutputParser::new(ToolFormat::Hermes, &tools());
+        let events = run(&parser, &["a <tool_call>{no}</tool_call> < b"]);
+        let expect = [
+            ParsedEvent::Text("a".to_owned()),
+            ParsedEvent::Malformed("<tool_call>{no}</tool_call>".to_owned()),
+            ParsedEvent::Text("< b".to_owned()),
+        ];
+        assert_eq!(events, expect);
+        // Where nothing marks it, it is text.
+        for text in ["{\"a\": 1}", "{\"name\": \"g\", \"parameters\": {}}", " {"] {
+            let parser = OutputParser::new(ToolFormat::Llama3Json, &tools());
+            assert_eq!(run(&parser, &[text]), [ParsedEvent::Text(text.to_owned())]);
         }
     }
 
     #[test]
-    fn a_cut_call_is_text_and_thinking_has_a_budget() {
-        let mut parser = OutputParser::new(ToolFormat::Hermes);
-        assert_eq!(parser.push("<tool_call>{\"name\""), []);
-        assert_eq!(
-            parser.finish(),
-            [ParsedEvent::Text("<tool_call>{\"name\"".to_owned())]
-        );
-        let mut parser =
-            OutputParser::new(ToolFormat::Hermes).after_prompt("<|im_start|>assistant\n<think>\n");
+    fn a_mark_inside_of_an_argument_does_not_end_the_call() {
+        let parser = OutputParser::new(ToolFormat::Hermes, &tools());
+        let text = "<tool_call>{\"name\": \"f\", \"arguments\": {\"x\": \"</tool_call>\"}}</tool_call>";
+        for at in 0..text.len() {
+            let events = run(&parser, &[&text[..at], &text[at..]]);
+            assert!(
+                matches!(&events[..], [ParsedEvent::ToolCall(call)] if call.arguments == "{\"x\": \"</tool_call>\"}"),
+                "{events:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn without_tools_nothing_is_a_call() {
+        for (format, text) in [
+            (
+                ToolFormat::Hermes,
+                "<tool_call>{\"name\": \"f\", \"arguments\": {}}</tool_call>",
+            ),
+            (
+                ToolFormat::Qwen3Coder,
+                "Write <tool_call> <function=f></function> </tool_call>.",
+            ),
+            (ToolFormat::Mistral, "[TOOL_CALLS]"),
+        ] {
+            let parser = OutputParser::new(format, &[]);
+            assert_eq!(run(&parser, &[text]), [ParsedEvent::Text(text.to_owned())]);
+        }
+    }
+
+    #[test]
+    fn a_call_that_is_cut_off_is_malformed() {
+        for (format, text) in [
+            (ToolFormat::Hermes, "<tool_call>{\"name\""),
+            (ToolFormat::Glm, "<tool_call>f"),
+            (
+                ToolFormat::Harmony,
+                "<|channel|>commentary to=functions.f<|message|>{",
+            ),
+            (ToolFormat::MistralArgs, "[TOOL_CALLS]f[ARGS]{\"x\""),
+        ] {
+            let mut parser = OutputParser::new(format, &tools());
+            assert_eq!(parser.push(text), []);
+            assert_eq!(parser.finish(), [ParsedEvent::Malformed(text.to_owned())]);
+        }
+    }
+
+    #[test]
+    fn thinking_has_a_length_and_an_end() {
+        let parser = OutputParser::new(ToolFormat::Hermes, &[]);
+        let mut parser = parser.after_prompt("<|im_start|>assistant\n<think>\n");
         assert_eq!(parser.push("a"), [ParsedEvent::Reasoning("a".to_owned())]);
-        assert_eq!(parser.end_of_budget(2), None);
-        assert_eq!(parser.end_of_budget(1), Some("</think>"));
-        assert_eq!(parser.push("</think>b"), [ParsedEvent::Text("b".to_owned())]);
-        assert_eq!(parser.end_of_budget(1), None);
+        assert_eq!(parser.reasoning_tokens(), 1);
+        let end = parser.end_of_reasoning().unwrap();
+        assert_eq!(
+            parser.push(&format!("{end}b")),
+            [ParsedEvent::Text("b".to_owned())]
+        );
+        assert_eq!((parser.end_of_reasoning(), parser.is_reasoning()), (None, false));
+    }
+
+    #[test]
+    fn formats_have_names() {
+        for format in [
+            ToolFormat::Plain,
+            ToolFormat::Hermes,
+            ToolFormat::Harmony,
+            ToolFormat::DeepSeek31,
+        ] {
+            assert_eq!(format.to_string().parse::<ToolFormat>().unwrap(), format);
+        }
+        let error = "xml".parse::<ToolFormat>().unwrap_err().to_string();
+        assert!(
+            error.contains("`xml`") && error.contains("qwen3-coder"),
+            "{error}"
+        );
     }
 
     proptest! {
         #[test]
-        fn text_without_marks_is_kept(pieces in prop::collection::vec("[a<|\\[{ tß_>]{0,4}", 0..12)) {
+        fn text_without_marks_is_kept(pieces in prop::collection::vec("[a<|\\[{ tß_>\n]{0,4}", 0..12)) {
             for format in [ToolFormat::Hermes, ToolFormat::Harmony, ToolFormat::Llama3Json, ToolFormat::Pythonic] {
-                let parser = OutputParser::new(format);
+                let parser = OutputParser::new(format, &tools());
                 let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
                 let whole = pieces.concat();
                 let events = run(&parser, &pieces);
