@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mlx_engine::{BackendChoice, GenerateParams, UseCase};
+use mlx_engine::{BackendChoice, GenerateParams, ToolChoice, UseCase};
 
 /// Runs language models on Apple's MLX.
 #[derive(Debug, Parser)]
@@ -130,6 +130,24 @@ impl Sampling {
     }
 }
 
+/// Tools that the model may call.
+#[expect(clippy::struct_field_names, reason = "the options are called so")]
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Tools {
+    /// Offer the tools of this JSON file to the model: a list of functions as OpenAI's API takes it
+    #[arg(long, value_name = "F")]
+    pub(crate) tools: Option<PathBuf>,
+    /// Whether the model calls one: `auto`, `none`, `required`, or the name of a tool
+    #[arg(long, value_name = "CHOICE", default_value = "auto", requires = "tools")]
+    pub(crate) tool_choice: ToolChoice,
+    /// How the model writes calls, such as `hermes`; by its chat template unless told
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tool_format: Option<String>,
+    /// Tokens after which the model has to stop thinking
+    #[arg(long, value_name = "N")]
+    pub(crate) thinking_budget: Option<u32>,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
     /// Say on stderr what was counted, and how the engine is
@@ -160,6 +178,8 @@ pub(crate) struct Generate {
     #[arg(long)]
     pub(crate) raw: bool,
     #[command(flatten)]
+    pub(crate) tools: Tools,
+    #[command(flatten)]
     pub(crate) sampling: Sampling,
     /// Report the log-probability of each token and of this many alternatives
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=20))]
@@ -176,6 +196,8 @@ pub(crate) struct Chat {
     /// The system prompt
     #[arg(long, value_name = "S")]
     pub(crate) system: Option<String>,
+    #[command(flatten)]
+    pub(crate) tools: Tools,
     #[command(flatten)]
     pub(crate) sampling: Sampling,
 }

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use futures::StreamExt;
-use mlx_engine::{ChatSession, GenerationEvent};
+use mlx_engine::{ChatSession, ChatStream, EngineError, GenerationEvent, ToolCall};
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
@@ -11,7 +11,7 @@ use crate::args::Chat;
 use crate::failure::Failure;
 use crate::generate::report;
 use crate::output::{errln, outln, write};
-use crate::{load, stats};
+use crate::{load, stats, tools};
 
 const HELP: &str = "\
 /help     this list
@@ -22,10 +22,11 @@ const HELP: &str = "\
 Ctrl-C stops an answer or drops a line; twice on a line it leaves.";
 
 pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
-    let params = args.sampling.params();
+    let tools = tools::read(&args.tools)?;
+    let params = tools::params(&args.tools, args.sampling.params());
     params.validate().map_err(mlx_engine::EngineError::from)?;
     let engine = load::load(&args.model).await?;
-    let mut session = engine.chat().with_params(params);
+    let mut session = engine.chat().with_params(params).with_tools(tools);
     if let Some(system) = args.system {
         session = session.with_system(system);
     }
@@ -44,10 +45,13 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
             "/history" => {
                 for message in session.history() {
                     outln!("{}: {}", message.role, message.content);
+                    for call in &message.tool_calls {
+                        outln!("  calls {} {}", call.name, call.arguments);
+                    }
                 }
             }
             command if command.starts_with('/') => errln!("`{command}` is no command; /help lists them"),
-            text => failed |= !answer(&mut session, text, lines.is_interactive()).await?,
+            text => failed |= !turn(&mut session, text, &mut lines).await?,
         }
     }
     // At a terminal the user has seen it; a script has only the exit code.
@@ -57,17 +61,62 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Streams one answer. Ctrl-C stops it, and the program where nobody types; an error is told and the conversation goes on.
-/// Returns whether there was none.
-async fn answer(session: &mut ChatSession, text: &str, interactive: bool) -> Result<bool, Failure> {
-    let mut well = true;
-    let mut stream = match session.stream(text).await {
-        Ok(stream) => stream,
-        Err(error) => {
-            Failure::from(error).report();
-            return Ok(false);
-        }
+/// Says something, and gives the results of the tools that the model calls until it calls none. An error is told and the
+/// conversation goes on. Returns whether there was none.
+async fn turn(session: &mut ChatSession, text: &str, lines: &mut Lines) -> Result<bool, Failure> {
+    let mut well = match session.stream(text).await {
+        Ok(stream) => answer(stream, lines.is_interactive()).await?,
+        Err(error) => told(error),
     };
+    while well && !session.pending_calls().is_empty() {
+        let Some(results) = results(session.pending_calls(), lines).await? else {
+            return Ok(well);
+        };
+        well = match session.stream_results(results).await {
+            Ok(stream) => answer(stream, lines.is_interactive()).await?,
+            Err(error) => told(error),
+        };
+    }
+    Ok(well)
+}
+
+/// Tells an error.
+fn told(error: EngineError) -> bool {
+    Failure::from(error).report();
+    false
+}
+
+/// Asks for the result of each call, a line of JSON. `None` where the input ends.
+async fn results(calls: &[ToolCall], lines: &mut Lines) -> Result<Option<Vec<(String, String)>>, Failure> {
+    let mut results = Vec::new();
+    for call in calls {
+        loop {
+            errln!("[result of {} as a line of JSON]", call.name);
+            let Some(line) = lines.next().await? else {
+                return Ok(None);
+            };
+            match serde_json::from_str::<serde_json::Value>(&line) {
+                Ok(_) => {
+                    results.push((call.id.clone(), line));
+                    break;
+                }
+                Err(error) if lines.is_interactive() => errln!("that is no JSON: {error}"),
+                Err(error) => {
+                    let name = &call.name;
+                    return Err(Failure::other(format!(
+                        "the result of `{name}` is no JSON: {error}"
+                    )));
+                }
+            }
+        }
+    }
+    Ok(Some(results))
+}
+
+/// Streams one answer. Ctrl-C stops it, and the program where nobody types; an error is told. Returns whether there was
+/// none.
+async fn answer(mut stream: ChatStream<'_>, interactive: bool) -> Result<bool, Failure> {
+    let mut well = true;
     loop {
         let event = tokio::select! {
             event = stream.next() => event,
@@ -85,7 +134,7 @@ async fn answer(session: &mut ChatSession, text: &str, interactive: bool) -> Res
                 outln!("");
                 report(&summary);
             }
-            Some(Ok(_)) => {}
+            Some(Ok(event)) => tools::show(&event)?,
             Some(Err(error)) => {
                 outln!("");
                 Failure::from(error).report();

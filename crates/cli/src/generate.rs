@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use futures::StreamExt;
 use mlx_engine::{
-    ChatMessage, FinishReason, GenerateOutput, GenerateSummary, GenerationEvent, InferenceEngine, LlmEngine,
-    OutputConstraint, Prompt, Timings, TokenInfo, Usage,
+    ChatMessage, FinishReason, GenerateSummary, GenerationEvent, InferenceEngine, LlmEngine,
+    OutputConstraint, PartialOutput, Prompt, Timings, Usage,
 };
 
 use crate::args::Generate;
 use crate::failure::Failure;
 use crate::output::{errln, outln, write};
-use crate::{input, load, stats};
+use crate::{input, load, stats, tools};
 
 pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
     let text = match (&args.prompt, &args.prompt_file, &args.stdin) {
@@ -24,16 +24,22 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
         }
         _ => input::stdin_or_interrupt().await?,
     };
+    let tools = tools::read(&args.tools)?;
     let prompt = if args.raw {
+        if !tools.is_empty() {
+            return Err(Failure::usage(
+                "a raw prompt has no place for tools: leave --raw or --tools out",
+            ));
+        }
         Prompt::text(text)
     } else {
         let system = args
             .system
             .iter()
             .map(|system| ChatMessage::system(system.clone()));
-        Prompt::chat(system.chain([ChatMessage::user(text)]))
+        Prompt::chat(system.chain([ChatMessage::user(text)])).with_tools(tools)
     };
-    let mut params = args.sampling.params();
+    let mut params = tools::params(&args.tools, args.sampling.params());
     if let Some(top) = args.logprobs {
         params = params.with_logprobs(true).with_top_logprobs(top);
     }
@@ -65,7 +71,7 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
     let summary = answer.summary.take();
     if args.json {
         let summary = summary.map_or_else(|| answer.cancelled(&engine), Ok)?;
-        let output = GenerateOutput::new(answer.text, answer.tokens, summary);
+        let output = answer.parts.finish(summary);
         let json = serde_json::to_string(&output).map_err(|error| Failure::other(error.to_string()))?;
         outln!("{json}");
     } else {
@@ -86,8 +92,7 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
 
 /// What has come of an answer.
 struct Answer {
-    text: String,
-    tokens: Vec<TokenInfo>,
+    parts: PartialOutput,
     prompt_tokens: u32,
     cached_tokens: u32,
     submitted: Instant,
@@ -101,8 +106,7 @@ struct Answer {
 impl Answer {
     fn new() -> Self {
         Self {
-            text: String::new(),
-            tokens: Vec::new(),
+            parts: PartialOutput::default(),
             prompt_tokens: 0,
             cached_tokens: 0,
             submitted: Instant::now(),
@@ -113,29 +117,30 @@ impl Answer {
     }
 
     fn take(&mut self, event: GenerationEvent, print: bool) -> Result<(), Failure> {
-        match event {
-            GenerationEvent::Started {
-                prompt_tokens,
-                cached_tokens,
-            } => {
-                self.prompt_tokens = prompt_tokens;
-                self.cached_tokens = cached_tokens;
+        if let GenerationEvent::Started {
+            prompt_tokens,
+            cached_tokens,
+        } = event
+        {
+            self.prompt_tokens = prompt_tokens;
+            self.cached_tokens = cached_tokens;
+        }
+        if print {
+            match &event {
+                GenerationEvent::Text { text, .. } => write(format_args!("{text}"))?,
+                other => tools::show(other)?,
             }
-            GenerationEvent::Text { text, tokens } => {
-                if print {
-                    write(format_args!("{text}"))?;
-                }
-                self.text.push_str(&text);
-                self.tokens.extend(tokens);
-                let now = Instant::now();
-                if self.between.is_none() {
-                    self.first_tokens = self.tokens.len();
-                }
-                let first = self.between.map_or(now, |(first, _)| first);
-                self.between = Some((first, now));
+        }
+        let resolved = event.tokens().len();
+        if let Some(summary) = self.parts.take(event) {
+            self.summary = Some(summary);
+        } else if resolved > 0 {
+            let now = Instant::now();
+            if self.between.is_none() {
+                self.first_tokens = self.parts.tokens.len();
             }
-            GenerationEvent::Finished(summary) => self.summary = Some(summary),
-            _ => {}
+            let first = self.between.map_or(now, |(first, _)| first);
+            self.between = Some((first, now));
         }
         Ok(())
     }
@@ -157,7 +162,7 @@ impl Answer {
             timings.ttft_s = first.duration_since(self.submitted).as_secs_f64();
             let computed = self.prompt_tokens.saturating_sub(self.cached_tokens);
             timings.prompt_tps = rate(computed as usize, timings.ttft_s);
-            let later = self.tokens.len() - self.first_tokens;
+            let later = self.parts.tokens.len() - self.first_tokens;
             timings.generation_tps = rate(later, last.duration_since(first).as_secs_f64());
         }
         timings
@@ -176,7 +181,7 @@ impl Answer {
             finish_reason: FinishReason::Cancelled,
             usage: Usage {
                 prompt_tokens: self.prompt_tokens,
-                completion_tokens: self.tokens.len() as u32,
+                completion_tokens: self.parts.tokens.len() as u32,
                 cached_tokens: self.cached_tokens,
             },
             timings: self.timings(engine.load_seconds().unwrap_or_default()),

@@ -21,6 +21,7 @@ mod score;
 mod stats;
 mod table;
 mod tokenize;
+mod tools;
 
 use std::process::ExitCode;
 

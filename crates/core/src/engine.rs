@@ -7,7 +7,8 @@ use futures::future::BoxFuture;
 use futures::stream::{BoxStream, Stream, StreamExt};
 
 use crate::{
-    Backend, EngineError, GenerateOutput, GenerateParams, GenerationEvent, ModelConfiguration, Prompt,
+    Backend, EngineError, GenerateOutput, GenerateParams, GenerationEvent, ModelConfiguration, PartialOutput,
+    Prompt,
 };
 
 /// The events of one request. Dropping it cancels the request.
@@ -110,19 +111,10 @@ where
     S: Stream<Item = Result<GenerationEvent, EngineError>>,
 {
     let mut events = pin!(events);
-    let mut text = String::new();
-    let mut tokens = Vec::new();
+    let mut answer = PartialOutput::default();
     while let Some(event) = events.next().await {
-        match event? {
-            GenerationEvent::Started { .. } => {}
-            GenerationEvent::Text {
-                text: piece,
-                tokens: resolved,
-            } => {
-                text.push_str(&piece);
-                tokens.extend(resolved);
-            }
-            GenerationEvent::Finished(summary) => return Ok(GenerateOutput::new(text, tokens, summary)),
+        if let Some(summary) = answer.take(event?) {
+            return Ok(answer.finish(summary));
         }
     }
     Err(EngineError::internal(

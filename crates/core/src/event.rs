@@ -1,13 +1,15 @@
-//! What comes back: the events of a stream, and the output that they add up to.
+//! What comes back: the events of a stream.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Backend, Device};
+use crate::{Backend, Device, ToolCall};
 
-/// One event of a stream: [`Started`](Self::Started), any number of [`Text`](Self::Text), and
-/// [`Finished`](Self::Finished), which is the last.
+/// One event of a stream: [`Started`](Self::Started), the parts of the answer in the order in which the model wrote them,
+/// and [`Finished`](Self::Finished), which is the last.
+///
+/// The marks that models set between the parts are in none of them.
 ///
 /// A stream that fails ends with an error in place of `Finished`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,8 +31,43 @@ pub enum GenerationEvent {
         /// held back, none where one token's text is delivered in pieces. Each token comes exactly once.
         tokens: Vec<TokenInfo>,
     },
+    /// More of what the model thinks before it answers, where
+    /// [`separate_reasoning`](crate::GenerateParams::separate_reasoning) is on.
+    Reasoning {
+        /// Whole characters.
+        text: String,
+        /// The tokens that this text resolves.
+        tokens: Vec<TokenInfo>,
+    },
+    /// A call of a tool, whole.
+    ToolCall {
+        /// The call.
+        call: ToolCall,
+        /// The tokens that it resolves.
+        tokens: Vec<TokenInfo>,
+    },
+    /// What began as a call and is none: it was cut off, or it is not what the format asks for.
+    MalformedToolCall {
+        /// As the model wrote it, with its marks.
+        text: String,
+        /// The tokens that it resolves.
+        tokens: Vec<TokenInfo>,
+    },
     /// The end, with everything that was measured.
     Finished(GenerateSummary),
+}
+
+impl GenerationEvent {
+    /// The tokens that this event resolves. Over all events of a stream each token comes exactly once.
+    pub fn tokens(&self) -> &[TokenInfo] {
+        match self {
+            Self::Text { tokens, .. }
+            | Self::Reasoning { tokens, .. }
+            | Self::ToolCall { tokens, .. }
+            | Self::MalformedToolCall { tokens, .. } => tokens,
+            Self::Started { .. } | Self::Finished(_) => &[],
+        }
+    }
 }
 
 /// A generated token.
@@ -83,6 +120,9 @@ pub struct TopLogprob {
 pub enum FinishReason {
     /// An end-of-sequence token, a stop token or a stop string.
     Stop,
+    /// The model ended its turn with calls of tools, and waits for their results.
+    #[serde(rename = "tool_calls")]
+    ToolCalls,
     /// `max_tokens`, or the end of the context.
     Length,
     /// The caller's wish.
@@ -93,6 +133,7 @@ impl fmt::Display for FinishReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Stop => "stop",
+            Self::ToolCalls => "tool_calls",
             Self::Length => "length",
             Self::Cancelled => "cancelled",
         })
@@ -150,67 +191,8 @@ pub struct GenerateSummary {
     pub peak_memory_bytes: u64,
 }
 
-/// A whole generation: what a stream adds up to.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct GenerateOutput {
-    /// The id of the model.
-    pub model: String,
-    /// What computed the tokens.
-    pub backend: Backend,
-    /// Where it ran.
-    pub device: Device,
-    /// The answer, without the stop string.
-    pub text: String,
-    /// The generated token ids.
-    pub tokens: Vec<u32>,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-    /// Tokens in and out.
-    pub usage: Usage,
-    /// What was measured.
-    pub timings: Timings,
-    /// The most bytes that models had allocated at once in this process so far, loading included; 0 for a backend that
-    /// allocates none.
-    pub peak_memory_bytes: u64,
-    /// How likely each token was, where the request asked for it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub logprobs: Option<Vec<TokenLogprob>>,
-}
-
-impl GenerateOutput {
-    /// Joins what the text events carried with the summary that ended them. `logprobs` is `None` where no token has
-    /// one.
-    pub fn new(text: String, tokens: Vec<TokenInfo>, summary: GenerateSummary) -> Self {
-        let ids = tokens.iter().map(|token| token.id).collect();
-        let logprobs: Vec<_> = tokens.into_iter().filter_map(|token| token.logprob).collect();
-        let GenerateSummary {
-            model,
-            backend,
-            device,
-            finish_reason,
-            usage,
-            timings,
-            peak_memory_bytes,
-        } = summary;
-        Self {
-            model,
-            backend,
-            device,
-            text,
-            tokens: ids,
-            finish_reason,
-            usage,
-            timings,
-            peak_memory_bytes,
-            logprobs: (!logprobs.is_empty()).then_some(logprobs),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn summary() -> GenerateSummary {
@@ -235,47 +217,6 @@ mod tests {
     }
 
     #[test]
-    fn an_output_is_written_with_these_names_and_in_this_order() {
-        let output = GenerateOutput::new("hi".to_owned(), vec![7.into(), 9.into()], summary());
-        let json = serde_json::to_string(&output).unwrap();
-        assert_eq!(
-            json,
-            r#"{"model":"tiny","backend":"mock","device":"cpu","text":"hi","tokens":[7,9],"finish_reason":"stop","#
-                .to_owned()
-                + r#""usage":{"prompt_tokens":3,"completion_tokens":2,"cached_tokens":1},"#
-                + r#""timings":{"load_s":0.5,"ttft_s":0.25,"prompt_tps":8.0,"generation_tps":4.0},"#
-                + r#""peak_memory_bytes":0}"#
-        );
-        assert_eq!(serde_json::from_str::<GenerateOutput>(&json).unwrap(), output);
-    }
-
-    #[test]
-    fn logprobs_are_written_where_they_were_asked_for() {
-        let top = vec![TopLogprob {
-            token: 7,
-            text: None,
-            logprob: -0.5,
-        }];
-        let logprob = TokenLogprob {
-            token: 7,
-            text: Some("hi".to_owned()),
-            logprob: -0.5,
-            top,
-        };
-        let tokens = vec![TokenInfo {
-            id: 7,
-            logprob: Some(logprob),
-        }];
-        let output = GenerateOutput::new("hi".to_owned(), tokens, summary());
-        let json = serde_json::to_value(&output).unwrap();
-        assert_eq!(
-            json["logprobs"],
-            json!([{"token": 7, "text": "hi", "logprob": -0.5, "top": [{"token": 7, "logprob": -0.5}]}])
-        );
-        assert_eq!(serde_json::from_value::<GenerateOutput>(json).unwrap(), output);
-    }
-
-    #[test]
     fn events_are_tagged_by_their_type() {
         let check = |event: GenerationEvent, tag: &str| {
             let json = serde_json::to_value(&event).unwrap();
@@ -296,12 +237,26 @@ mod tests {
             },
             "text",
         );
+        let (text, tokens) = ("hi".to_owned(), vec![7.into()]);
+        check(GenerationEvent::Reasoning { text, tokens }, "reasoning");
+        let (call, tokens) = (ToolCall::new("c1", "now", serde_json::json!({})), vec![7.into()]);
+        check(GenerationEvent::ToolCall { call, tokens }, "tool_call");
+        let (text, tokens) = ("<tool_call>{".to_owned(), vec![7.into()]);
+        check(
+            GenerationEvent::MalformedToolCall { text, tokens },
+            "malformed_tool_call",
+        );
         check(GenerationEvent::Finished(summary()), "finished");
     }
 
     #[test]
     fn finish_reasons_are_written_as_they_are_displayed() {
-        for reason in [FinishReason::Stop, FinishReason::Length, FinishReason::Cancelled] {
+        for reason in [
+            FinishReason::Stop,
+            FinishReason::ToolCalls,
+            FinishReason::Length,
+            FinishReason::Cancelled,
+        ] {
             assert_eq!(serde_json::to_value(reason).unwrap(), reason.to_string());
         }
     }

@@ -23,12 +23,14 @@ mod model;
 mod message;
 mod params;
 mod priority;
+mod tool;
 
 mod backend;
 mod platform;
 mod progress;
 
 mod event;
+mod output;
 
 mod error;
 
@@ -38,12 +40,13 @@ pub use backend::{Backend, FallbackPolicy};
 pub use engine::{EventStream, LlmEngine, collect_events};
 pub use error::{EngineError, ErrorSource};
 pub use event::{
-    FinishReason, GenerateOutput, GenerateSummary, GenerationEvent, Timings, TokenInfo, TokenLogprob,
-    TopLogprob, Usage,
+    FinishReason, GenerateSummary, GenerationEvent, Timings, TokenInfo, TokenLogprob, TopLogprob, Usage,
 };
-pub use message::{ChatMessage, Prompt, Role, ToolCall};
+pub use message::{ChatMessage, Prompt, Role};
 pub use model::{ModelConfiguration, ModelType, Quantization};
+pub use output::{GenerateOutput, PartialOutput};
 pub use params::{GenerateParams, OutputConstraint, ParamError};
 pub use platform::{Device, Platform};
 pub use priority::Priority;
 pub use progress::LoadProgress;
+pub use tool::{ToolCall, ToolChoice, ToolDefinition};

@@ -5,6 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::{ToolCall, ToolDefinition};
+
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -28,17 +30,6 @@ impl fmt::Display for Role {
             Self::Tool => "tool",
         })
     }
-}
-
-/// A call that the model made to a tool.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ToolCall {
-    /// Ties the result to the call: see [`ChatMessage::tool_call_id`].
-    pub id: String,
-    /// The name of the tool.
-    pub name: String,
-    /// The arguments, parsed. Chat templates take them as an object.
-    pub arguments: Value,
 }
 
 /// One turn of a conversation.
@@ -151,9 +142,9 @@ pub enum Prompt {
     Chat {
         /// The turns so far, oldest first.
         messages: Vec<ChatMessage>,
-        /// JSON schemas of the tools on offer, in the form that the template takes.
+        /// The tools on offer. A model whose template knows no tools refuses them.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        tools: Vec<Value>,
+        tools: Vec<ToolDefinition>,
         /// Further variables for the template, such as `enable_thinking`.
         #[serde(default, skip_serializing_if = "Map::is_empty")]
         template_args: Map<String, Value>,
@@ -180,6 +171,30 @@ impl Prompt {
     /// A conversation of one turn of the user.
     pub fn user(content: impl Into<String>) -> Self {
         Self::chat([ChatMessage::user(content)])
+    }
+
+    /// Offers tools to the model. Text and tokens are left as they are: what they offer is in them.
+    pub fn with_tools(mut self, on_offer: impl IntoIterator<Item = ToolDefinition>) -> Self {
+        if let Self::Chat { tools, .. } = &mut self {
+            *tools = on_offer.into_iter().collect();
+        }
+        self
+    }
+
+    /// Sets a variable of the template, such as `enable_thinking`. Text and tokens have no template.
+    pub fn with_template_argument(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
+        if let Self::Chat { template_args, .. } = &mut self {
+            template_args.insert(name.into(), value.into());
+        }
+        self
+    }
+
+    /// The tools on offer.
+    pub fn tools(&self) -> &[ToolDefinition] {
+        match self {
+            Self::Chat { tools, .. } => tools,
+            _ => &[],
+        }
     }
 
     /// Token ids, taken as they are.
@@ -241,11 +256,7 @@ mod tests {
 
     #[test]
     fn a_tool_turn_is_written_with_its_call() {
-        let call = ToolCall {
-            id: "c1".into(),
-            name: "add".into(),
-            arguments: json!({"a": 1, "b": 2}),
-        };
+        let call = ToolCall::new("c1", "add", json!({"a": 1, "b": 2}));
         assert_eq!(
             serde_json::to_value([
                 ChatMessage::assistant_tool_calls([call]),

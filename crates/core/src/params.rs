@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Priority;
+use crate::{Priority, ToolChoice};
 
 /// How to sample and when to stop.
 ///
@@ -69,6 +69,18 @@ pub struct GenerateParams {
     /// The same for the request as a whole, from its submission to the end of its answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeout_s: Option<f64>,
+    /// Whether the model calls one of the tools that the prompt offers.
+    pub tool_choice: ToolChoice,
+    /// Whether it may call several in one answer; where not, the answer ends with the first call.
+    pub parallel_tool_calls: bool,
+    /// The name of the format in which the model writes calls and reasoning, such as `hermes`; `None` takes the one of its
+    /// chat template.
+    pub tool_format: Option<String>,
+    /// Whether what the model thinks before it answers comes as events of its own; where not, it is a part of the text,
+    /// with its marks.
+    pub separate_reasoning: bool,
+    /// Tokens after which the model has to stop thinking; at least 1. The mark that ends its thoughts is fed to it then.
+    pub thinking_budget: Option<u32>,
 }
 
 /// What an answer has to keep to. It is compiled when the request is admitted, and refused there with the reason where
@@ -116,6 +128,11 @@ impl Default for GenerateParams {
             priority: Priority::Normal,
             queue_timeout_s: None,
             timeout_s: None,
+            tool_choice: ToolChoice::Auto,
+            parallel_tool_calls: true,
+            tool_format: None,
+            separate_reasoning: true,
+            thinking_budget: None,
         }
     }
 }
@@ -187,6 +204,36 @@ impl GenerateParams {
     /// Sets [`constraint`](Self::constraint).
     pub fn with_constraint(mut self, constraint: OutputConstraint) -> Self {
         self.constraint = Some(constraint);
+        self
+    }
+
+    /// Sets [`tool_choice`](Self::tool_choice).
+    pub fn with_tool_choice(mut self, choice: ToolChoice) -> Self {
+        self.tool_choice = choice;
+        self
+    }
+
+    /// Sets [`parallel_tool_calls`](Self::parallel_tool_calls).
+    pub fn with_parallel_tool_calls(mut self, parallel: bool) -> Self {
+        self.parallel_tool_calls = parallel;
+        self
+    }
+
+    /// Sets [`tool_format`](Self::tool_format).
+    pub fn with_tool_format(mut self, format: impl Into<String>) -> Self {
+        self.tool_format = Some(format.into());
+        self
+    }
+
+    /// Sets [`separate_reasoning`](Self::separate_reasoning).
+    pub fn with_separate_reasoning(mut self, separate: bool) -> Self {
+        self.separate_reasoning = separate;
+        self
+    }
+
+    /// Sets [`thinking_budget`](Self::thinking_budget).
+    pub fn with_thinking_budget(mut self, tokens: u32) -> Self {
+        self.thinking_budget = Some(tokens);
         self
     }
 
@@ -263,6 +310,13 @@ impl GenerateParams {
     /// The first field that is out of range, with its value and what is allowed.
     pub fn validate(&self) -> Result<(), ParamError> {
         at_least_one("max_tokens", self.max_tokens)?;
+        if let Some(tokens) = self.thinking_budget {
+            at_least_one("thinking_budget", tokens)?;
+            if !self.separate_reasoning {
+                let allowed = "none while `separate_reasoning` is false";
+                return Err(ParamError::new("thinking_budget", tokens, allowed));
+            }
+        }
         within("temperature", self.temperature, 0.0..=2.0)?;
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return Err(ParamError::new("top_p", self.top_p, "above 0 and at most 1"));
@@ -518,8 +572,8 @@ mod tests {
             GenerateParams {
                 max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, repetition_window,
                 presence_penalty, frequency_penalty, logit_bias, seed, stop, stop_tokens,
-                logprobs: top_logprobs > 0, top_logprobs, ignore_eos, constraint: None,
-                priority, queue_timeout_s, timeout_s,
+                logprobs: top_logprobs > 0, top_logprobs, ignore_eos, priority, queue_timeout_s, timeout_s,
+                ..GenerateParams::default()
             }
         }
     }

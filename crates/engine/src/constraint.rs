@@ -1,20 +1,33 @@
 //! What an answer has to keep to, as the scheduler holds it.
 
 use mlx_engine_core::{EngineError, OutputConstraint};
-use mlx_engine_text::Tokenizer;
+use mlx_engine_text::{Tokenizer, Tool, ToolFormat};
 
 #[cfg(feature = "grammar")]
-pub(crate) use with_grammars::{Compiler, Walk};
+pub(crate) use with_grammars::{Compiler, Walk, after_thoughts, of_calls};
 #[cfg(not(feature = "grammar"))]
-pub(crate) use without::{Compiler, Walk};
+pub(crate) use without::{Compiler, Walk, after_thoughts, of_calls};
+
+/// The calls that an answer may have.
+pub(crate) struct Calls<'a> {
+    pub(crate) format: ToolFormat,
+    pub(crate) tools: &'a [Tool],
+    /// Whether it is calls and nothing else.
+    pub(crate) required: bool,
+    pub(crate) parallel: bool,
+    /// Whether the prompt has opened thoughts.
+    pub(crate) opened: bool,
+    /// Whether the model may open them.
+    pub(crate) thinks: bool,
+}
 
 #[cfg(feature = "grammar")]
 mod with_grammars {
     use std::sync::OnceLock;
 
-    use mlx_engine_text::{Constraint, Grammar, TextError, TokenTable};
+    use mlx_engine_text::{CallGrammar, Constraint, Grammar, TextError, Thoughts, TokenTable, ToolFormat};
 
-    use super::{EngineError, OutputConstraint, Tokenizer};
+    use super::{Calls, EngineError, OutputConstraint, Tokenizer};
 
     /// Compiles constraints for one vocabulary, whose table is built with the first.
     #[derive(Debug)]
@@ -36,11 +49,7 @@ mod with_grammars {
                 OutputConstraint::JsonSchema(schema) => Grammar::json_schema(schema),
                 OutputConstraint::Regex(pattern) => Grammar::regex(pattern),
                 OutputConstraint::Lark(grammar) => Grammar::lark(grammar),
-                other => {
-                    return Err(EngineError::Constraint {
-                        message: format!("its kind is not known here: {other:?}"),
-                    });
-                }
+                other => return Err(unknown(other)),
             };
             let table = self
                 .table
@@ -48,6 +57,55 @@ mod with_grammars {
             let table = table.as_ref().map_err(Clone::clone)?;
             let compiled = table.compile(&grammar).map_err(refused)?;
             Ok(Walk(compiled.constraint()))
+        }
+    }
+
+    /// What an answer has to keep to that calls tools.
+    pub(crate) fn of_calls(
+        calls: &Calls<'_>,
+        tokenizer: &Tokenizer,
+    ) -> Result<OutputConstraint, EngineError> {
+        let grammar = CallGrammar {
+            format: calls.format,
+            tools: calls.tools,
+            required: calls.required,
+            parallel: calls.parallel,
+            thoughts: match (calls.opened, calls.thinks) {
+                (true, _) => Thoughts::Opened,
+                (false, true) => Thoughts::Possible,
+                (false, false) => Thoughts::None,
+            },
+        };
+        grammar
+            .lark(tokenizer)
+            .map(OutputConstraint::Lark)
+            .map_err(refused)
+    }
+
+    /// The same constraint for what follows thoughts that the prompt has opened.
+    pub(crate) fn after_thoughts(
+        constraint: &OutputConstraint,
+        format: ToolFormat,
+        tokenizer: &Tokenizer,
+    ) -> Result<OutputConstraint, EngineError> {
+        let body = match constraint {
+            OutputConstraint::JsonSchema(schema) => {
+                format!("%json {}", Grammar::json_for_lark(schema).map_err(refused)?)
+            }
+            OutputConstraint::Regex(pattern) => {
+                format!("%lark {{\nstart: /{}/\n}}", pattern.replace('/', "\\/"))
+            }
+            OutputConstraint::Lark(grammar) => format!("%lark {{\n{grammar}\n}}"),
+            other => return Err(unknown(other)),
+        };
+        Ok(OutputConstraint::Lark(mlx_engine_text::after_thoughts(
+            format, &body, tokenizer,
+        )))
+    }
+
+    fn unknown(constraint: &OutputConstraint) -> EngineError {
+        EngineError::Constraint {
+            message: format!("its kind is not known here: {constraint:?}"),
         }
     }
 
@@ -67,6 +125,16 @@ mod with_grammars {
             Ok(())
         }
 
+        /// Tokens that the grammar leaves no choice about. They are not taken.
+        pub(crate) fn forced(&mut self) -> Vec<u32> {
+            self.0.fast_forward()
+        }
+
+        /// How many of these tokens, from the first on, the grammar allows.
+        pub(crate) fn allowed_of(&mut self, tokens: &[u32]) -> Result<usize, EngineError> {
+            self.0.allowed_of(tokens).map_err(refused)
+        }
+
         /// Takes the token that was chosen, and says whether nothing can follow it.
         pub(crate) fn commit(&mut self, token: u32) -> Result<bool, EngineError> {
             self.0.commit(token).map_err(refused)?;
@@ -84,7 +152,28 @@ mod with_grammars {
 
 #[cfg(not(feature = "grammar"))]
 mod without {
-    use super::{EngineError, OutputConstraint, Tokenizer};
+    use super::{Calls, EngineError, OutputConstraint, Tokenizer, ToolFormat};
+
+    fn none<T>() -> Result<T, EngineError> {
+        Err(EngineError::Constraint {
+            message: "this build has no grammars; build it with the feature `grammar`".to_owned(),
+        })
+    }
+
+    pub(crate) fn of_calls(
+        _calls: &Calls<'_>,
+        _tokenizer: &Tokenizer,
+    ) -> Result<OutputConstraint, EngineError> {
+        none()
+    }
+
+    pub(crate) fn after_thoughts(
+        _constraint: &OutputConstraint,
+        _format: ToolFormat,
+        _tokenizer: &Tokenizer,
+    ) -> Result<OutputConstraint, EngineError> {
+        none()
+    }
 
     /// Refuses every constraint.
     #[derive(Debug)]
@@ -96,9 +185,7 @@ mod without {
         }
 
         pub(crate) fn compile(&self, _constraint: &OutputConstraint) -> Result<Walk, EngineError> {
-            Err(EngineError::Constraint {
-                message: "this build has no grammars; build it with the feature `grammar`".to_owned(),
-            })
+            none()
         }
     }
 
@@ -112,6 +199,14 @@ mod without {
         }
 
         pub(crate) fn mask(&mut self, _logits: &mut [f32]) -> Result<(), EngineError> {
+            match *self {}
+        }
+
+        pub(crate) fn forced(&mut self) -> Vec<u32> {
+            match *self {}
+        }
+
+        pub(crate) fn allowed_of(&mut self, _tokens: &[u32]) -> Result<usize, EngineError> {
             match *self {}
         }
 

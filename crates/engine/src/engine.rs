@@ -19,10 +19,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::clock::SystemClock;
 use crate::config::EngineConfig;
 use crate::constraint::Compiler;
-use crate::mock::{self, MockScript};
+use crate::mock::MockScript;
 use crate::request::Request;
 use crate::worker::{Command, Identity, PrefixCommand, Worker, panicked};
-use crate::{PrefixCacheReport, PromptEncoder, TokenModel};
+use crate::{PrefixCacheReport, PromptEncoder, TokenModel, output};
 
 /// Commands on their way to the worker. Who comes when there are as many waits until they were taken.
 const HANDED_OVER: usize = 64;
@@ -138,9 +138,10 @@ impl Engine {
     pub async fn mock(name: &str, script: MockScript, config: EngineConfig) -> Result<Self, EngineError> {
         let id = name.to_owned();
         Self::load(config, None, move |_, _| {
-            let model = script.load()?;
-            let tokenizer = mock::tokenizer()
+            let tokenizer = script
+                .tokenizer()
                 .map_err(|error| EngineError::tokenizer("the mock has no tokenizer", error))?;
+            let model = script.load()?;
             let mut configuration = ModelConfiguration::new(id, ModelType::Chat);
             configuration.context_length = model.context_length() as u32;
             let encoder = PromptEncoder::new(tokenizer, None)?;
@@ -405,15 +406,23 @@ impl Engine {
     }
 }
 
+/// Events that a token makes certain, at most: it would have to hold several marks to make more.
+const EVENTS_A_TOKEN: usize = 8;
+
 impl LlmEngine for Engine {
     fn stream(
         &self,
         prompt: Prompt,
-        params: GenerateParams,
+        mut params: GenerateParams,
     ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
         Box::pin(async move {
             params.validate()?;
-            let tokens = self.encoder.encode(&prompt)?;
+            output::named_format(&params)?;
+            let shown = self.encoder.shown(&prompt, &params);
+            let text = self.encoder.text(&shown)?;
+            let plan = output::plan(&self.encoder, &prompt, text.as_deref(), &params)?;
+            let tokens = self.encoder.encode_text(&shown, text.as_deref())?;
+            params.constraint = plan.constraint;
             let context_length = u64::from(self.model.context_length);
             if tokens.len() as u64 >= context_length {
                 return Err(EngineError::PromptTooLong {
@@ -421,19 +430,21 @@ impl LlmEngine for Engine {
                     context_length,
                 });
             }
-            // Started, an event a token at most, Finished or an error. The channel takes memory as it fills.
             let walk = params
                 .constraint
                 .as_ref()
                 .map(|constraint| self.compiler.compile(constraint).map(Box::new))
                 .transpose()?;
-            let most = u64::from(params.max_tokens).min(context_length) as usize + 3;
+            // Started, Finished or an error, and for a token the text before a call, the call, the text behind it and so on. The
+            // channel takes memory as it fills.
+            let most = u64::from(params.max_tokens).min(context_length) as usize * EVENTS_A_TOKEN + 3;
             let (events, receiver) = mpsc::channel(most);
             let (taken, queued) = oneshot::channel();
             let request = Box::new(Request {
                 tokens,
                 params,
                 walk,
+                parser: plan.parser.map(Box::new),
                 events,
                 submitted: Instant::now(),
             });

@@ -19,11 +19,13 @@
 //! # }).unwrap();
 //! ```
 
+mod call_id;
 mod clock;
 mod config;
 mod constraint;
 #[cfg(feature = "mlx")]
 mod convert;
+mod described;
 mod disk;
 mod engine;
 #[cfg(feature = "mlx")]
@@ -33,6 +35,7 @@ mod fit;
 mod mlx;
 mod mock;
 mod model;
+mod output;
 mod prefix;
 mod prompt;
 mod request;

@@ -41,6 +41,7 @@ pub struct MockScript {
     whole_sequences: bool,
     /// Bytes of workspace, as they are estimated and as they turn out.
     workspace: Option<(u64, u64)>,
+    chat_template: Option<String>,
 }
 
 impl MockScript {
@@ -104,6 +105,17 @@ impl MockScript {
     pub fn with_whole_sequences(mut self) -> Self {
         self.whole_sequences = true;
         self
+    }
+
+    /// Has this chat template, in place of one that writes roles and contents.
+    pub fn with_chat_template(mut self, template: impl Into<String>) -> Self {
+        self.chat_template = Some(template.into());
+        self
+    }
+
+    /// The mock's tokenizer, with its template.
+    pub(crate) fn tokenizer(&self) -> Result<Tokenizer, TextError> {
+        tokenizer(self.chat_template.as_deref().unwrap_or(TEMPLATE))
     }
 
     pub(crate) fn load(self) -> Result<MockModel, EngineError> {
@@ -364,8 +376,12 @@ fn byte_character(byte: u8) -> Option<char> {
     char::from_u32(256 + before)
 }
 
+/// Roles and contents.
+const TEMPLATE: &str =
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: ";
+
 /// The mock's tokenizer: a token is a byte.
-pub(crate) fn tokenizer() -> Result<Tokenizer, TextError> {
+fn tokenizer(template: &str) -> Result<Tokenizer, TextError> {
     let mut tokens: Vec<String> = (0..=255).filter_map(byte_character).map(String::from).collect();
     tokens.push("<|end|>".to_owned());
     let mut token_types = vec![1; tokens.len()];
@@ -376,10 +392,7 @@ pub(crate) fn tokenizer() -> Result<Tokenizer, TextError> {
         tokens,
         token_types,
         eos: Some(END),
-        chat_template: Some(
-            "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
-                .to_owned(),
-        ),
+        chat_template: Some(template.to_owned()),
         ..GgufVocabulary::default()
     })
 }

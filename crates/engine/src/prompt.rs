@@ -1,7 +1,7 @@
 //! From a prompt to token ids.
 
-use mlx_engine_core::{ChatMessage, EngineError, Prompt};
-use mlx_engine_text::{ChatTemplate, TemplateContext, TextError, Tokenizer};
+use mlx_engine_core::{ChatMessage, EngineError, GenerateParams, Prompt, Role, ToolChoice, ToolDefinition};
+use mlx_engine_text::{ChatTemplate, TemplateContext, TextError, Tokenizer, ToolFormat};
 use serde_json::{Map, Value, json};
 
 /// A model's tokenizer and template.
@@ -29,6 +29,19 @@ impl PromptEncoder {
             template,
             default_system_prompt,
         })
+    }
+
+    /// How the model writes calls of tools, by its template.
+    pub fn tool_format(&self) -> ToolFormat {
+        self.tokenizer
+            .chat_template()
+            .map_or(ToolFormat::Plain, ToolFormat::detect)
+    }
+
+    /// Whether the template writes thoughts between the marks of this format.
+    pub(crate) fn thinks(&self, format: ToolFormat) -> bool {
+        let template = self.tokenizer.chat_template().unwrap_or_default();
+        format.thought_marks().any(|mark| template.contains(mark))
     }
 
     /// The tokenizer.
@@ -69,12 +82,12 @@ impl PromptEncoder {
     ///
     /// # Errors
     ///
-    /// [`EngineError::EmptyPrompt`], and [`EngineError::Template`] where the template refuses the conversation or the
-    /// model has none.
+    /// [`EngineError::EmptyPrompt`], and [`EngineError::Template`] where the template refuses the conversation, shows no
+    /// tools where there are some, or the model has none.
     pub fn chat_text(
         &self,
         mut messages: Vec<Value>,
-        tools: &[Value],
+        tools: &[ToolDefinition],
         template_args: &Map<String, Value>,
     ) -> Result<String, EngineError> {
         if messages.is_empty() {
@@ -91,14 +104,74 @@ impl PromptEncoder {
         }
         let continues = messages.last().is_some_and(|last| last["role"] == "assistant");
         let context = TemplateContext::new(Value::Array(messages))
-            .with_tools((!tools.is_empty()).then(|| Value::Array(tools.to_vec())))
             .with_generation_prompt(!continues)
             .with_special_tokens(
                 &self.tokenizer.bos_token().unwrap_or_default(),
                 self.tokenizer.eos_token().unwrap_or_default(),
             )
             .with_arguments(template_args.clone());
+        if !tools.is_empty() && !self.shows_tools() {
+            return Err(EngineError::Template {
+                message: "it shows no tools to the model; with the `tool_format` `hermes` they are described in the system \
+                          prompt"
+                    .to_owned(),
+                source: None,
+            });
+        }
+        let list: Vec<Value> = tools.iter().map(|tool| tool.as_value().clone()).collect();
+        let context = context.with_tools((!list.is_empty()).then_some(Value::Array(list)));
         template.render(&context).map_err(template_error)
+    }
+
+    /// Whether the template shows tools to the model: one that knows none leaves them out without a word.
+    pub(crate) fn shows_tools(&self) -> bool {
+        let Some(template) = &self.template else {
+            return false;
+        };
+        let function =
+            json!({"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}});
+        let context =
+            TemplateContext::new(json!([{"role": "user", "content": "Hello"}])).with_generation_prompt(true);
+        let tools = json!([{"type": "function", "function": function}]);
+        match (
+            template.render(&context.clone().with_tools(Some(tools))),
+            template.render(&context),
+        ) {
+            (Ok(with), Ok(without)) => with != without,
+            // What it refuses is said when it is asked to.
+            _ => true,
+        }
+    }
+
+    /// The prompt as the template takes it: without tools that must not be called, and with those described in the system
+    /// prompt that the template does not show, where the caller named the format for it.
+    pub(crate) fn shown(&self, prompt: &Prompt, params: &GenerateParams) -> Prompt {
+        let Prompt::Chat {
+            messages,
+            tools,
+            template_args,
+        } = prompt
+        else {
+            return prompt.clone();
+        };
+        let none = params.tool_choice == ToolChoice::None;
+        let tools = if none { &[] } else { tools.as_slice() };
+        let called = messages
+            .iter()
+            .any(|message| message.role == Role::Tool || !message.tool_calls.is_empty());
+        let described = params.tool_format.as_deref() == Some("hermes")
+            && (called || !tools.is_empty())
+            && !self.shows_tools();
+        let (messages, tools) = if described {
+            (crate::described::described(messages, tools), Vec::new())
+        } else {
+            (messages.clone(), tools.to_vec())
+        };
+        Prompt::Chat {
+            messages,
+            tools,
+            template_args: template_args.clone(),
+        }
     }
 
     /// The token ids that a prompt becomes. Text gets the tokens that begin a sequence; what a template renders has
@@ -109,11 +182,16 @@ impl PromptEncoder {
     /// Those of [`text`](Self::text), and [`EngineError::Tokenizer`].
     pub fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>, EngineError> {
         let text = self.text(prompt)?;
+        self.encode_text(prompt, text.as_deref())
+    }
+
+    /// The token ids of a prompt and the text that it becomes.
+    pub(crate) fn encode_text(&self, prompt: &Prompt, text: Option<&str>) -> Result<Vec<u32>, EngineError> {
         let ids = match (prompt, text) {
             (Prompt::Tokens(tokens), _) => tokens.clone(),
             (_, None) => Vec::new(),
             (prompt, Some(text)) => {
-                let ids = self.tokenizer.encode(&text, matches!(prompt, Prompt::Text(_)));
+                let ids = self.tokenizer.encode(text, matches!(prompt, Prompt::Text(_)));
                 ids.map_err(|error| EngineError::tokenizer("the prompt could not be encoded", error))?
             }
         };

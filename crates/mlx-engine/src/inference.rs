@@ -279,6 +279,42 @@ impl InferenceEngine {
         self.engine.generate(prompt.into(), params).await
     }
 
+    /// Answers a prompt with a value of a type: the answer is held to the JSON schema of the type, token by token.
+    ///
+    /// ```
+    /// # use mlx_engine::prelude::*;
+    /// # use mlx_engine::MockScript;
+    /// #[derive(Debug, serde::Deserialize, schemars::JsonSchema)]
+    /// struct City {
+    ///     name: String,
+    ///     capital: bool,
+    /// }
+    ///
+    /// # async fn run() -> Result<(), mlx_engine::TypedError> {
+    /// # let script = MockScript::reply(r#"{"name":"Paris","capital":true}"#);
+    /// # let engine = InferenceEngine::new().with_backend(BackendChoice::Mock).with_mock(script);
+    /// # engine.load_model("any name").await?;
+    /// let city: City = engine.generate_as("Name a city as JSON.", GenerateParams::default()).await?;
+    /// assert!(city.capital && city.name == "Paris");
+    /// # Ok(())
+    /// # }
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(run()).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`TypedError::Engine`](crate::TypedError::Engine) with what is wrong with the request, the schema or the engine, and
+    /// [`TypedError::Unreadable`](crate::TypedError::Unreadable) with the text of an answer that is no such value, as of one
+    /// that was cut off.
+    #[cfg(feature = "schemars")]
+    pub async fn generate_as<T: schemars::JsonSchema + serde::de::DeserializeOwned>(
+        &self,
+        prompt: impl Into<Prompt>,
+        params: GenerateParams,
+    ) -> Result<T, crate::TypedError> {
+        crate::typed::generate_as(self, prompt.into(), params).await
+    }
+
     /// Answers a prompt piece by piece; dropping the stream cancels the request.
     ///
     /// # Errors

@@ -27,6 +27,8 @@
 //! loaded (`FetchPolicy`), and `hub::Hub` searches it. It is off by default, because it brings a TLS stack; the cache
 //! ([`hub::HubCache`]) is looked in without it.
 //!
+//! `schemars` (default) brings `InferenceEngine::generate_as`, which answers with a value of a type that has a JSON schema.
+//!
 //! `mlx` (default) brings MLX. Without it everything builds and runs on the mock alone, with no other dependency than
 //! Rust itself.
 
@@ -44,6 +46,8 @@ mod platform;
 mod resolve;
 mod served;
 mod slot;
+#[cfg(feature = "schemars")]
+mod typed;
 
 #[cfg(unix)]
 pub use apart::serve_child;
@@ -83,11 +87,14 @@ pub use mlx_engine_resilience::{
 pub use platform::platform;
 pub use resolve::{ModelLocation, ModelReference, hub_cache, locate};
 pub use slot::BackendChoice;
+#[cfg(feature = "schemars")]
+pub use typed::{TypedError, schema_of};
 
 /// What most programs use.
 pub mod prelude {
     pub use crate::{
         Backend, BackendChoice, ChatMessage, ChatSession, EngineError, FallbackPolicy, GenerateOutput,
-        GenerateParams, GenerationEvent, InferenceEngine, LlmEngine, ModelRegistry, Prompt,
+        GenerateParams, GenerationEvent, InferenceEngine, LlmEngine, ModelRegistry, Prompt, ToolChoice,
+        ToolDefinition,
     };
 }

@@ -101,6 +101,9 @@ impl Statistics {
 pub struct FinishCounts {
     /// [`FinishReason::Stop`].
     pub stop: u64,
+    /// [`FinishReason::ToolCalls`].
+    #[serde(default)]
+    pub tool_calls: u64,
     /// [`FinishReason::Length`].
     pub length: u64,
     /// [`FinishReason::Cancelled`]: the engine was asked to end it, and said so.
@@ -112,12 +115,13 @@ pub struct FinishCounts {
 impl FinishCounts {
     /// All of them.
     pub fn total(self) -> u64 {
-        self.stop + self.length + self.cancelled + self.other
+        self.stop + self.tool_calls + self.length + self.cancelled + self.other
     }
 
     pub(crate) fn count(&mut self, reason: FinishReason) {
         *match reason {
             FinishReason::Stop => &mut self.stop,
+            FinishReason::ToolCalls => &mut self.tool_calls,
             FinishReason::Length => &mut self.length,
             FinishReason::Cancelled => &mut self.cancelled,
             _ => &mut self.other,
@@ -126,6 +130,7 @@ impl FinishCounts {
 
     pub(crate) fn add(&mut self, other: Self) {
         self.stop += other.stop;
+        self.tool_calls += other.tool_calls;
         self.length += other.length;
         self.cancelled += other.cancelled;
         self.other += other.other;

@@ -71,12 +71,11 @@ pub async fn probe(engine: &(impl LlmEngine + ?Sized)) -> Result<(), ProbeFailur
     let mut tokens = 0;
     while let Some(event) = events.next().await {
         match event.map_err(|error| ProbeFailure::of(&error))? {
-            GenerationEvent::Text { tokens: resolved, .. } => tokens += resolved.len(),
             GenerationEvent::Finished(summary) if tokens > 0 || summary.usage.completion_tokens > 0 => {
                 return Ok(());
             }
             GenerationEvent::Finished(_) => return Err(ProbeFailure::NoToken),
-            _ => {}
+            event => tokens += event.tokens().len(),
         }
     }
     Err(ProbeFailure::Error {

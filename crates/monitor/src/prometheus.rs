@@ -106,6 +106,7 @@ impl Page {
         self.family(finished, "counter", "Requests that finished, by the reason.");
         let reasons = [
             ("stop", total.finished.stop),
+            ("tool_calls", total.finished.tool_calls),
             ("length", total.finished.length),
             ("cancelled", total.finished.cancelled),
             ("other", total.finished.other),

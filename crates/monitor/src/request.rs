@@ -96,8 +96,11 @@ impl Ticket {
                 let queued = now.saturating_sub(self.submitted);
                 self.running = self.shared.start(now, prompt, cached, queued);
             }
-            GenerationEvent::Text { tokens, .. } if !tokens.is_empty() => {
-                let tokens = tokens.len() as u64;
+            GenerationEvent::Finished(summary) => {
+                self.end(now, Outcome::Finished(summary.finish_reason), Some(summary));
+            }
+            event if !event.tokens().is_empty() => {
+                let tokens = event.tokens().len() as u64;
                 if self.first_token.is_none() {
                     self.first_token = Some(now);
                     self.delivered_first = tokens;
@@ -105,9 +108,6 @@ impl Ticket {
                 self.last_token = Some(now);
                 self.delivered += tokens;
                 self.shared.deliver(tokens);
-            }
-            GenerationEvent::Finished(summary) => {
-                self.end(now, Outcome::Finished(summary.finish_reason), Some(summary));
             }
             _ => {}
         }

@@ -90,13 +90,11 @@ async fn measure(
         let mut tokens = Vec::new();
         let mut fed = 0;
         while let Some(event) = events.next().await {
-            match event? {
-                GenerationEvent::Started { prompt_tokens, .. } => fed = prompt_tokens,
-                GenerationEvent::Text { tokens: some, .. } => {
-                    tokens.extend(some.iter().map(|_| started.elapsed().as_secs_f64()));
-                }
-                _ => {}
+            let event = event?;
+            if let GenerationEvent::Started { prompt_tokens, .. } = event {
+                fed = prompt_tokens;
             }
+            tokens.extend(event.tokens().iter().map(|_| started.elapsed().as_secs_f64()));
         }
         Ok::<_, Failure>((fed, tokens))
     }))

@@ -46,9 +46,6 @@ pub(super) fn read<M: TokenModel>(
 ) -> Result<Option<FinishReason>, EngineError> {
     let room = active.tokens.len() + 1 < context_length;
     let Request { params, walk, .. } = &mut active.request;
-    if let Some(walk) = walk {
-        walk.prepare()?;
-    }
     let mut masked = Ok(());
     let mut mask = |logits: &mut [f32]| {
         if let Some(walk) = walk {
@@ -72,11 +69,51 @@ pub(super) fn read<M: TokenModel>(
     Ok(reason.or((!room).then_some(FinishReason::Length)))
 }
 
-/// Hands a token's text to the caller.
+/// Adds the tokens to an answer that need no choice, and says how many they are: those that end its thoughts, or those that
+/// its grammar leaves no choice about.
+pub(super) fn forced<S>(
+    active: &mut Active<S>,
+    context_length: usize,
+    clock: &impl Clock,
+) -> Result<usize, EngineError> {
+    let Request { params, walk, .. } = &mut active.request;
+    let mut tokens = active.answer.end_of_thoughts(params);
+    if let Some(walk) = walk {
+        if !tokens.is_empty() {
+            tokens.truncate(walk.allowed_of(&tokens)?);
+        } else if !params.logprobs {
+            // What is not chosen has no probability.
+            tokens = walk.forced();
+        }
+    }
+    let mut count = 0;
+    for token in tokens {
+        let room = active.tokens.len() + 1 < context_length;
+        let complete = match &mut active.request.walk {
+            Some(walk) => walk.commit(token)?,
+            None => false,
+        };
+        active.tokens.push(token);
+        count += 1;
+        let chosen = Chosen {
+            token,
+            logprob: None,
+            top: Vec::new(),
+        };
+        let reason = emit(active, chosen, complete, clock.now());
+        active.finished = reason.or((!room).then_some(FinishReason::Length));
+        if active.finished.is_some() {
+            break;
+        }
+    }
+    Ok(count)
+}
+
+/// Hands what a token makes certain to the caller.
 fn emit<S>(active: &mut Active<S>, chosen: Chosen, complete: bool, now: Instant) -> Option<FinishReason> {
     let params = &active.request.params;
-    let (event, reason) = active.answer.take(chosen, params, complete, now);
-    if let Some(event) = event {
+    let (events, reason) = active.answer.take(chosen, params, complete, now);
+    for event in events {
         // A caller who is gone is noticed before the next step.
         let _ = active.request.events.try_send(Ok(event));
     }

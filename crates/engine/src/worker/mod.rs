@@ -19,7 +19,7 @@ use mlx_engine_core::{
 use mlx_engine_text::Tokenizer;
 use tokio::sync::mpsc;
 
-use self::active::{Active, read};
+use self::active::{Active, forced, read};
 pub(crate) use self::command::{Command, PrefixCommand};
 use self::memory::Memory;
 use self::scoring::Scoring;
@@ -380,10 +380,12 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let context_length = self.context_length;
         self.feed(due, &mut failed, |model, active| {
             let more = active.wants_more(context_length);
-            let free = active.request.walk.is_none();
+            let free = active.request.walk.is_none() && !active.answer.may_force(&active.request.params);
             (more && free && model.can_look_ahead(&active.sequence)).then_some(None)
         });
+        self.prepare(due, &mut failed);
         self.read(due, &mut failed);
+        self.force(due, &mut failed);
         self.feed(due, &mut failed, |_, active| {
             let stands = active.finished.is_none() && !active.ahead;
             stands.then(|| active.tokens.last().copied())
@@ -578,6 +580,54 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 Ok(()) => some.iter_mut().for_each(|(active, _)| active.ahead = true),
                 // The step was theirs together.
                 Err(error) => ended.extend(some.iter().map(|(active, _)| (active.id, error.clone()))),
+            }
+        }
+        failed.append(&mut ended);
+    }
+
+    /// Finds out what may come, of every answer that is due and held to a grammar: while the device computes.
+    fn prepare(&mut self, due: &[Id], failed: &mut Failed) {
+        let mut ended = Failed::new();
+        for active in standing(&mut self.active, due, failed) {
+            if let Some(walk) = &mut active.request.walk
+                && let Err(error) = guarded(|| walk.prepare())
+            {
+                ended.push((active.id, error));
+            }
+        }
+        failed.append(&mut ended);
+    }
+
+    /// Takes the tokens that need no choice behind those that were read, and feeds them in one step.
+    fn force(&mut self, due: &[Id], failed: &mut Failed) {
+        let Self {
+            model,
+            active,
+            scheduler,
+            clock,
+            context_length,
+            ..
+        } = self;
+        let mut ended = Failed::new();
+        for active in standing(active, due, failed) {
+            if active.finished.is_some() || active.ahead {
+                continue;
+            }
+            let forced = guarded(|| {
+                let forced = forced(active, *context_length, clock)?;
+                for _ in 0..forced {
+                    scheduler.generated(active.id);
+                }
+                if forced > 0 && active.finished.is_none() {
+                    let fed = model.len(&active.sequence);
+                    let (params, number) = (&active.request.params, active.answer.generated().into());
+                    model.begin(&mut active.sequence, &active.tokens[fed..], params, number)?;
+                    active.ahead = true;
+                }
+                Ok(())
+            });
+            if let Err(error) = forced {
+                ended.push((active.id, error));
             }
         }
         failed.append(&mut ended);

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::PrefixCacheConfig;
-use crate::mock::{self, MockFault, MockModel, MockScript};
+use crate::mock::{MockFault, MockModel, MockScript};
 
 /// A clock that a test moves.
 #[derive(Clone)]
@@ -64,7 +64,9 @@ impl Bench {
             load_s: 0.0,
         };
         let model = script.load().expect("the mock loads");
-        let tokenizer = mock::tokenizer().expect("the mock has a tokenizer");
+        let tokenizer = MockScript::default()
+            .tokenizer()
+            .expect("the mock has a tokenizer");
         Self {
             worker: Worker::new(model, tokenizer, identity, config, clock.clone())
                 .expect("the folder is there"),
@@ -89,6 +91,7 @@ impl Bench {
             tokens,
             params: params.clone(),
             walk: None,
+            parser: None,
             events,
             submitted: at,
         };
