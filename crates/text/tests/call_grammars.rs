@@ -74,18 +74,19 @@ const MARKS: [&str; 40] = [
 
 const END: &str = "<|eos|>";
 
-/// The texts that end values and thoughts.
-const CLOSINGS: [&str; 9] = [
-    "<|end|><|start|>assistant",
-    "<channel|>",
-    "\n</parameter>\n",
-    "</arg_value>\n",
-    "<escape>",
-    "<|\"|>",
-    "</think>",
-    "[/THINK]",
-    "</seed:think>",
-];
+/// The texts that end values and thoughts of a format.
+fn closings(format: ToolFormat) -> &'static [&'static str] {
+    match format {
+        ToolFormat::Mistral | ToolFormat::MistralArgs => &["[/THINK]"],
+        ToolFormat::Qwen3Coder => &["</think>", "\n</parameter>\n"],
+        ToolFormat::Seed => &["</seed:think>", "\n</parameter>\n"],
+        ToolFormat::Glm => &["</think>", "</arg_value>\n"],
+        ToolFormat::Gemma => &["</think>", "<escape>"],
+        ToolFormat::Gemma4 => &["<channel|>", "<|\"|>"],
+        ToolFormat::Harmony => &["<|end|><|start|>assistant"],
+        _ => &["</think>"],
+    }
+}
 
 /// Bytes as tokens, and the marks as special tokens where they are `special`.
 fn tokenizer(special: bool) -> Tokenizer {
@@ -164,7 +165,13 @@ impl Random {
 }
 
 /// An answer as text with its special tokens written out.
-fn answer(table: &TokenTable, grammar: &Grammar, tokenizer: &Tokenizer, random: &mut Random) -> String {
+fn answer(
+    format: ToolFormat,
+    table: &TokenTable,
+    grammar: &Grammar,
+    tokenizer: &Tokenizer,
+    random: &mut Random,
+) -> String {
     let mut walk = table
         .compile(grammar)
         .unwrap_or_else(|error| panic!("{error}: {grammar:?}"))
@@ -180,15 +187,22 @@ fn answer(table: &TokenTable, grammar: &Grammar, tokenizer: &Tokenizer, random: 
             break;
         }
         // What brings an end nearer: the next byte of what closes a value, a special token, a quote or a bracket.
-        let begun = CLOSINGS.iter().filter_map(|closing| {
-            let begun = (1..closing.len())
-                .rev()
-                .find(|&len| text.ends_with(&closing.as_bytes()[..len]))?;
-            Some((begun, closing.as_bytes()[begun]))
-        });
-        let (begun, byte) = begun
-            .max()
-            .unwrap_or((0, CLOSINGS[random.below(CLOSINGS.len())].as_bytes()[0]));
+        let begun: Vec<(usize, u8)> = closings(format)
+            .iter()
+            .filter_map(|closing| {
+                let bytes = closing.as_bytes();
+                let begun = (1..bytes.len())
+                    .rev()
+                    .find(|&len| text.ends_with(&bytes[..len]))?;
+                Some((begun, bytes[begun]))
+            })
+            .collect();
+        let (begun, byte) = if begun.is_empty() {
+            let closings = closings(format);
+            (0, closings[random.below(closings.len())].as_bytes()[0])
+        } else {
+            begun[random.below(begun.len())]
+        };
         let closing = Some((begun, u32::from(byte))).filter(|(_, id)| allowed.contains(id));
         let near = |id: &u32| {
             (*id > 255 && !tokenizer.eos_ids().contains(id))
@@ -248,15 +262,15 @@ fn calls_under_a_grammar_are_read_and_valid() {
                 };
                 let grammar = Grammar::lark(&grammar.lark(&tokenizer).unwrap());
                 for seed in 0..6 {
-                    let text = answer(&table, &grammar, &tokenizer, &mut Random(seed));
+                    let text = answer(format, &table, &grammar, &tokenizer, &mut Random(seed));
                     let prompt = match (thoughts, format) {
                         (Thoughts::Opened, ToolFormat::Mistral | ToolFormat::MistralArgs) => "[THINK]",
                         (Thoughts::Opened, ToolFormat::Seed) => "<seed:think>",
                         (Thoughts::Opened, ToolFormat::Gemma4) => "<|channel>thought",
                         // Its template never opens them, and Functionary has none.
-                        (Thoughts::Opened, ToolFormat::Harmony | ToolFormat::FunctionJson) => continue,
+                        (Thoughts::Opened, ToolFormat::Harmony)
+                        | (Thoughts::Opened | Thoughts::Possible, ToolFormat::FunctionJson) => continue,
                         (Thoughts::Opened, _) => "<think>",
-                        (Thoughts::Possible, ToolFormat::FunctionJson) => continue,
                         _ => "",
                     };
                     let mut parser = OutputParser::new(format, &tools).after_prompt(prompt);
