@@ -182,7 +182,7 @@ fn answer(
             break;
         }
         let allowed: Vec<u32> = walk.mask().expect("it is well").tokens().collect();
-        let ends = allowed.iter().any(|id| tokenizer.eos_ids().contains(id));
+        let ends = walk.is_accepting();
         if ends && (step > 60 || random.below(4) == 0) {
             break;
         }
@@ -205,14 +205,14 @@ fn answer(
         };
         let closing = Some((begun, u32::from(byte))).filter(|(_, id)| allowed.contains(id));
         let near = |id: &u32| {
-            (*id > 255 && !tokenizer.eos_ids().contains(id))
+            (*id > 255 && !(ends && tokenizer.eos_ids().contains(id)))
                 || matches!(table.bytes(*id), [b'"' | b'}' | b']' | b')'])
         };
         let nearer: Vec<u32> = allowed.iter().copied().filter(near).collect();
         let free: Vec<u32> = allowed
             .iter()
             .copied()
-            .filter(|id| !tokenizer.eos_ids().contains(id))
+            .filter(|id| !(ends && tokenizer.eos_ids().contains(id)))
             .collect();
         let hurried = step > 30 || random.below(3) == 0;
         let token = match closing {
@@ -262,7 +262,6 @@ fn calls_under_a_grammar_are_read_and_valid() {
                 };
                 let grammar = Grammar::lark(&grammar.lark(&tokenizer).unwrap());
                 for seed in 0..6 {
-                    let text = answer(format, &table, &grammar, &tokenizer, &mut Random(seed));
                     let prompt = match (thoughts, format) {
                         (Thoughts::Opened, ToolFormat::Mistral | ToolFormat::MistralArgs) => "[THINK]",
                         (Thoughts::Opened, ToolFormat::Seed) => "<seed:think>",
@@ -273,6 +272,7 @@ fn calls_under_a_grammar_are_read_and_valid() {
                         (Thoughts::Opened, _) => "<think>",
                         _ => "",
                     };
+                    let text = answer(format, &table, &grammar, &tokenizer, &mut Random(seed));
                     let mut parser = OutputParser::new(format, &tools).after_prompt(prompt);
                     let mut events = parser.push(&text);
                     events.extend(parser.finish_at_stop());

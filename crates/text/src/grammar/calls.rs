@@ -490,9 +490,10 @@ impl<'a> Lark<'a> {
     fn until(&mut self, mark: &str) -> (String, String) {
         let pieces = self.pieces(mark);
         match pieces.first() {
-            // No text has a special token.
-            Some(Piece::Token(_)) => {
-                let free = self.token("/(.|\\n)*/");
+            // No text has a special token; spelled out it would read like one.
+            Some(Piece::Token(id)) => {
+                let spelled = escape(&self.tokenizer.decode(&[*id], false));
+                let free = self.token(&format!("/(?s:.*)/ & ~/(?s:.*){spelled}(?s:.*)/"));
                 let until = format!("{free} {}", self.literal(mark));
                 (free, until)
             }
@@ -501,9 +502,8 @@ impl<'a> Lark<'a> {
                 let sought = text.trim_end_matches('\n');
                 let escaped = escape(sought);
                 let free = self.token(&format!("/(?s:.*)/ & ~/(?s:.*){escaped}(?s:.*)/"));
-                self.count += 1;
-                let name = format!("until_{}", self.count);
-                let _ = writeln!(self.rules, "{name}[lazy]: /(?s:.*){escaped}/");
+                // It ends with the first: nothing longer has one at its end alone.
+                let name = self.token(&format!("/(?s:.*){escaped}/ & ~/(?s:.*){escaped}(?s:.+)/"));
                 let mut rest = vec![name];
                 if sought.len() < text.len() {
                     rest.push(quoted(&text[sought.len()..]));
