@@ -152,14 +152,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
             Command::Score { tokens, reply } => {
                 let required = self.model.sequence_bytes(tokens.len());
-                match self.memory.available().filter(|&available| required > available) {
-                    Some(available) => {
-                        drop(reply.send(Err(EngineError::InsufficientMemory { required, available })));
-                    }
-                    None => {
-                        let sequence = self.model.open();
-                        self.scoring.add(tokens, sequence, reply);
-                    }
+                let lack = self.memory.available().filter(|&available| required > available);
+                if let Some(available) = lack {
+                    let error = EngineError::InsufficientMemory { required, available };
+                    let _ = reply.send(Err(error));
+                } else {
+                    let sequence = self.model.open();
+                    self.scoring.add(tokens, sequence, reply);
                 }
             }
             Command::Prefixes(command) => self.manage(command),
