@@ -6,8 +6,8 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 use mlx_engine_kernels::{
-    Activations, AffineSource, AttentionSpec, Isa, KvLayout, Matrix, PAGE, Pool, Precision, Product, Queries,
-    attend, project,
+    Activations, AffineSource, AttentionSpec, Isa, KvFloat, KvFormat, KvLayout, KvPage, Matrix, PAGE, Pool,
+    Precision, Product, Queries, attend, project,
 };
 
 fn matrix(pool: &Pool, rows: usize, columns: usize, bits: u32) -> Matrix {
@@ -104,9 +104,16 @@ fn attention(criterion: &mut Criterion) {
         scale: 0.125,
         softcap: None,
         window: None,
+        keep: 0,
     };
-    let pages = vec![vec![f16::from_f32(0.01); layout.page_len()]; 16];
-    let pages: Vec<&[f16]> = pages.iter().map(Vec::as_slice).collect();
+    let format = KvFormat {
+        layout,
+        layers: 1,
+        float: KvFloat::F16,
+        integers: None,
+    };
+    let page = KvPage::new(format).expect("a format that is there");
+    let pages = [Some(page.layer(0).expect("the layer")); 16];
     let mut group = criterion.benchmark_group("attention");
     for (position, rows) in [(511, 1), (0, 512)] {
         let queries = vec![0.1; rows * 9 * 64];

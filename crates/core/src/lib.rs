@@ -20,6 +20,7 @@
 
 mod model;
 
+mod kv;
 mod message;
 mod params;
 mod priority;
@@ -42,6 +43,7 @@ pub use error::{EngineError, ErrorSource};
 pub use event::{
     FinishReason, GenerateSummary, GenerationEvent, Timings, TokenInfo, TokenLogprob, TopLogprob, Usage,
 };
+pub use kv::KvConfig;
 pub use message::{ChatMessage, Prompt, Role};
 pub use model::{ModelConfiguration, ModelType, Quantization};
 pub use output::{GenerateOutput, PartialOutput};

@@ -1,8 +1,7 @@
 //! Attention over keys and values in pages.
 //!
-//! A page holds 64 positions of one layer. Its keys lie sixteen positions side by side, so that a score needs no sum
-//! across lanes; its values lie row by row. Scores are turned into weights page by page with a running maximum (the
-//! online softmax of Milakov and Gimelshein, 2018, as FlashAttention uses it), so that nothing grows with the context.
+//! Scores are turned into weights page by page with a running maximum (the online softmax of Milakov and Gimelshein, 2018,
+//! as FlashAttention uses it), so that nothing grows with the context.
 //!
 //! The unit of work is a head of keys and values with some rows of queries: all the heads that share it, of one token in
 //! decoding and of several in prefill. Positions are split too, every 256 of them, and the parts are joined afterwards, so
@@ -10,20 +9,14 @@
 //! a row gets the same bits alone and among others.
 
 use std::cell::RefCell;
-
-use half::f16;
+use std::ops::Range;
 
 use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
+use crate::kv::{Element, Head, KvLayer, KvLayout, PAGE, SLICES, Unpacked};
 use crate::simd::{Kernel, LANES, Simd, dispatch, exp};
 use crate::{KernelError, Pool};
-
-/// Positions of a page.
-pub const PAGE: usize = 64;
-
-/// Vectors of sixteen positions in a page.
-const SLICES: usize = PAGE / LANES;
 
 /// Rows of queries that share a pass over the keys.
 const ROWS: usize = 12;
@@ -31,136 +24,11 @@ const ROWS: usize = 12;
 /// Pages of a part.
 const PART_PAGES: usize = 4;
 
-/// An element of the keys and values in memory.
-pub trait KvElement: Copy + Default + Send + Sync + sealed::Load {}
-
-impl KvElement for f32 {}
-impl KvElement for f16 {}
-
-mod sealed {
-    use half::f16;
-
-    use crate::simd::{LANES, Simd};
-
-    #[expect(private_interfaces, reason = "sealed: nobody else can name or implement it")]
-    #[expect(private_bounds, reason = "sealed: nobody else can name or implement it")]
-    pub trait Load: Sized {
-        fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F;
-        fn of(value: f32) -> Self;
-    }
-
-    #[expect(private_interfaces, reason = "sealed: nobody else can name or implement it")]
-    #[expect(private_bounds, reason = "sealed: nobody else can name or implement it")]
-    impl Load for f32 {
-        #[inline(always)]
-        fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
-            s.load(from)
-        }
-        #[inline(always)]
-        fn of(value: f32) -> Self {
-            value
-        }
-    }
-
-    #[expect(private_interfaces, reason = "sealed: nobody else can name or implement it")]
-    #[expect(private_bounds, reason = "sealed: nobody else can name or implement it")]
-    impl Load for f16 {
-        #[inline(always)]
-        fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
-            s.load_f16(from)
-        }
-        #[inline(always)]
-        fn of(value: f32) -> Self {
-            f16::from_f32(value)
-        }
-    }
-}
-
-/// The shape of the keys and values of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct KvLayout {
-    /// Heads of keys and values.
-    pub heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-}
-
-impl KvLayout {
-    /// Elements that a layer takes in a page.
-    pub fn page_len(self) -> usize {
-        self.heads * (self.keys() + self.values())
-    }
-
-    /// Keys of a head in a page: `[slices, head_dim, 16]`.
-    fn keys(self) -> usize {
-        PAGE * self.head_dim
-    }
-
-    /// Values of a head in a page: `[64, width]`.
-    fn values(self) -> usize {
-        PAGE * self.width()
-    }
-
-    /// The width of a head in whole vectors.
-    fn width(self) -> usize {
-        self.head_dim.next_multiple_of(LANES)
-    }
-
-    /// The keys and the values of a head.
-    fn head<E>(self, page: &[E], head: usize) -> (&[E], &[E]) {
-        let (keys, values) = page.split_at(self.heads * self.keys());
-        (
-            &keys[head * self.keys()..][..self.keys()],
-            &values[head * self.values()..][..self.values()],
-        )
-    }
-
-    /// Writes the keys and values of one position, `[heads, head_dim]` each.
-    ///
-    /// # Errors
-    ///
-    /// Where a length does not fit, and for a position beyond the page.
-    pub fn write<E: KvElement>(
-        self,
-        page: &mut [E],
-        position: usize,
-        keys: &[f32],
-        values: &[f32],
-    ) -> Result<(), KernelError> {
-        check_len("a page", page.len(), self.page_len())?;
-        check_len("the keys", keys.len(), self.heads * self.head_dim)?;
-        check_len("the values", values.len(), self.heads * self.head_dim)?;
-        if position >= PAGE {
-            return Err(KernelError::Index {
-                what: "position",
-                index: position,
-                len: PAGE,
-            });
-        }
-        let (slice, lane) = (position / LANES, position % LANES);
-        let (key_page, value_page) = page.split_at_mut(self.heads * self.keys());
-        let heads = key_page.chunks_exact_mut(self.keys());
-        for (head, keys) in heads.zip(keys.chunks_exact(self.head_dim)) {
-            let slice = &mut head[slice * self.head_dim * LANES..][..self.head_dim * LANES];
-            for (lanes, key) in slice.chunks_exact_mut(LANES).zip(keys) {
-                lanes[lane] = E::of(*key);
-            }
-        }
-        let heads = value_page.chunks_exact_mut(self.values());
-        for (head, values) in heads.zip(values.chunks_exact(self.head_dim)) {
-            for (to, value) in head[position * self.width()..].iter_mut().zip(values) {
-                *to = E::of(*value);
-            }
-        }
-        Ok(())
-    }
-}
-
 /// Rows of queries of one sequence, and what they see.
 #[derive(Clone, Copy, Debug)]
-pub struct Queries<'a, E> {
-    /// The sequence's pages of the layer, from position 0; each [`KvLayout::page_len`] long.
-    pub pages: &'a [&'a [E]],
+pub struct Queries<'a> {
+    /// The sequence's pages of the layer, from position 0; `None` for those that no row sees.
+    pub pages: &'a [Option<KvLayer<'a>>],
     /// The position of the first row. The row sees positions up to its own; the keys and values of all rows are
     /// written before.
     pub position: usize,
@@ -183,6 +51,19 @@ pub struct AttentionSpec {
     pub softcap: Option<f32>,
     /// A row sees this many positions, its own included; all where `None`.
     pub window: Option<usize>,
+    /// A row sees the first of all positions too, this many, whatever the window is.
+    pub keep: usize,
+}
+
+impl AttentionSpec {
+    /// The pages that the rows at these positions, one after the other, see: the kept ones, and those of the window.
+    pub fn pages(&self, positions: Range<usize>) -> [Range<usize>; 2] {
+        let start = self
+            .window
+            .map_or(0, |window| (positions.start + 1).saturating_sub(window));
+        let (start, end) = (start / PAGE, positions.end.div_ceil(PAGE));
+        [0..self.keep.div_ceil(PAGE).min(start), start..end]
+    }
 }
 
 /// Causal attention of several sequences at once: `queries` and `out` are `[rows, heads, head_dim]`.
@@ -190,12 +71,12 @@ pub struct AttentionSpec {
 /// # Errors
 ///
 /// Where a length does not fit, where heads cannot be shared, and where a sequence has too few pages.
-pub fn attend<E: KvElement>(
+pub fn attend(
     isa: Isa,
     pool: &Pool,
     spec: AttentionSpec,
     queries: &[f32],
-    sequences: &[Queries<'_, E>],
+    sequences: &[Queries<'_>],
     out: &mut [f32],
 ) -> Result<(), KernelError> {
     let row = spec.heads * spec.layout.head_dim;
@@ -216,16 +97,25 @@ pub fn attend<E: KvElement>(
                 expected: end * row,
             });
         }
-        let needed = (sequence.position + sequence.rows).div_ceil(PAGE);
-        if sequence.pages.len() < needed {
-            return Err(KernelError::Length {
-                what: "the pages of a sequence",
-                found: sequence.pages.len(),
-                expected: needed,
-            });
-        }
-        for page in sequence.pages {
-            check_len("a page", page.len(), spec.layout.page_len())?;
+        for page in spec
+            .pages(sequence.position..sequence.position + sequence.rows)
+            .into_iter()
+            .flatten()
+        {
+            match sequence.pages.get(page) {
+                Some(Some(layer)) if layer.layout() == spec.layout => {}
+                Some(Some(layer)) => {
+                    let width = |layout: KvLayout| layout.heads * layout.head_dim;
+                    check_len("a page", width(layer.layout()), width(spec.layout))?;
+                }
+                Some(None) | None => {
+                    return Err(KernelError::Index {
+                        what: "page",
+                        index: page,
+                        len: sequence.pages.len(),
+                    });
+                }
+            }
         }
     }
     let units = units(spec, sequences);
@@ -272,7 +162,7 @@ struct Unit {
     partial: Option<usize>,
 }
 
-fn units<E>(spec: AttentionSpec, sequences: &[Queries<'_, E>]) -> Vec<Unit> {
+fn units(spec: AttentionSpec, sequences: &[Queries<'_>]) -> Vec<Unit> {
     let group = spec.heads / spec.layout.heads;
     // Whole tokens where these fit, so that the rows of a unit see about the same.
     let step = if group <= ROWS { ROWS / group * group } else { ROWS };
@@ -283,23 +173,29 @@ fn units<E>(spec: AttentionSpec, sequences: &[Queries<'_, E>]) -> Vec<Unit> {
         for kv_head in 0..spec.layout.heads {
             for first in (0..all).step_by(step) {
                 let rows = step.min(all - first);
-                let start = spec.window.map_or(0, |window| {
-                    (sequence.position + first / group + 1).saturating_sub(window)
-                });
-                let end = sequence.position + (first + rows - 1) / group + 1;
-                let (start, end) = (start / PAGE, end.div_ceil(PAGE));
-                let parts = start / PART_PAGES..end.div_ceil(PART_PAGES);
-                for part in parts.clone() {
-                    let pages = (part * PART_PAGES).max(start)..((part + 1) * PART_PAGES).min(end);
+                let position = |row: usize| sequence.position + row / group;
+                let pages = spec.pages(position(first)..position(first + rows - 1) + 1);
+                let mut parts: Vec<Range<usize>> = Vec::new();
+                for pages in pages.into_iter().flat_map(parts_of) {
+                    match parts.last_mut() {
+                        // Both ranges may have pages of a part. What lies between them is hidden or not there.
+                        Some(last) if last.start / PART_PAGES == pages.start / PART_PAGES => {
+                            last.end = pages.end
+                        }
+                        _ => parts.push(pages),
+                    }
+                }
+                let several = parts.len() > 1;
+                for pages in parts {
                     units.push(Unit {
                         sequence: index,
                         kv_head,
                         first,
                         rows,
                         pages,
-                        partial: (parts.len() > 1).then_some(partial_rows),
+                        partial: several.then_some(partial_rows),
                     });
-                    partial_rows += if parts.len() > 1 { rows } else { 0 };
+                    partial_rows += if several { rows } else { 0 };
                 }
             }
         }
@@ -307,8 +203,16 @@ fn units<E>(spec: AttentionSpec, sequences: &[Queries<'_, E>]) -> Vec<Unit> {
     units
 }
 
+/// Splits pages where parts begin.
+fn parts_of(pages: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let parts = pages.start / PART_PAGES..pages.end.div_ceil(PART_PAGES);
+    parts
+        .map(move |part| (part * PART_PAGES).max(pages.start)..((part + 1) * PART_PAGES).min(pages.end))
+        .filter(|part| !part.is_empty())
+}
+
 /// Where the row of a unit lies in queries and output.
-fn place<E>(spec: AttentionSpec, sequence: &Queries<'_, E>, unit: &Unit, row: usize) -> (usize, usize) {
+fn place(spec: AttentionSpec, sequence: &Queries<'_>, unit: &Unit, row: usize) -> (usize, usize) {
     let group = spec.heads / spec.layout.heads;
     let (token, head) = ((unit.first + row) / group, (unit.first + row) % group);
     let head = unit.kv_head * group + head;
@@ -317,13 +221,7 @@ fn place<E>(spec: AttentionSpec, sequence: &Queries<'_, E>, unit: &Unit, row: us
 }
 
 /// Adds up the parts of rows: each part has its largest score, its sum and its weighted values.
-fn join<E>(
-    spec: AttentionSpec,
-    sequences: &[Queries<'_, E>],
-    units: &[Unit],
-    partials: &[f32],
-    out: &mut [f32],
-) {
+fn join(spec: AttentionSpec, sequences: &[Queries<'_>], units: &[Unit], partials: &[f32], out: &mut [f32]) {
     let (width, head_dim) = (spec.layout.width(), spec.layout.head_dim);
     let part = |index: usize| &partials[index * (width + 2)..][..width + 2];
     let same = |a: &Unit, b: &Unit| {
@@ -378,17 +276,17 @@ macro_rules! in_groups {
     };
 }
 
-struct Attend<'a, E> {
+struct Attend<'a> {
     spec: AttentionSpec,
     queries: &'a [f32],
-    sequence: &'a Queries<'a, E>,
+    sequence: &'a Queries<'a>,
     unit: &'a Unit,
     partials: &'a Disjoint<'a, f32>,
     out: &'a Disjoint<'a, f32>,
 }
 
 thread_local! {
-    /// Scaled queries and sums of a unit.
+    /// Scaled queries and sums of a unit, and a page that was unpacked for it.
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
 
@@ -396,9 +294,10 @@ thread_local! {
 struct Scratch {
     queries: Vec<f32>,
     sums: Vec<f32>,
+    unpacked: Unpacked,
 }
 
-impl<E: KvElement> Kernel for Attend<'_, E> {
+impl Kernel for Attend<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -428,16 +327,33 @@ impl<E: KvElement> Kernel for Attend<'_, E> {
         let mut totals = [0.0; ROWS];
         let mut weights = [[0.0; PAGE]; ROWS];
         for page in unit.pages.clone() {
-            let (keys, values) = spec.layout.head(sequence.pages[page], unit.kv_head);
-            scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
+            // What is seen and not there was refused before.
+            let Some(layer) = sequence.pages.get(page).and_then(Option::as_ref) else {
+                continue;
+            };
+            let head = layer.head(unit.kv_head);
+            match head {
+                Head::F32(keys, _) => {
+                    scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
+                }
+                Head::F16(keys, _) => {
+                    scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
+                }
+                Head::Integers => {
+                    layer.unpack(s, unit.kv_head, &mut scratch.unpacked);
+                    let keys = &scratch.unpacked.keys;
+                    scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
+                }
+            }
             let mut seen = 0;
             for row in 0..unit.rows {
                 let (_, position) = place(spec, sequence, unit, row);
+                let within = |position: usize| position.saturating_sub(page * PAGE).min(PAGE);
                 let start = spec
                     .window
                     .map_or(0, |window| (position + 1).saturating_sub(window));
-                let start = start.saturating_sub(page * PAGE).min(PAGE);
-                let end = (position + 1).saturating_sub(page * PAGE).min(PAGE);
+                let (start, end) = (within(start), within(position + 1));
+                let kept = within(spec.keep).min(end);
                 seen = seen.max(end);
                 let sums = &mut scratch.sums[row * width..][..width];
                 if let Some(cap) = spec.softcap {
@@ -446,13 +362,21 @@ impl<E: KvElement> Kernel for Attend<'_, E> {
                 soften(
                     s,
                     &mut weights[row],
-                    start..end,
+                    [0..kept, start.max(kept)..end],
                     &mut largest[row],
                     &mut totals[row],
                     sums,
                 );
             }
-            add_values(s, values, width, &weights, unit.rows, seen, &mut scratch.sums);
+            let sums = &mut scratch.sums;
+            match head {
+                Head::F32(_, values) => add_values(s, values, width, &weights, unit.rows, seen, sums),
+                Head::F16(_, values) => add_values(s, values, width, &weights, unit.rows, seen, sums),
+                Head::Integers => {
+                    let values = &scratch.unpacked.values;
+                    add_values(s, values, width, &weights, unit.rows, seen, sums);
+                }
+            }
         }
         for row in 0..unit.rows {
             let sums = &scratch.sums[row * width..][..width];
@@ -478,7 +402,7 @@ impl<E: KvElement> Kernel for Attend<'_, E> {
 
 /// The scores of a page's positions, for each row.
 #[inline(always)]
-fn scores_of<S: Simd, E: KvElement>(
+fn scores_of<S: Simd, E: Element>(
     s: S,
     keys: &[E],
     head_dim: usize,
@@ -501,7 +425,7 @@ struct Scores<'a, E, const R: usize> {
     out: &'a mut [[f32; PAGE]; R],
 }
 
-impl<E: KvElement, const R: usize> Kernel for Scores<'_, E, R> {
+impl<E: Element, const R: usize> Kernel for Scores<'_, E, R> {
     type Output = ();
 
     #[inline(always)]
@@ -537,22 +461,26 @@ fn soft_cap<S: Simd>(s: S, scores: &mut [f32; PAGE], cap: f32) {
     }
 }
 
-/// Turns the scores of a row into weights relative to the largest so far, and scales what was summed before to it.
+/// Turns the scores of a row into weights relative to the largest so far, and scales what was summed before to it. The row
+/// sees two ranges, of which the second does not begin before the first ends.
 #[inline(always)]
 fn soften<S: Simd>(
     s: S,
     scores: &mut [f32; PAGE],
-    seen: std::ops::Range<usize>,
+    [kept, seen]: [Range<usize>; 2],
     largest: &mut f32,
     total: &mut f32,
     sums: &mut [f32],
 ) {
-    if seen.is_empty() {
+    if kept.is_empty() && seen.is_empty() {
         scores.fill(0.0);
         return;
     }
-    scores[..seen.start].fill(f32::NEG_INFINITY);
-    scores[seen.end..].fill(f32::NEG_INFINITY);
+    let end = kept.end.max(seen.end);
+    let hidden = [kept.end..seen.start.min(end), end..PAGE];
+    for range in hidden.clone() {
+        scores[range].fill(f32::NEG_INFINITY);
+    }
     let (slices, _) = scores.as_chunks_mut::<LANES>();
     let mut highest = s.load(&slices[0]);
     for slice in &slices[1..] {
@@ -575,15 +503,16 @@ fn soften<S: Simd>(
         sum = s.add(sum, weight);
         s.store(weight, slice);
     }
-    scores[..seen.start].fill(0.0);
-    scores[seen.end..].fill(0.0);
+    for range in hidden {
+        scores[range].fill(0.0);
+    }
     // What lies outside was counted with the smallest weight there is, 1e-38.
     *total += s.sum(sum);
 }
 
 /// Adds the weighted values of a page to the sums of each row.
 #[inline(always)]
-fn add_values<S: Simd, E: KvElement>(
+fn add_values<S: Simd, E: Element>(
     s: S,
     values: &[E],
     width: usize,
@@ -611,7 +540,7 @@ struct AddValues<'a, E, const R: usize> {
     sums: &'a mut [[f32; LANES]],
 }
 
-impl<E: KvElement, const R: usize> Kernel for AddValues<'_, E, R> {
+impl<E: Element, const R: usize> Kernel for AddValues<'_, E, R> {
     type Output = ();
 
     #[inline(always)]

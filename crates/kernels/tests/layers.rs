@@ -1,9 +1,10 @@
 //! Norms, rotations and attention against float64.
 
 use half::f16;
+use mlx_engine_checkpoint::{AffineTensor, FloatType};
 use mlx_engine_kernels::{
-    AttentionSpec, Isa, KvElement, KvLayout, PAGE, Pool, Queries, RopeLayout, Rotation, attend, layer_norm,
-    rms_norm, rotate,
+    AttentionSpec, Isa, KvFloat, KvFormat, KvIntegers, KvLayer, KvLayout, KvPage, PAGE, Pool, Queries,
+    RopeLayout, Rotation, attend, layer_norm, rms_norm, rotate,
 };
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -33,6 +34,7 @@ struct Attention<'a> {
     scale: f64,
     softcap: Option<f64>,
     window: Option<usize>,
+    keep: usize,
 }
 
 impl Attention<'_> {
@@ -41,11 +43,13 @@ impl Attention<'_> {
         for (row, q) in self.q.chunks_exact(self.heads * self.dim).enumerate() {
             let end = self.position + row + 1;
             let start = self.window.map_or(0, |window| end.saturating_sub(window));
+            let seen: Vec<usize> = (0..end).filter(|&at| at >= start || at < self.keep).collect();
             for (head, q) in q.chunks_exact(self.dim).enumerate() {
                 let kv = head / (self.heads / self.kv_heads);
                 let at = |position: usize| (position * self.kv_heads + kv) * self.dim;
-                let scores: Vec<f64> = (start..end)
-                    .map(|position| {
+                let scores: Vec<f64> = seen
+                    .iter()
+                    .map(|&position| {
                         let k = &self.k[at(position)..][..self.dim];
                         let score = self.scale * q.iter().zip(k).map(|(q, k)| f64::from(*q) * k).sum::<f64>();
                         self.softcap.map_or(score, |cap| cap * (score / cap).tanh())
@@ -55,11 +59,11 @@ impl Attention<'_> {
                 let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
                 let total: f64 = weights.iter().sum();
                 for d in 0..self.dim {
-                    let sum: f64 = (start..end)
+                    let weighted = seen
+                        .iter()
                         .zip(&weights)
-                        .map(|(position, w)| w * self.v[at(position) + d])
-                        .sum();
-                    out.push(sum / total);
+                        .map(|(&position, w)| w * self.v[at(position) + d]);
+                    out.push(weighted.sum::<f64>() / total);
                 }
             }
         }
@@ -67,52 +71,100 @@ impl Attention<'_> {
     }
 }
 
-/// Lays keys and values out in pages, as float64 they are what the pages hold.
-struct Kept<E> {
-    pages: Vec<Vec<E>>,
+/// Keys and values in pages, and as float64 what the pages hold.
+struct Kept {
+    pages: Vec<KvPage>,
     keys: Vec<f64>,
     values: Vec<f64>,
 }
 
-fn kept<E: KvElement>(layout: KvLayout, positions: usize, seed: u64, to_f64: impl Fn(f32) -> f64) -> Kept<E> {
+/// What a page makes of rows of heads, by MLX's quantizer where it has integers.
+fn stored(format: &KvFormat, rows: &[f32]) -> Vec<f64> {
+    let float = |x: f32| match format.float {
+        KvFloat::F32 => x,
+        KvFloat::F16 => f16::from_f32(x).to_f32(),
+    };
+    let Some(KvIntegers { bits, group_size }) = format.integers else {
+        return rows.iter().map(|&x| f64::from(float(x))).collect();
+    };
+    let dim = format.layout.head_dim;
+    let tensor = AffineTensor::quantize(
+        rows,
+        [rows.len() / dim, dim],
+        bits as u32,
+        group_size as u32,
+        FloatType::F32,
+    )
+    .expect("finite numbers in whole groups");
+    let mask = (1 << bits) - 1;
+    (0..rows.len())
+        .map(|i| {
+            let code = (tensor.packed[i * bits / 32] >> (i * bits % 32)) & mask;
+            let group = i / group_size;
+            f64::from(code) * f64::from(float(tensor.scales[group])) + f64::from(float(tensor.biases[group]))
+        })
+        .collect()
+}
+
+/// `format_of` gives the format of each page.
+fn kept(format_of: impl Fn(usize) -> KvFormat, positions: usize, seed: u64) -> Kept {
+    let layout = format_of(0).layout;
     let row = layout.heads * layout.head_dim;
     let (keys, values) = (noise(positions * row, seed), noise(positions * row, seed + 1));
-    let mut pages = vec![vec![E::default(); layout.page_len()]; positions.div_ceil(PAGE)];
+    let formats: Vec<KvFormat> = (0..positions.div_ceil(PAGE)).map(format_of).collect();
+    let mut pages: Vec<KvPage> = formats
+        .iter()
+        .map(|format| KvPage::new(*format).expect("a format that is there"))
+        .collect();
+    let (mut as_keys, mut as_values) = (Vec::new(), Vec::new());
     for position in 0..positions {
         let at = position * row..(position + 1) * row;
-        layout
-            .write(
-                &mut pages[position / PAGE],
-                position % PAGE,
-                &keys[at.clone()],
-                &values[at],
-            )
+        let page = position / PAGE;
+        let (keys, values) = (&keys[at.clone()], &values[at]);
+        // The first layer is another one's.
+        pages[page]
+            .write(1, position % PAGE, keys, values)
             .expect("a row of the page");
+    }
+    let page_rows = keys.chunks(PAGE * row).zip(values.chunks(PAGE * row));
+    for ((keys, values), format) in page_rows.zip(&formats) {
+        as_keys.extend(stored(format, keys));
+        as_values.extend(stored(format, values));
     }
     Kept {
         pages,
-        keys: keys.into_iter().map(&to_f64).collect(),
-        values: values.into_iter().map(&to_f64).collect(),
+        keys: as_keys,
+        values: as_values,
     }
 }
 
-fn check_attention<E: KvElement>(
+fn check_attention(
     spec: AttentionSpec,
     sequences: &[(usize, usize)],
     threads: usize,
-    to_f64: impl Fn(f32) -> f64 + Copy,
+    format_of: impl Fn(usize) -> KvFormat,
 ) -> Result<(), TestCaseError> {
     let row = spec.heads * spec.layout.head_dim;
     let total: usize = sequences.iter().map(|(_, rows)| rows).sum();
     let q: Vec<f32> = noise(total * row, 99).iter().map(|x| 3.0 * x).collect();
-    let held: Vec<Kept<E>> = sequences
+    let held: Vec<Kept> = sequences
         .iter()
         .enumerate()
-        .map(|(index, (position, rows))| kept(spec.layout, position + rows, index as u64 * 7 + 5, to_f64))
+        .map(|(index, (position, rows))| kept(&format_of, position + rows, index as u64 * 7 + 5))
         .collect();
-    let pages: Vec<Vec<&[E]>> = held
+    let pages: Vec<Vec<Option<KvLayer<'_>>>> = held
         .iter()
-        .map(|held| held.pages.iter().map(Vec::as_slice).collect())
+        .zip(sequences)
+        .map(|(held, &(position, rows))| {
+            let seen = spec.pages(position..position + rows);
+            let pages = held.pages.iter().enumerate();
+            pages
+                .map(|(index, page)| {
+                    let seen = seen.iter().any(|range| range.contains(&index));
+                    seen.then(|| page.layer(1).expect("the layer"))
+                })
+                .collect()
+        })
         .collect();
     let mut first = 0;
     let mut queries = Vec::new();
@@ -135,6 +187,7 @@ fn check_attention<E: KvElement>(
             scale: f64::from(spec.scale),
             softcap: spec.softcap.map(f64::from),
             window: spec.window,
+            keep: spec.keep,
         };
         expected.extend(reference.compute());
         first += rows;
@@ -143,18 +196,35 @@ fn check_attention<E: KvElement>(
     for isa in Isa::available() {
         let mut out = vec![f32::NAN; total * row];
         attend(isa, &pool, spec, &q, &queries, &mut out).expect("shapes that fit");
-        for (index, (out, expected)) in out.iter().zip(&expected).enumerate() {
+        for (index, (found, expected)) in out.iter().zip(&expected).enumerate() {
             prop_assert!(
-                (f64::from(*out) - expected).abs() < 3e-6,
-                "{isa} {index}: {out} {expected}"
+                (f64::from(*found) - expected).abs() < 5e-6,
+                "{isa} {index}: {found} {expected}"
             );
+        }
+        // A row gets the same bits alone.
+        let mut first = 0;
+        for (sequence, pages) in queries.iter().zip(&pages) {
+            for index in (0..sequence.rows).step_by(5) {
+                let alone = Queries {
+                    pages,
+                    position: sequence.position + index,
+                    first: 0,
+                    rows: 1,
+                };
+                let own = (first + index) * row..(first + index + 1) * row;
+                let mut found = vec![f32::NAN; row];
+                attend(isa, &pool, spec, &q[own.clone()], &[alone], &mut found).expect("shapes that fit");
+                prop_assert_eq!(&found, &out[own]);
+            }
+            first += sequence.rows;
         }
     }
     Ok(())
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn attention_is_that_of_float64(
@@ -164,17 +234,38 @@ proptest! {
         sequences in prop::collection::vec((0..400_usize, 1..20_usize), 1..4),
         softcap in select(vec![None, Some(0.8_f32), Some(3.0)]),
         window in select(vec![None, Some(1), Some(7), Some(100)]),
+        keep in select(vec![0_usize, 0, 4, 70]),
         threads in 1..4_usize,
-        half in any::<bool>(),
+        float in select(vec![KvFloat::F32, KvFloat::F16]),
     ) {
         let layout = KvLayout { heads: kv_heads, head_dim };
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let spec = AttentionSpec { layout, heads: kv_heads * group, scale, softcap, window };
-        if half {
-            check_attention::<f16>(spec, &sequences, threads, |x| f16::from_f32(x).to_f64())?;
-        } else {
-            check_attention::<f32>(spec, &sequences, threads, f64::from)?;
-        }
+        let spec = AttentionSpec { layout, heads: kv_heads * group, scale, softcap, window, keep };
+        check_attention(spec, &sequences, threads, |_| KvFormat { layout, layers: 2, float, integers: None })?;
+    }
+
+    #[test]
+    fn attention_to_integers_is_that_of_float64(
+        kv_heads in 1..4_usize,
+        group in select(vec![1_usize, 3, 5]),
+        head_dim in select(vec![32_usize, 64, 96, 128]),
+        sequences in prop::collection::vec((0..400_usize, 1..20_usize), 1..4),
+        window in select(vec![None, Some(100)]),
+        bits in select(vec![4_usize, 8]),
+        group_size in select(vec![32_usize, 64]),
+        from in 0..4_usize,
+        float in select(vec![KvFloat::F32, KvFloat::F16]),
+    ) {
+        prop_assume!(head_dim % group_size == 0);
+        let layout = KvLayout { heads: kv_heads, head_dim };
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let spec = AttentionSpec { layout, heads: kv_heads * group, scale, softcap: None, window, keep: 0 };
+        check_attention(spec, &sequences, 2, |page| KvFormat {
+            layout,
+            layers: 2,
+            float,
+            integers: (page >= from).then_some(KvIntegers { bits, group_size }),
+        })?;
     }
 }
 
@@ -248,18 +339,31 @@ fn what_does_not_fit_is_refused() {
         heads: 2,
         head_dim: 4,
     };
-    let mut page = vec![0.0_f32; layout.page_len()];
-    assert!(layout.write(&mut page, PAGE, &[0.0; 8], &[0.0; 8]).is_err());
-    assert!(layout.write(&mut page[1..], 0, &[0.0; 8], &[0.0; 8]).is_err());
-    assert!(layout.write(&mut page, 0, &[0.0; 7], &[0.0; 8]).is_err());
+    let format = KvFormat {
+        layout,
+        layers: 1,
+        float: KvFloat::F32,
+        integers: None,
+    };
+    let mut page = KvPage::new(format).unwrap();
+    assert!(page.write(0, PAGE, &[0.0; 8], &[0.0; 8]).is_err());
+    assert!(page.write(1, 0, &[0.0; 8], &[0.0; 8]).is_err());
+    assert!(page.write(0, 0, &[0.0; 7], &[0.0; 8]).is_err());
+    assert!(page.layer(1).is_err());
+    for (bits, group_size) in [(8, 32), (3, 32), (4, 4)] {
+        let integers = Some(KvIntegers { bits, group_size });
+        let error = KvPage::new(KvFormat { integers, ..format }).unwrap_err();
+        assert!(error.to_string().contains("has no layout here"), "{error}");
+    }
     let spec = AttentionSpec {
         layout,
         heads: 4,
         scale: 1.0,
         softcap: None,
         window: None,
+        keep: 0,
     };
-    let pages = [page.as_slice()];
+    let pages = [Some(page.layer(0).unwrap())];
     let queries = |position, first, rows| Queries {
         pages: &pages,
         position,
@@ -270,10 +374,7 @@ fn what_does_not_fit_is_refused() {
     let mut run = |spec, queries| attend(isa, &pool, spec, &[0.0; 16], &[queries], &mut out);
     assert!(run(spec, queries(0, 0, 1)).is_ok());
     let error = run(spec, queries(PAGE, 0, 1)).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the pages of a sequence has 1 elements where the shapes make 2"
-    );
+    assert_eq!(error.to_string(), "page 1 is beyond the last, of 1");
     assert!(run(spec, queries(0, 0, 2)).is_err());
     assert!(run(spec, queries(0, 1, 1)).is_err());
     assert!(run(AttentionSpec { heads: 3, ..spec }, queries(0, 0, 1)).is_err());

@@ -6,11 +6,13 @@
 
 use std::ops::Range;
 
+use mlx_engine_core::KvConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::decoder::Body;
+use crate::kv::KvRule;
 use crate::sequence::Cache;
-use crate::{Decoder, DecoderSpec, ModelError, Sequence, graph, host};
+use crate::{Decoder, ModelError, Sequence, graph, host};
 
 /// What a block begins with; the last byte is the version of the format.
 const MAGIC: [u8; 8] = *b"MLXEKV\0\x01";
@@ -30,7 +32,8 @@ impl Decoder {
     /// For positions that the sequence does not have, a range that is empty or begins elsewhere, and what a step
     /// failed with.
     pub fn export(&self, sequence: &Sequence, range: Range<usize>) -> Result<Vec<u8>, ModelError> {
-        let header = self.header(range.clone());
+        self.check_exportable()?;
+        let mut header = self.header(range.clone());
         let multiple = match &self.body {
             Body::Graph(_) => 1,
             Body::Host(_) => host::PAGE,
@@ -52,7 +55,11 @@ impl Decoder {
                 }
                 bytes
             }
-            Cache::Host(cache) => cache.export(range),
+            Cache::Host(cache) => {
+                let (pages, bytes) = cache.export(range);
+                header.pages = pages;
+                bytes
+            }
         };
         header.block(&elements)
     }
@@ -67,6 +74,7 @@ impl Decoder {
         &self,
         blocks: impl IntoIterator<Item = B>,
     ) -> Result<Sequence, ModelError> {
+        self.check_exportable()?;
         let mut sequence = self.sequence();
         for block in blocks {
             let (found, elements) = Header::read(block.as_ref())?;
@@ -89,26 +97,58 @@ impl Decoder {
                         layer.import(start, shape.map(|len| len as i32), dtype, elements)?;
                     }
                 }
-                (Body::Host(_), Cache::Host(cache)) => {
+                (Body::Host(host), Cache::Host(cache)) => {
                     if !start.is_multiple_of(host::PAGE) {
                         return Err(damaged(format!("one before it ends at {start}, within a page")));
                     }
-                    cache.import(self.spec(), end - start, elements)?;
+                    cache
+                        .import(&host.pages, start..end, &found.pages, elements)?
+                        .ok_or_else(|| damaged("its pages are not those that it tells of"))?;
                 }
                 _ => return Err(Self::foreign()),
             }
             sequence.offset = end;
         }
         sequence.wait()?;
+        if let Cache::Host(cache) = &sequence.cache
+            && sequence.offset > 0
+        {
+            sequence.released = cache.released();
+            if !self.plan.can_go_on_at(sequence.offset, &sequence.released) {
+                return Err(damaged("what its end sees is not in it"));
+            }
+        }
         Ok(sequence)
     }
 
     fn header(&self, range: Range<usize>) -> Header {
         let (layout, element) = match &self.body {
             Body::Graph(graph) => (graph::LAYOUT, graph::element(graph.dtype())),
-            Body::Host(host) => (host::LAYOUT, host.cache().element()),
+            Body::Host(host) => (host::LAYOUT, host.pages.element()),
         };
-        Header::new(self.spec(), layout, element, range)
+        let spec = self.spec();
+        Header {
+            model_type: spec.model_type.clone(),
+            layout: layout.to_owned(),
+            element: element.to_owned(),
+            layers: spec.layers,
+            kv_heads: spec.kv_heads,
+            head_dim: spec.head_dim,
+            kv: self.kv.clone(),
+            start: range.start,
+            end: range.end,
+            pages: Vec::new(),
+        }
+    }
+
+    /// MLX's arrays are exported where they hold everything, as floats.
+    fn check_exportable(&self) -> Result<(), ModelError> {
+        let plain = |rule: &KvRule| rule.window.is_none() && rule.integers.is_none();
+        if matches!(self.body, Body::Host(_)) || self.plan.rules.iter().all(plain) {
+            return Ok(());
+        }
+        let message = "keys and values of a window, or of `kv.bits`, are exported on a CPU alone";
+        Err(ModelError::config(message))
     }
 }
 
@@ -123,25 +163,16 @@ pub(crate) struct Header {
     pub(crate) layers: usize,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
+    /// How keys and values are kept.
+    pub(crate) kv: KvConfig,
     /// The first position, and the one behind the last.
     pub(crate) start: usize,
     pub(crate) end: usize,
+    /// For each kind of attention which of the pages are there; none are told where all are.
+    pub(crate) pages: Vec<Vec<bool>>,
 }
 
 impl Header {
-    pub(crate) fn new(spec: &DecoderSpec, layout: &str, element: &str, range: Range<usize>) -> Self {
-        Self {
-            model_type: spec.model_type.clone(),
-            layout: layout.to_owned(),
-            element: element.to_owned(),
-            layers: spec.layers,
-            kv_heads: spec.kv_heads,
-            head_dim: spec.head_dim,
-            start: range.start,
-            end: range.end,
-        }
-    }
-
     /// The block of these elements.
     pub(crate) fn block(&self, elements: &[u8]) -> Result<Vec<u8>, ModelError> {
         let header = serde_json::to_vec(self).map_err(|error| damaged(error.to_string()))?;
@@ -191,6 +222,7 @@ impl Header {
         if *self
             != (Self {
                 end: self.end,
+                pages: self.pages.clone(),
                 ..expected.clone()
             })
         {

@@ -1,18 +1,20 @@
 //! The decoder: one implementation for every family, and the one place that decides where it runs.
 
 use std::fmt;
+use std::sync::Arc;
 
-use mlx_engine_core::{Device, LoadProgress};
+use mlx_engine_core::{Device, KvConfig, LoadProgress};
 use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::{Array, ops};
 
 use crate::device::{self, DeviceInfo};
 use crate::graph::{GraphDecoder, GraphRows, KvCache};
-use crate::host::{HostDecoder, HostRows, Precision};
+use crate::host::{HostCache, HostDecoder, HostRows, Precision};
+use crate::kv::KvPlan;
 use crate::sampling::log_softmax;
 use crate::sequence::{Cache, Sequence};
 use crate::weights::Loader;
-use crate::{DecoderSpec, ModelError, Source};
+use crate::{DecoderSpec, ModelError, Source, graph};
 
 /// What computes a decoder.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -118,6 +120,8 @@ pub struct Decoder {
     spec: DecoderSpec,
     device: DeviceInfo,
     pub(crate) body: Body,
+    pub(crate) kv: KvConfig,
+    pub(crate) plan: Arc<KvPlan>,
 }
 
 #[derive(Debug)]
@@ -149,8 +153,14 @@ impl Decoder {
             (Device::Cpu, Compute::Exact) => Some(Precision::Exact),
             _ => None,
         };
+        let kv = KvConfig::default();
+        let plan = Arc::new(KvPlan::new(&spec, &kv)?);
         let body = match precision {
-            Some(precision) => Body::Host(HostDecoder::load(&spec, &loader, precision, threads, progress)?),
+            Some(precision) => {
+                let plan = (*plan).clone();
+                let host = HostDecoder::load(&spec, &loader, precision, threads, plan, progress)?;
+                Body::Host(host)
+            }
             None => Body::Graph(GraphDecoder::load(&spec, &loader, device, progress)?),
         };
         let layers = spec.layers as u32;
@@ -159,7 +169,40 @@ impl Decoder {
             total: layers,
         })?;
         progress(LoadProgress::Bytes { done: total, total })?;
-        Ok(Self { spec, device, body })
+        Ok(Self {
+            spec,
+            device,
+            body,
+            kv,
+            plan,
+        })
+    }
+
+    /// Keeps keys and values otherwise than all of them as floats.
+    ///
+    /// # Errors
+    ///
+    /// For what [`KvConfig::validate`] refuses, for groups that do not make whole heads, and, with MLX's operations, for
+    /// integers beside layers that see a window.
+    pub fn with_kv(mut self, config: &KvConfig) -> Result<Self, ModelError> {
+        let plan = KvPlan::new(&self.spec, config)?;
+        match &mut self.body {
+            Body::Host(host) => host.keep(plan.clone()),
+            Body::Graph(_) if plan.mixes_windows_and_integers() => {
+                let message =
+                    "`kv.bits` beside a sliding window or `kv.max_positions` is computed on a CPU alone";
+                return Err(ModelError::config(message));
+            }
+            Body::Graph(_) => {}
+        }
+        self.plan = Arc::new(plan);
+        self.kv = config.clone();
+        Ok(self)
+    }
+
+    /// How keys and values are kept.
+    pub fn kv_config(&self) -> &KvConfig {
+        &self.kv
     }
 
     /// What the decoder looks like.
@@ -172,10 +215,12 @@ impl Decoder {
         self.device
     }
 
-    /// Bytes of keys and values that a token takes.
+    /// Bytes of keys and values that a token takes, while all are kept.
     pub fn kv_bytes_per_token(&self) -> usize {
         match &self.body {
-            Body::Graph(graph) => self.spec.kv_bytes_per_token(graph.kv_element_bytes()),
+            Body::Graph(graph) => self
+                .plan
+                .graph_bytes(&self.spec, graph.kv_element_bytes(), [1, 1, 1]),
             Body::Host(host) => host.kv_bytes_per_token(),
         }
     }
@@ -189,14 +234,29 @@ impl Decoder {
         }
     }
 
+    /// Bytes of keys and values of a sequence of `tokens` that is fed at most `step` of them at once, with what is
+    /// reserved.
+    pub fn kv_bytes(&self, tokens: usize, step: usize) -> usize {
+        match &self.body {
+            Body::Graph(graph) => {
+                let bytes = graph.kv_element_bytes();
+                self.plan
+                    .graph_bytes(&self.spec, bytes, [tokens, step, graph::BLOCK])
+            }
+            Body::Host(host) => host.pages.bytes(tokens, step.max(1)),
+        }
+    }
+
     /// A sequence that has seen nothing.
     pub fn sequence(&self) -> Sequence {
         Sequence {
             cache: match &self.body {
                 Body::Graph(_) => Cache::Graph((0..self.spec.layers).map(|_| KvCache::default()).collect()),
-                Body::Host(host) => Cache::Host(host.cache()),
+                Body::Host(_) => Cache::Host(HostCache::new()),
             },
             offset: 0,
+            released: vec![0; self.plan.rules.len()],
+            plan: Arc::clone(&self.plan),
         }
     }
 
@@ -343,11 +403,11 @@ impl Decoder {
                     }),
                     Cache::Host(_) => Err(Self::foreign()),
                 });
-                graph.forward(ids, &mut rows.collect::<Result<Vec<_>, _>>()?)?
+                graph.forward(ids, &self.plan, &mut rows.collect::<Result<Vec<_>, _>>()?)?
             }
         };
         for (sequence, &(rows, _)) in sequences.iter_mut().zip(rows) {
-            sequence.offset += rows;
+            sequence.advance(rows);
         }
         Ok(logits)
     }

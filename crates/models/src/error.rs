@@ -127,6 +127,12 @@ pub enum ModelError {
         /// What the first has to be a multiple of.
         multiple: usize,
     },
+    /// What the last of some tokens sees is gone, as a window has passed it.
+    #[error("the keys and values that {len} tokens end with are gone: the window has passed them")]
+    Forgotten {
+        /// The number of tokens.
+        len: usize,
+    },
     /// There was nothing to feed.
     #[error("no tokens were given")]
     NoTokens,

@@ -32,6 +32,7 @@ mod error;
 mod family;
 mod graph;
 mod host;
+mod kv;
 mod memory;
 mod names;
 mod sampling;

@@ -38,6 +38,13 @@ impl Held {
     }
 }
 
+/// As many again.
+impl Clone for Held {
+    fn clone(&self) -> Self {
+        Self::new(self.0)
+    }
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         self.set(0);

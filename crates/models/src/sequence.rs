@@ -1,16 +1,22 @@
 //! What a decoder remembers of the tokens that it was fed.
 
+use std::sync::Arc;
+
 use mlx_rs::{Array, transforms};
 
 use crate::ModelError;
 use crate::graph::KvCache;
 use crate::host::HostCache;
+use crate::kv::KvPlan;
 
 /// What a decoder remembers of one sequence: how many tokens it has seen, and their keys and values.
 #[derive(Debug)]
 pub struct Sequence {
     pub(crate) cache: Cache,
     pub(crate) offset: usize,
+    pub(crate) plan: Arc<KvPlan>,
+    /// For each kind of attention the first position, beside the kept ones, whose keys and values are still there.
+    pub(crate) released: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -30,9 +36,26 @@ impl Sequence {
         self.offset == 0
     }
 
-    /// Forgets all but the first `len` tokens. The memory is kept for the tokens that follow.
+    /// Whether all but the first `len` tokens can be forgotten. Where layers see a window, what it has passed is gone: then
+    /// some of the last tokens can be taken back, or all.
+    pub fn can_truncate(&self, len: usize) -> bool {
+        len >= self.offset || self.plan.can_go_on_at(len, &self.released)
+    }
+
+    /// Forgets all but the first `len` tokens, and where that [cannot be](Self::can_truncate), all; what is left is
+    /// [`len`](Self::len). The memory is kept for the tokens that follow.
     pub fn truncate(&mut self, len: usize) {
-        self.offset = self.offset.min(len);
+        let possible = self.can_truncate(len);
+        self.offset = if possible { self.offset.min(len) } else { 0 };
+        if self.offset == 0 {
+            self.released.fill(0);
+        }
+    }
+
+    /// Counts tokens that were fed.
+    pub(crate) fn advance(&mut self, tokens: usize) {
+        self.plan.release(self.offset, &mut self.released);
+        self.offset += tokens;
     }
 
     /// Another sequence that has seen the first `len` tokens of this one, or all if it has seen fewer. From here each goes
@@ -44,14 +67,24 @@ impl Sequence {
     ///
     /// # Errors
     ///
-    /// Where MLX fails.
+    /// Where what the tokens up to `len` see [is gone](Self::can_truncate), and where MLX fails.
     pub fn fork(&mut self, len: usize) -> Result<Self, ModelError> {
+        if !self.can_truncate(len) {
+            return Err(ModelError::Forgotten { len });
+        }
         let offset = self.offset.min(len);
         let cache = match &mut self.cache {
             Cache::Graph(layers) => Cache::Graph(layers.clone()),
             Cache::Host(cache) => Cache::Host(cache.fork(offset)?),
         };
-        Ok(Self { cache, offset })
+        let mut fork = Self {
+            cache,
+            offset,
+            plan: Arc::clone(&self.plan),
+            released: self.released.clone(),
+        };
+        fork.truncate(offset);
+        Ok(fork)
     }
 
     /// Waits until the keys and values of all tokens that were fed are there.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mlx_engine_checkpoint::{AffineTensor, GgufFile};
-use mlx_engine_core::GenerateParams;
+use mlx_engine_core::{GenerateParams, KvConfig};
 use mlx_engine_models::{Compute, Decoder, NextToken, Sampler, Source};
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Value, json};
@@ -115,6 +115,31 @@ fn eight_bits_change_the_perplexity_by_less_than_half_a_percent() {
     let found: Vec<f64> = found.into_iter().map(f64::from).collect();
     let ratio = perplexity(&found) / perplexity(&expected);
     assert!((ratio - 1.0).abs() < 0.005, "{ratio}");
+}
+
+#[test]
+fn the_perplexity_with_integers_for_keys_and_values_is_that_of_mlx_lm() {
+    let oracle = oracle();
+    for bits in [8, 4] {
+        let config = KvConfig {
+            bits: Some(bits),
+            ..KvConfig::default()
+        };
+        let decoder = load(&gguf_path(), Compute::Exact);
+        let decoder = decoder.with_kv(&config).expect("whole groups");
+        let found = logprobs(&decoder, &ids(&oracle["score"]["ids"]));
+        let mean = found.iter().map(|&logprob| f64::from(logprob)).sum::<f64>() / found.len() as f64;
+        let found = (-mean).exp();
+        let expected = oracle["kv_perplexity"][bits.to_string()]
+            .as_f64()
+            .expect("a number");
+        // Where a float is a little other, an integer may be the next one.
+        let slack = if bits == 8 { 0.001 } else { 0.01 };
+        assert!(
+            (found / expected - 1.0).abs() < slack,
+            "{bits} bits: {found}, {expected}"
+        );
+    }
 }
 
 #[test]

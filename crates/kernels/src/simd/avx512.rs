@@ -71,6 +71,10 @@ impl Simd for Avx512 {
         have!(_mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())))
     }
     #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> __m512i {
+        have!(_mm512_cvtepu8_epi32(_mm_loadu_si128(x.as_ptr().cast())))
+    }
+    #[inline(always)]
     fn load_bf16(self, x: &[u16; LANES]) -> __m512 {
         have!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(
             _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()))

@@ -121,6 +121,19 @@ pub(crate) trait Simd: Copy {
     /// bytes that are the same for all lanes.
     fn dot<const BITS: usize>(self, start: Self::I, weights: &[Self::I; 8], x: &Bytes) -> Self::I;
 
+    /// Sixteen bytes as integers.
+    #[inline(always)]
+    fn load_u8(self, x: &[u8; LANES]) -> Self::I {
+        let mut wide = Line::ZERO;
+        for (to, &byte) in bytemuck::cast_mut::<Line, [u32; LANES]>(&mut wide)
+            .iter_mut()
+            .zip(x)
+        {
+            *to = u32::from(byte);
+        }
+        self.line(&wide)
+    }
+
     /// Float16 of sixteen lanes, or bfloat16, as they lie in half a line.
     #[inline(always)]
     fn load_bf16(self, x: &[u16; LANES]) -> Self::F {

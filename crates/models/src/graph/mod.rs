@@ -10,11 +10,12 @@ use mlx_rs::ops::indexing::{IndexOp, take_axis};
 use mlx_rs::{Array, Dtype, ops, transforms};
 
 use attention::{Sight, soft_capped};
-pub(crate) use cache::{KvCache, LAYOUT, element};
+pub(crate) use cache::{BLOCK, KvCache, LAYOUT, element};
 use gate::Gate;
 use layers::{Linear, Matrix, Norm, Rope};
 
 use crate::device::DeviceInfo;
+use crate::kv::KvPlan;
 use crate::names::{Part, Place};
 use crate::weights::{Loader, RawMatrix, StoredType};
 use crate::{DecoderSpec, ModelError};
@@ -58,8 +59,6 @@ struct Attention {
     /// Norms of queries and keys, where the family has them.
     norms: Option<(Norm, Norm)>,
     rope: Option<Rope>,
-    /// A token sees this many, all where `None`.
-    window: Option<usize>,
     scale: f32,
     softcap: Option<f32>,
     heads: i32,
@@ -82,6 +81,8 @@ pub(crate) struct GraphRows<'a> {
 /// Where the rows of a step belong.
 struct Batch<'a, 'b> {
     parts: &'a mut [GraphRows<'b>],
+    /// What is kept of each layer.
+    plan: &'a KvPlan,
     /// The position of each row, `[rows]`, where several sequences are fed one token each.
     positions: Option<Array>,
 }
@@ -147,15 +148,17 @@ impl Attention {
         let queries = self.rotated(&queries, batch)?;
         let keys = self.rotated(&keys, batch)?;
         let values = Self::per_sequence(&values, batch)?;
+        let rule = &batch.plan.rules[batch.plan.places[layer].0];
         let sight = Sight {
             scale: self.scale,
             softcap: self.softcap,
-            window: self.window,
+            window: rule.window,
+            keep: rule.keep,
         };
         let mut attended = Vec::with_capacity(batch.parts.len());
         for (((part, queries), keys), values) in batch.parts.iter_mut().zip(queries).zip(keys).zip(values) {
-            let (keys, values) = part.layers[layer].update(part.position, &keys, &values)?;
-            let own = sight.attend(&queries, keys, values)?;
+            let segments = part.layers[layer].update(rule, part.position, &keys, &values)?;
+            let own = sight.attend(&queries, part.position, segments)?;
             attended.push(own.transpose_axes(&HEADS_FIRST)?);
         }
         let attended = match &attended[..] {
@@ -326,7 +329,6 @@ impl GraphDecoder {
                             .wavelengths(spec.head_dim)
                             .map(|values| Array::from_slice(&values, &[values.len() as i32])),
                     }),
-                    window: kind.window,
                     scale: spec.attention_scale,
                     softcap: spec.attention_softcap,
                     heads: spec.heads as i32,
@@ -372,6 +374,7 @@ impl GraphDecoder {
     pub(crate) fn forward(
         &self,
         ids: &Array,
+        plan: &KvPlan,
         parts: &mut [GraphRows<'_>],
     ) -> Result<Option<Array>, ModelError> {
         let ids = ids.reshape(&[1, -1])?;
@@ -381,7 +384,11 @@ impl GraphDecoder {
             Array::from_slice(&positions, &[positions.len() as i32])
         });
         let wanted = Wanted::of(parts);
-        let mut batch = Batch { parts, positions };
+        let mut batch = Batch {
+            parts,
+            plan,
+            positions,
+        };
         let mut x = scaled(self.embedding.rows(&ids, self.dtype)?, self.embedding_scale)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             x = block.forward(&x, &mut batch, layer, &self.gate)?;

@@ -4,13 +4,13 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytemuck::{AnyBitPattern, NoUninit};
-use half::f16;
-use mlx_engine_kernels::{KvElement, KvLayout, PAGE, Precision};
+use mlx_engine_kernels::{
+    KernelError, KvFloat, KvFormat, KvIntegers, KvLayer, KvLayout, KvPage, PAGE, Precision,
+};
 use mlx_rs::{Array, Stream, transforms};
 use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_UINT32};
 
-use crate::block::damaged;
+use crate::kv::{KvPlan, KvRule};
 use crate::memory::Held;
 use crate::{DecoderSpec, ModelError};
 
@@ -22,69 +22,176 @@ pub(crate) struct HostCache {
     pub(crate) written: Option<Array>,
 }
 
-/// Pages of 64 positions, each of all layers one after the other.
-pub(crate) enum Pages {
-    F32(Vec<Arc<Page<f32>>>),
-    F16(Vec<Arc<Page<f16>>>),
+/// For each kind of attention, pages of 64 positions; `None` where what they held is no longer seen.
+#[derive(Clone, Default)]
+pub(crate) struct Pages {
+    groups: Vec<Vec<Option<Arc<Page>>>>,
 }
 
-/// 64 positions of all layers. A page that several sequences have is read by all and written by none of them.
-pub(crate) struct Page<E> {
-    pub(super) elements: Vec<E>,
+/// 64 positions of all layers of a kind. A page that several sequences have is read by all and written by none of them.
+#[derive(Clone)]
+struct Page {
+    kv: KvPage,
     held: Held,
 }
 
-impl<E: KvElement> Clone for Page<E> {
-    fn clone(&self) -> Self {
-        Self::new(self.elements.clone())
+/// How pages are made: what is kept, and the formats in which it is stored.
+#[derive(Clone, Debug)]
+pub(crate) struct PagePlan {
+    pub(crate) kv: KvPlan,
+    layout: KvLayout,
+    float: KvFloat,
+}
+
+impl PagePlan {
+    pub(crate) fn new(spec: &DecoderSpec, kv: KvPlan, precision: Precision) -> Self {
+        Self {
+            kv,
+            layout: KvLayout {
+                heads: spec.kv_heads,
+                head_dim: spec.head_dim,
+            },
+            float: match precision {
+                Precision::Exact => KvFloat::F32,
+                Precision::Integer => KvFloat::F16,
+            },
+        }
+    }
+
+    /// The shape of a layer.
+    pub(crate) fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    /// The name of the type of what is not an integer.
+    pub(crate) fn element(&self) -> &'static str {
+        match self.float {
+            KvFloat::F32 => "f32",
+            KvFloat::F16 => "f16",
+        }
+    }
+
+    fn format(&self, rule: &KvRule, page: usize) -> KvFormat {
+        KvFormat {
+            layout: self.layout,
+            layers: rule.layers,
+            float: self.float,
+            integers: rule
+                .integers
+                .filter(|integers| page * PAGE >= integers.from)
+                .map(|integers| KvIntegers {
+                    bits: integers.bits,
+                    group_size: integers.group_size,
+                }),
+        }
+    }
+
+    fn page(&self, rule: &KvRule, page: usize) -> Result<Arc<Page>, KernelError> {
+        let kv = KvPage::new(self.format(rule, page))?;
+        let held = Held::new(kv.format().bytes());
+        Ok(Arc::new(Page { kv, held }))
+    }
+
+    /// Bytes that a sequence of `tokens` takes, which was fed at most `step` of them at once.
+    pub(crate) fn bytes(&self, tokens: usize, step: usize) -> usize {
+        let groups = self.kv.rules.iter().map(|rule| {
+            let last = tokens.saturating_sub(step.min(tokens));
+            let pages = (0..tokens.div_ceil(PAGE)).filter(|&page| is_held(rule, page, rule.released(last)));
+            pages.map(|page| self.format(rule, page).bytes()).sum::<usize>()
+        });
+        groups.sum()
     }
 }
 
-impl<E> Page<E> {
-    fn new(elements: Vec<E>) -> Self {
-        Self {
-            held: Held::new(size_of_val(&*elements)),
-            elements,
-        }
-    }
+/// Whether a page is there where those beside the kept ones are from `released` on.
+fn is_held(rule: &KvRule, page: usize, released: usize) -> bool {
+    page * PAGE < rule.keep || (page + 1) * PAGE > released
 }
 
 impl Pages {
-    fn new(precision: Precision) -> Self {
-        match precision {
-            Precision::Exact => Self::F32(Vec::new()),
-            Precision::Integer => Self::F16(Vec::new()),
-        }
-    }
-
     /// The pages of the first `positions`, which are shared from now on.
     fn fork(&self, positions: usize) -> Self {
         let count = positions.div_ceil(PAGE);
-        match self {
-            Self::F32(pages) => Self::F32(pages.iter().take(count).cloned().collect()),
-            Self::F16(pages) => Self::F16(pages.iter().take(count).cloned().collect()),
+        let groups = self.groups.iter();
+        Self {
+            groups: groups
+                .map(|pages| pages.iter().take(count).cloned().collect())
+                .collect(),
         }
     }
 
-    /// The bytes of each page, and whether other sequences have it too.
-    fn sizes(&self) -> Vec<(usize, bool)> {
-        fn of<E>(pages: &[Arc<Page<E>>]) -> Vec<(usize, bool)> {
-            let pages = pages.iter();
-            pages
-                .map(|page| (page.held.bytes(), Arc::strong_count(page) > 1))
-                .collect()
+    fn all(&self) -> impl Iterator<Item = &Arc<Page>> {
+        self.groups.iter().flatten().flatten()
+    }
+
+    /// Gives back what rows from `position` on do not see, and makes room for `rows` of them. A shared page of which
+    /// nothing is kept is left to the others; one of which something is kept is copied when it is written to.
+    pub(super) fn make_room(
+        &mut self,
+        plan: &PagePlan,
+        position: usize,
+        rows: usize,
+    ) -> Result<(), KernelError> {
+        self.groups.resize(plan.kv.rules.len(), Vec::new());
+        for (pages, rule) in self.groups.iter_mut().zip(&plan.kv.rules) {
+            let released = rule.released(position);
+            for (index, page) in pages.iter_mut().enumerate() {
+                if !is_held(rule, index, released) {
+                    *page = None;
+                }
+            }
+            for index in position.div_ceil(PAGE)..(position + rows).div_ceil(PAGE) {
+                match pages.get_mut(index) {
+                    None => pages.push(Some(plan.page(rule, index)?)),
+                    Some(Some(page)) if Arc::strong_count(page) == 1 => {}
+                    Some(page) => *page = Some(plan.page(rule, index)?),
+                }
+            }
         }
-        match self {
-            Self::F32(pages) => of(pages),
-            Self::F16(pages) => of(pages),
-        }
+        Ok(())
+    }
+
+    /// Writes a position of a layer, which is the `number`th of its kind.
+    pub(super) fn write(
+        &mut self,
+        (kind, number): (usize, usize),
+        position: usize,
+        keys: &[f32],
+        values: &[f32],
+    ) -> Result<(), KernelError> {
+        let page = self
+            .groups
+            .get_mut(kind)
+            .and_then(|pages| pages.get_mut(position / PAGE));
+        let Some(Some(page)) = page else {
+            return Err(KernelError::Index {
+                what: "page",
+                index: position / PAGE,
+                len: 0,
+            });
+        };
+        let page = Arc::make_mut(page);
+        page.kv.write(number, position % PAGE, keys, values)
+    }
+
+    /// The pages of a layer that hold the first `positions`.
+    pub(super) fn layer(
+        &self,
+        (kind, number): (usize, usize),
+        positions: usize,
+    ) -> Result<Vec<Option<KvLayer<'_>>>, KernelError> {
+        let pages = self.groups.get(kind).map_or(&[][..], Vec::as_slice);
+        let pages = pages.iter().take(positions.div_ceil(PAGE));
+        pages
+            .map(|page| page.as_ref().map(|page| page.kv.layer(number)).transpose())
+            .collect()
     }
 }
 
 impl HostCache {
-    pub(crate) fn new(precision: Precision) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
-            pages: Arc::new(Mutex::new(Pages::new(precision))),
+            pages: Arc::default(),
             written: None,
         }
     }
@@ -144,14 +251,81 @@ impl HostCache {
 
     /// Bytes in memory.
     pub(crate) fn bytes(&self) -> usize {
-        self.lock().sizes().iter().map(|(bytes, _)| bytes).sum()
+        self.lock().all().map(|page| page.held.bytes()).sum()
     }
 
     /// Bytes in memory that no other sequence shares.
     pub(crate) fn unshared_bytes(&self) -> usize {
-        let sizes = self.lock().sizes();
-        let own = sizes.iter().filter(|(_, shared)| !shared);
-        own.map(|(bytes, _)| bytes).sum()
+        let pages = self.lock();
+        let own = pages.all().filter(|page| Arc::strong_count(page) == 1);
+        own.map(|page| page.held.bytes()).sum()
+    }
+
+    /// What the pages of these positions hold, those that are there, and which these are for each kind of attention. The
+    /// steps that write them have run.
+    pub(crate) fn export(&self, range: Range<usize>) -> (Vec<Vec<bool>>, Vec<u8>) {
+        let pages = self.lock();
+        let own = range.start / PAGE..range.end.div_ceil(PAGE);
+        let mut bytes = Vec::new();
+        let mut there = Vec::new();
+        for group in &pages.groups {
+            let group = &group[own.start.min(group.len())..own.end.min(group.len())];
+            for page in group.iter().flatten() {
+                for part in page.kv.as_bytes() {
+                    bytes.extend_from_slice(part);
+                }
+            }
+            there.push(group.iter().map(Option::is_some).collect());
+        }
+        (there, bytes)
+    }
+
+    /// Adds what [`export`](Self::export) gave of pages behind the first `start` positions; `None` where it does not
+    /// fit.
+    pub(crate) fn import(
+        &mut self,
+        plan: &PagePlan,
+        range: Range<usize>,
+        there: &[Vec<bool>],
+        mut bytes: &[u8],
+    ) -> Result<Option<()>, ModelError> {
+        let own = range.start / PAGE..range.end.div_ceil(PAGE);
+        let mut pages = self.lock();
+        pages.groups.resize(plan.kv.rules.len(), Vec::new());
+        if there.len() != pages.groups.len() || there.iter().any(|group| group.len() != own.len()) {
+            return Ok(None);
+        }
+        for ((group, rule), there) in pages.groups.iter_mut().zip(&plan.kv.rules).zip(there) {
+            for (index, &there) in own.clone().zip(there) {
+                if !there {
+                    group.push(None);
+                    continue;
+                }
+                let len = plan.format(rule, index).bytes();
+                let Some((own, rest)) = bytes.split_at_checked(len) else {
+                    return Ok(None);
+                };
+                let mut page = plan.page(rule, index)?;
+                Arc::make_mut(&mut page).kv.set_bytes(own)?;
+                group.push(Some(page));
+                bytes = rest;
+            }
+        }
+        Ok(bytes.is_empty().then_some(()))
+    }
+
+    /// For each kind of attention the first position beside the kept ones from which on everything is there.
+    pub(crate) fn released(&self) -> Vec<usize> {
+        let pages = self.lock();
+        let groups = pages.groups.iter();
+        groups
+            .map(|pages| {
+                pages
+                    .iter()
+                    .rposition(Option::is_none)
+                    .map_or(0, |page| (page + 1) * PAGE)
+            })
+            .collect()
     }
 }
 
@@ -163,93 +337,3 @@ impl fmt::Debug for HostCache {
 
 /// The order of the elements of a page, as blocks name it.
 pub(crate) const LAYOUT: &str = "pages-of-64-by-16";
-
-impl HostCache {
-    /// The type of the elements.
-    pub(crate) fn element(&self) -> &'static str {
-        match &*self.lock() {
-            Pages::F32(_) => "f32",
-            Pages::F16(_) => "f16",
-        }
-    }
-
-    /// The elements of the pages that hold these positions. The steps that write them have run.
-    pub(crate) fn export(&self, range: Range<usize>) -> Vec<u8> {
-        fn of<E: NoUninit>(pages: &[Arc<Page<E>>], range: Range<usize>) -> Vec<u8> {
-            let pages = pages
-                .iter()
-                .take(range.end.div_ceil(PAGE))
-                .skip(range.start / PAGE);
-            pages
-                .flat_map(|page| bytemuck::cast_slice::<E, u8>(&page.elements))
-                .copied()
-                .collect()
-        }
-        match &*self.lock() {
-            Pages::F32(pages) => of(pages, range),
-            Pages::F16(pages) => of(pages, range),
-        }
-    }
-
-    /// Adds pages of these elements, as many as hold `positions`.
-    pub(crate) fn import(
-        &mut self,
-        spec: &DecoderSpec,
-        positions: usize,
-        elements: &[u8],
-    ) -> Result<(), ModelError> {
-        fn add<E: KvElement + AnyBitPattern + NoUninit>(
-            pages: &mut Vec<Arc<Page<E>>>,
-            spec: &DecoderSpec,
-            count: usize,
-            bytes: &[u8],
-        ) -> Result<(), ModelError> {
-            let len = spec.layers * layout(spec).page_len();
-            let expected = count * len * size_of::<E>();
-            if bytes.len() != expected {
-                let found = bytes.len();
-                return Err(damaged(format!(
-                    "it has {found} bytes of elements, not {expected}"
-                )));
-            }
-            for bytes in bytes.chunks_exact(len * size_of::<E>()) {
-                let mut elements = vec![E::default(); len];
-                bytemuck::cast_slice_mut(&mut elements).copy_from_slice(bytes);
-                pages.push(Arc::new(Page::new(elements)));
-            }
-            Ok(())
-        }
-        let count = positions.div_ceil(PAGE);
-        match &mut *self.lock() {
-            Pages::F32(pages) => add(pages, spec, count, elements),
-            Pages::F16(pages) => add(pages, spec, count, elements),
-        }
-    }
-}
-
-/// The layout of a layer.
-pub(super) fn layout(spec: &DecoderSpec) -> KvLayout {
-    KvLayout {
-        heads: spec.kv_heads,
-        head_dim: spec.head_dim,
-    }
-}
-
-/// Makes room for `rows` positions behind the first `position`. A shared page of which nothing is kept is left to the
-/// others; one of which something is kept is copied when it is written to.
-pub(super) fn make_room<E: KvElement>(
-    pages: &mut Vec<Arc<Page<E>>>,
-    spec: &DecoderSpec,
-    position: usize,
-    rows: usize,
-) {
-    let len = spec.layers * layout(spec).page_len();
-    let fresh = || Arc::new(Page::new(vec![E::default(); len]));
-    for index in position.div_ceil(PAGE)..(position + rows).div_ceil(PAGE) {
-        match pages.get_mut(index) {
-            None => pages.push(fresh()),
-            Some(page) if Arc::strong_count(page) > 1 => *page = fresh(),
-            Some(_) => {}
-        }
-    }
-}

@@ -1,21 +1,19 @@
 //! One step of a decoder.
 
-use std::sync::Arc;
-
 use mlx_engine_kernels::{
-    Activations, AttentionSpec, Gate, KernelError, KvElement, PAGE, Product, Queries, RopeLayout, Rotation,
-    attend, gated, project, rms_norm, rotate,
+    Activations, AttentionSpec, Gate, KernelError, Product, Queries, RopeLayout, Rotation, attend, gated,
+    project, rms_norm, rotate,
 };
 
-use super::cache::{Page, layout, make_room};
+use super::cache::{PagePlan, Pages};
 use super::{Block, Linear, Model};
 use crate::memory::Held;
 use crate::spec::Activation;
 
 /// The rows of a step that belong to one sequence.
-pub(super) struct Part<'a, E> {
+pub(super) struct Part<'a> {
     /// The sequence's keys and values, which grow with it.
-    pub(super) pages: &'a mut Vec<Arc<Page<E>>>,
+    pub(super) pages: &'a mut Pages,
     /// Positions before the first row.
     pub(super) position: usize,
     /// Tokens that are fed.
@@ -65,11 +63,12 @@ impl Workspace {
 
 impl Model {
     /// Feeds the tokens of all parts, one after the other in `ids`, and writes the logits of the rows that each part wants.
-    pub(super) fn forward<E: KvElement>(
+    pub(super) fn forward(
         &self,
         work: &mut Workspace,
+        plan: &PagePlan,
         ids: &[u32],
-        parts: &mut [Part<'_, E>],
+        parts: &mut [Part<'_>],
         logits: &mut [f32],
     ) -> Result<(), KernelError> {
         let spec = &self.spec;
@@ -84,12 +83,12 @@ impl Model {
             }
         }
         for part in parts.iter_mut() {
-            make_room(part.pages, spec, part.position, part.rows);
+            part.pages.make_room(plan, part.position, part.rows)?;
         }
         let rotations = self.rotations(parts);
         for (layer, block) in self.blocks.iter().enumerate() {
             let rotations = rotations[spec.attention_kind(layer)].as_deref();
-            self.attention(work, block, layer, parts, rotations)?;
+            self.attention(work, plan, block, layer, parts, rotations)?;
             self.mlp(work, block)?;
         }
         let wanted = parts.iter().map(|part| part.wanted).sum();
@@ -122,7 +121,7 @@ impl Model {
     }
 
     /// For each kind of attention, where it rotates, the rotations of all rows.
-    fn rotations<E>(&self, parts: &[Part<'_, E>]) -> Vec<Option<Vec<Rotation>>> {
+    fn rotations(&self, parts: &[Part<'_>]) -> Vec<Option<Vec<Rotation>>> {
         let kinds = self.spec.attention.iter().zip(&self.wavelengths);
         kinds
             .map(|(attention, wavelengths)| {
@@ -184,12 +183,13 @@ impl Model {
     }
 
     /// Adds a block's attention to the residual stream.
-    fn attention<E: KvElement>(
+    fn attention(
         &self,
         work: &mut Workspace,
+        plan: &PagePlan,
         block: &Block,
         layer: usize,
-        parts: &mut [Part<'_, E>],
+        parts: &mut [Part<'_>],
         rotations: Option<&[Rotation]>,
     ) -> Result<(), KernelError> {
         let (spec, isa, pool) = (&self.spec, self.isa, &self.pool);
@@ -223,28 +223,20 @@ impl Model {
             rotate(isa, pool, rope, rotations, spec.head_dim, &mut work.keys)?;
         }
 
-        let layout = layout(spec);
-        let own = layer * layout.page_len()..(layer + 1) * layout.page_len();
+        let place = plan.kv.places[layer];
         let mut kv = work
             .keys
             .chunks_exact(kv_width)
             .zip(work.values.chunks_exact(kv_width));
         for part in parts.iter_mut() {
             for (position, (keys, values)) in (part.position..part.position + part.rows).zip(&mut kv) {
-                let page = Arc::make_mut(&mut part.pages[position / PAGE]);
-                layout.write(&mut page.elements[own.clone()], position % PAGE, keys, values)?;
+                part.pages.write(place, position, keys, values)?;
             }
         }
-        let pages: Vec<Vec<&[E]>> = parts
+        let pages: Vec<_> = parts
             .iter()
-            .map(|part| {
-                let used = (part.position + part.rows).div_ceil(PAGE);
-                part.pages[..used]
-                    .iter()
-                    .map(|page| &page.elements[own.clone()])
-                    .collect()
-            })
-            .collect();
+            .map(|part| part.pages.layer(place, part.position + part.rows))
+            .collect::<Result<_, _>>()?;
         let mut first = 0;
         let mut sequences = Vec::with_capacity(parts.len());
         for (part, pages) in parts.iter().zip(&pages) {
@@ -256,12 +248,14 @@ impl Model {
             });
             first += part.rows;
         }
+        let rule = &plan.kv.rules[place.0];
         let attention = AttentionSpec {
-            layout,
+            layout: plan.layout(),
             heads: spec.heads,
             scale: spec.attention_scale,
             softcap: spec.attention_softcap,
-            window: kind.window,
+            window: rule.window,
+            keep: rule.keep,
         };
         let attended = work.attended.resize(rows, q_width);
         attend(isa, pool, attention, &work.queries, &sequences, attended)?;

@@ -18,17 +18,20 @@ use mlx_engine_kernels::{Isa, Matrix, Pool, all_finite};
 use mlx_rs::{Array, Stream};
 use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_FLOAT32, mlx_dtype__MLX_UINT32};
 
-use cache::Pages;
-pub(crate) use cache::{HostCache, LAYOUT};
+pub(crate) use cache::{HostCache, LAYOUT, PagePlan};
 use forward::{Part, Workspace};
 
+use crate::kv::KvPlan;
 use crate::memory::Held;
 use crate::weights::Loader;
 use crate::{DecoderSpec, ModelError};
 
 /// A decoder whose weights are laid out for the kernels.
 #[derive(Clone, Debug)]
-pub(crate) struct HostDecoder(Arc<Model>);
+pub(crate) struct HostDecoder {
+    model: Arc<Model>,
+    pub(crate) pages: Arc<PagePlan>,
+}
 
 /// What the op computes with.
 #[derive(Debug)]
@@ -110,25 +113,23 @@ impl HostDecoder {
         loader: &Loader<'_>,
         precision: Precision,
         threads: Option<usize>,
+        kv: KvPlan,
         progress: &mut dyn FnMut(LoadProgress) -> Result<(), ModelError>,
     ) -> Result<Self, ModelError> {
         let pool = Pool::new(threads.unwrap_or_else(Pool::physical_cores));
-        Ok(Self(Arc::new(load::model(
-            spec, loader, precision, pool, progress,
-        )?)))
+        let model = Arc::new(load::model(spec, loader, precision, pool, progress)?);
+        let pages = Arc::new(PagePlan::new(spec, kv, precision));
+        Ok(Self { model, pages })
     }
 
-    pub(crate) fn cache(&self) -> HostCache {
-        HostCache::new(self.0.precision)
+    /// Keeps keys and values otherwise, of sequences that begin from now on.
+    pub(crate) fn keep(&mut self, kv: KvPlan) {
+        self.pages = Arc::new(PagePlan::new(&self.model.spec, kv, self.model.precision));
     }
 
-    /// Bytes of keys and values that a token takes.
+    /// Bytes of keys and values that a token takes, all of which are kept.
     pub(crate) fn kv_bytes_per_token(&self) -> usize {
-        let element = match self.0.precision {
-            Precision::Exact => size_of::<f32>(),
-            Precision::Integer => size_of::<half::f16>(),
-        };
-        self.0.spec.layers * cache::layout(&self.0.spec).page_len() / PAGE * element
+        self.pages.bytes(PAGE, PAGE) / PAGE
     }
 
     /// Feeds `[tokens]` ids, those of one sequence after those of another, and returns the logits of the rows that each
@@ -138,7 +139,7 @@ impl HostDecoder {
         ids: &Array,
         sequences: &mut [HostRows<'_>],
     ) -> Result<Option<Array>, ModelError> {
-        let model = Arc::clone(&self.0);
+        let (model, plan) = (Arc::clone(&self.model), Arc::clone(&self.pages));
         let parts: Vec<_> = sequences
             .iter()
             .map(|sequence| {
@@ -163,35 +164,24 @@ impl HostDecoder {
                 .iter()
                 .map(|(pages, ..)| pages.lock().unwrap_or_else(PoisonError::into_inner))
                 .collect();
-            let (mut single, mut half) = (Vec::new(), Vec::new());
-            for (pages, &(_, [position, rows, wanted])) in locked.iter_mut().zip(&parts) {
-                match &mut **pages {
-                    Pages::F32(pages) => single.push(Part {
-                        pages,
-                        position,
-                        rows,
-                        wanted,
-                    }),
-                    Pages::F16(pages) => half.push(Part {
-                        pages,
-                        position,
-                        rows,
-                        wanted,
-                    }),
-                }
-            }
-            if half.is_empty() {
-                model.run(ids, &mut single, logits)
-            } else {
-                model.run(ids, &mut half, logits)
-            }
+            let mut parts: Vec<Part<'_>> = locked
+                .iter_mut()
+                .zip(&parts)
+                .map(|(pages, &(_, [position, rows, wanted]))| Part {
+                    pages,
+                    position,
+                    rows,
+                    wanted,
+                })
+                .collect();
+            model.run(&plan, ids, &mut parts, logits)
         });
         let mut inputs = vec![ids.as_ptr()];
         let before = sequences
             .iter()
             .filter_map(|sequence| sequence.cache.written.as_ref());
         inputs.extend(before.map(Array::as_ptr));
-        let shape = [wanted as i32, self.0.spec.vocab_size as i32];
+        let shape = [wanted as i32, self.model.spec.vocab_size as i32];
         let outputs = [
             HostOutput::new(&[1], mlx_dtype__MLX_UINT32),
             HostOutput::new(&shape, mlx_dtype__MLX_FLOAT32),
@@ -273,14 +263,15 @@ pub(crate) fn argmax(logits: &Array) -> Result<Array, ModelError> {
 
 impl Model {
     /// Runs a step.
-    fn run<E: mlx_engine_kernels::KvElement>(
+    fn run(
         &self,
+        plan: &PagePlan,
         ids: &[u32],
-        parts: &mut [Part<'_, E>],
+        parts: &mut [Part<'_>],
         logits: &mut [f32],
     ) -> Result<(), String> {
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = self.forward(&mut workspace, ids, parts, logits);
+        let done = self.forward(&mut workspace, plan, ids, parts, logits);
         workspace.count();
         done.map_err(|error| error.to_string())?;
         let finite = AtomicBool::new(true);
