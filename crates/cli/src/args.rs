@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mlx_engine::{BackendChoice, GenerateParams, ToolChoice, UseCase};
+use mlx_engine::{BackendChoice, GenerateParams, KvConfig, ToolChoice, UseCase};
+
+use crate::failure::Failure;
 
 /// Runs language models on Apple's MLX.
 #[derive(Debug, Parser)]
@@ -79,10 +81,33 @@ pub(crate) struct Model {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) threads: Option<u32>,
 
+    /// Keep keys and values as integers of this many bits, 8 or 4, in groups of 64
+    #[arg(long, value_name = "N")]
+    kv_bits: Option<u32>,
+
+    /// Keep keys and values of the first 4 positions and the last, this many together, and forget those between
+    #[arg(long, value_name = "N")]
+    max_kv: Option<usize>,
+
     /// Run the engine in a process of its own: a crash in it costs an answer and not the program
     #[cfg(unix)]
     #[arg(long)]
     pub(crate) isolate: bool,
+}
+
+impl Model {
+    /// How keys and values are kept.
+    pub(crate) fn kv(&self) -> Result<KvConfig, Failure> {
+        let config = KvConfig {
+            bits: self.kv_bits,
+            max_positions: self.max_kv,
+            ..KvConfig::default()
+        };
+        config
+            .validate()
+            .map_err(|error| Failure::usage(error.to_string()))?;
+        Ok(config)
+    }
 }
 
 /// How to sample.

@@ -31,6 +31,7 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
     let config = EngineConfig {
         exact: model.exact,
         threads: model.threads.map(|threads| threads as usize),
+        kv: model.kv()?,
         ..config
     };
     let engine = InferenceEngine::new()

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use mlx_engine_core::ParamError;
+use mlx_engine_core::{KvConfig, ParamError};
 use serde::{Deserialize, Serialize};
 
 /// How an engine schedules and computes. It can be read from a file; what is not written there is the default.
@@ -42,6 +42,8 @@ pub struct EngineConfig {
     pub memory_limit: Option<u64>,
     /// What is kept of requests for those that begin alike.
     pub prefix_cache: PrefixCacheConfig,
+    /// How keys and values are kept: all of them, as floats, unless told otherwise.
+    pub kv: KvConfig,
     /// Whether a CPU computes all in float32, several times slower, where it would use 8-bit integers for
     /// activations and float16 for keys and values. A GPU computes in the type of the checkpoint either way.
     pub exact: bool,
@@ -126,6 +128,7 @@ impl Default for EngineConfig {
             prefill_chunk: None,
             memory_limit: None,
             prefix_cache: PrefixCacheConfig::default(),
+            kv: KvConfig::default(),
             exact: false,
             threads: None,
         }
@@ -147,7 +150,8 @@ impl EngineConfig {
         between("memory_limit", self.memory_limit.unwrap_or(1), 1, u64::MAX)?;
         let disk = self.prefix_cache.disk.as_ref();
         let max_bytes = disk.map_or(1, |disk| disk.max_bytes);
-        between("prefix_cache.disk.max_bytes", max_bytes, 1, u64::MAX)
+        between("prefix_cache.disk.max_bytes", max_bytes, 1, u64::MAX)?;
+        self.kv.validate()
     }
 }
 

@@ -20,9 +20,6 @@ use crate::fingerprint::fingerprint;
 use crate::fit::MemoryNeeds;
 use crate::{Chosen, Feed, PromptEncoder, TokenModel};
 
-/// Positions by which keys and values grow, at most.
-const CACHE_BLOCK: usize = 256;
-
 /// Tokens of a prompt that are fed at once. A GPU is kept busy by more; on a CPU the others would wait for it too long.
 const DEVICE_CHUNK: usize = 2048;
 const CPU_CHUNK: usize = 512;
@@ -72,14 +69,13 @@ pub async fn load_mlx(
         },
         threads: config.threads,
     };
-    let memory_limit = config.memory_limit;
-    let disk = config.prefix_cache.disk.is_some();
+    let kept = config.clone();
     Engine::load(config, progress, move |cancelled, progress| {
-        let mut loaded = load(&path, configuration, options, memory_limit, cancelled, progress)?;
-        if disk {
+        let mut loaded = load(&path, configuration, options, &kept, cancelled, progress)?;
+        if kept.prefix_cache.disk.is_some() {
             let content = fingerprint(&path)
                 .map_err(|error| EngineError::model_load(&*loaded.configuration.id, error))?;
-            loaded.model.identity = Some(format!("{content} {}", options.compute));
+            loaded.model.identity = Some(format!("{content} {} {:?}", options.compute, kept.kv));
         }
         Ok(loaded)
     })
@@ -90,7 +86,7 @@ fn load(
     path: &Path,
     configuration: Option<ModelConfiguration>,
     options: LoadOptions,
-    memory_limit: Option<u64>,
+    config: &EngineConfig,
     cancelled: &AtomicBool,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Loaded<MlxModel>, EngineError> {
@@ -100,7 +96,7 @@ fn load(
     let failed = |error: ModelError| load_error(&id, error);
     let mut source = Source::open(path).map_err(failed)?;
     let weight_bytes = source.total_bytes();
-    if let Some(available) = memory_limit.filter(|&limit| limit < weight_bytes) {
+    if let Some(available) = config.memory_limit.filter(|&limit| limit < weight_bytes) {
         return Err(EngineError::InsufficientMemory {
             required: weight_bytes,
             available,
@@ -112,7 +108,7 @@ fn load(
     configuration.context_length = source.spec().context_length as u32;
     let encoder = PromptEncoder::new(tokenizer, configuration.default_system_prompt.clone())?;
     source.forget_tokenizer();
-    if let Some(limit) = memory_limit {
+    if let Some(limit) = config.memory_limit {
         // What MLX keeps for later arrays must not stand in the way of what is needed now.
         models::limit_memory(limit, (limit - weight_bytes) / KEPT_BY_MLX).map_err(failed)?;
     }
@@ -125,12 +121,14 @@ fn load(
             Ok(())
         }
     })
+    .and_then(|decoder| decoder.with_kv(&config.kv))
     .map_err(failed)?;
     Ok(Loaded {
         model: MlxModel {
             weight_bytes: models::active_memory().map_err(failed)?.saturating_sub(before),
             peak_at_load: models::peak_memory().map_err(failed)?,
             decoder,
+            prefill_chunk: config.prefill_chunk,
             identity: None,
         },
         configuration,
@@ -299,6 +297,8 @@ pub(crate) fn vocabulary(
 /// A decoder and the steps that it has begun.
 struct MlxModel {
     decoder: Decoder,
+    /// Tokens of a prompt that are fed at once, where the configuration says it.
+    prefill_chunk: Option<usize>,
     weight_bytes: u64,
     /// The most bytes that models had taken when this one was loaded.
     peak_at_load: u64,
@@ -362,17 +362,25 @@ impl TokenModel for MlxModel {
 
     fn truncate(&mut self, sequence: &mut MlxSequence, len: usize) -> bool {
         sequence.steps.clear();
+        let possible = sequence.sequence.can_truncate(len);
         sequence.sequence.truncate(len);
-        true
+        possible
     }
 
     fn fork(&mut self, sequence: &mut MlxSequence, len: usize) -> Result<Option<MlxSequence>, EngineError> {
+        if !sequence.sequence.can_truncate(len) {
+            return Ok(None);
+        }
         let fork = sequence.sequence.fork(len).map_err(run_error)?;
         Ok(Some(MlxSequence {
             sequence: fork,
             sampler: None,
             steps: VecDeque::new(),
         }))
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        self.decoder.forks_anywhere()
     }
 
     fn prefill(&mut self, sequence: &mut MlxSequence, tokens: &[u32]) -> Result<(), EngineError> {
@@ -476,8 +484,8 @@ impl TokenModel for MlxModel {
     }
 
     fn sequence_bytes(&self, tokens: usize) -> u64 {
-        // Caches grow by blocks.
-        (tokens.next_multiple_of(CACHE_BLOCK) * self.decoder.kv_bytes_per_token()) as u64
+        let step = self.prefill_chunk.unwrap_or_else(|| self.prefill_chunk());
+        self.decoder.kv_bytes(tokens, step) as u64
     }
 
     fn workspace_bytes(&self, chunk: usize, batch: usize) -> u64 {
@@ -511,7 +519,7 @@ impl TokenModel for MlxModel {
     }
 
     fn shared_bytes(&self, len: usize) -> u64 {
-        (self.decoder.shared_tokens(len) * self.decoder.kv_bytes_per_token()) as u64
+        self.sequence_bytes(self.decoder.shared_tokens(len))
     }
 
     fn peak_memory_bytes(&self) -> u64 {

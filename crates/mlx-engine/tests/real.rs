@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use futures::StreamExt;
 use mlx_engine::prelude::*;
-use mlx_engine::{Device, EngineConfig, LoadProgress};
+use mlx_engine::{Device, EngineConfig, KvConfig, LoadProgress};
 use serde_json::Value;
 
 fn model() -> String {
@@ -47,6 +47,69 @@ async fn the_capital_of_france_is_paris() {
     assert_eq!((output.backend, output.device), (Backend::Mlx, Device::Cpu));
     assert_eq!(output.usage.completion_tokens, 8);
     assert!(output.peak_memory_bytes > 98_362_432);
+}
+
+#[tokio::test]
+async fn keys_and_values_are_kept_as_the_configuration_says() {
+    let params = GenerateParams::default()
+        .with_temperature(0.0)
+        .with_max_tokens(32);
+    let integers = KvConfig {
+        bits: Some(8),
+        ..KvConfig::default()
+    };
+    let few = KvConfig {
+        max_positions: Some(64),
+        ..KvConfig::default()
+    };
+    let all = KvConfig::default();
+    // The answer stands at the end of what is seen, the question far before.
+    let long = format!(
+        "My name is Ada. {}What is the capital of France?",
+        "The river flows by the town. ".repeat(20)
+    );
+    for (kv, prompt) in [
+        (integers, "What is the capital of France?"),
+        (few.clone(), &long),
+        (all, &long),
+    ] {
+        let engine = InferenceEngine::new().with_config(EngineConfig {
+            kv: kv.clone(),
+            ..EngineConfig::default()
+        });
+        engine.load_model(&model()).await.unwrap();
+        let first = engine.generate(prompt, params.clone()).await.unwrap();
+        assert!(first.text.contains("Paris"), "{kv:?}: {}", first.text);
+        let again = engine.generate(prompt, params.clone()).await.unwrap();
+        assert_eq!(again.tokens, first.tokens, "{kv:?}");
+        // What a window has passed cannot be gone on from.
+        let cached = if kv == few {
+            0
+        } else {
+            first.usage.prompt_tokens - 1
+        };
+        assert!(
+            again.usage.cached_tokens >= cached.min(64),
+            "{kv:?}: {:?}",
+            again.usage
+        );
+    }
+    let engine = InferenceEngine::new().with_config(EngineConfig {
+        kv: KvConfig {
+            group_size: 128,
+            ..KvConfig {
+                bits: Some(4),
+                ..KvConfig::default()
+            }
+        },
+        ..EngineConfig::default()
+    });
+    let error = engine.load_model(&model()).await.unwrap_err();
+    let source = std::error::Error::source(&error).expect("a source").to_string();
+    assert!(
+        source.contains("`kv.group_size` is 128, which does not make whole heads of 64"),
+        "{source}"
+    );
 }
 
 #[tokio::test]

@@ -200,6 +200,11 @@ impl Decoder {
         Ok(self)
     }
 
+    /// Whether sequences can be forked and truncated anywhere, and not only near their end.
+    pub fn forks_anywhere(&self) -> bool {
+        self.plan.rules.iter().all(|rule| rule.window.is_none())
+    }
+
     /// How keys and values are kept.
     pub fn kv_config(&self) -> &KvConfig {
         &self.kv
