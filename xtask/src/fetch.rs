@@ -225,7 +225,7 @@ fn names(folder: &Path) -> String {
 }
 
 /// Compares a file with its pinned hash.
-fn verify(file: &Path, expected: &'static str, by_hand: bool) -> Result<()> {
+pub(crate) fn verify(file: &Path, expected: &'static str, by_hand: bool) -> Result<()> {
     let got = sha256(file)?;
     if got == expected {
         return Ok(());

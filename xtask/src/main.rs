@@ -12,6 +12,7 @@ mod downloads;
 mod error;
 mod fetch;
 mod fixtures;
+mod gemma;
 mod layers;
 mod lint;
 mod oracle;

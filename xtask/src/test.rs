@@ -24,6 +24,9 @@ pub(crate) struct Args {
 /// The feature of tests that compare with recorded output of other programs.
 const ORACLE: &str = "oracle";
 
+/// The feature of tests that need Gemma 3.
+const GEMMA: &str = "gemma";
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
     let workspace = packages::read()?;
@@ -58,11 +61,20 @@ struct Suite {
 /// The tests with MLX, the test model and the test data.
 fn full(workspace: &Workspace, nextest: bool, selection: &[String]) -> Result<Vec<Suite>> {
     let cache = setup::fill(None, true)?;
-    let selected = [&scope(selection)[..], &oracles(&workspace.packages, selection)].concat();
+    let mut selected = [&scope(selection)[..], &oracles(&workspace.packages, selection)].concat();
+    let gemma = cache.gemma();
+    if gemma.is_some() {
+        selected.extend(with(GEMMA, &workspace.packages, selection));
+    } else {
+        println!("test: the tests of Gemma 3 are left out: cargo xtask setup --gemma brings the model");
+    }
     let mut suites = runs(["with MLX", "documentation"], nextest, &selected, selection);
     for suite in &mut suites {
         suite.command.env("MLX_ENGINE_TEST_MODEL", cache.test_model());
         suite.command.env("MLX_ENGINE_TEST_DATA", cache.test_data());
+        if let Some(gemma) = &gemma {
+            suite.command.env("MLX_ENGINE_TEST_GEMMA", gemma);
+        }
         suite.command.env("MLX_ENGINE_TEST_PYTHONPATH", cache.oracle()?);
     }
     Ok(suites)
@@ -127,12 +139,17 @@ fn selects_all(selected: &[String]) -> bool {
 
 /// Turns the oracle tests on where there are some. `--all-features` would ask for Metal and CUDA at once.
 fn oracles(packages: &[Package], selection: &[String]) -> Vec<String> {
+    with(ORACLE, packages, selection)
+}
+
+/// Turns a feature of tests on where it is.
+fn with(wanted: &str, packages: &[Package], selection: &[String]) -> Vec<String> {
     let named = !selects_all(&scope(selection));
     packages
         .iter()
-        .filter(|package| package.features.iter().any(|feature| feature == ORACLE))
+        .filter(|package| package.features.iter().any(|feature| feature == wanted))
         .filter(|package| !named || selection.iter().any(|argument| argument.contains(&package.name)))
-        .flat_map(|package| ["--features".to_owned(), format!("{}/{ORACLE}", package.name)])
+        .flat_map(|package| ["--features".to_owned(), format!("{}/{wanted}", package.name)])
         .collect()
 }
 

@@ -38,10 +38,10 @@ impl Sight {
         let start = self
             .window
             .map_or(0, |window| (position + 1).saturating_sub(window));
-        let mut seen = Vec::with_capacity(segments.len());
-        for segment in segments {
-            seen.extend(self.cut(segment, start));
-        }
+        let seen: Vec<Segment> = segments
+            .into_iter()
+            .map(|segment| self.cut(segment, start))
+            .collect();
         let positions: Vec<usize> = seen
             .iter()
             .flat_map(|segment| segment.first..segment.first + segment.keys.positions())
@@ -63,21 +63,21 @@ impl Sight {
     }
 
     /// Leaves out what lies between the kept positions and `start`.
-    fn cut(self, segment: Segment, start: usize) -> Option<Segment> {
+    fn cut(self, segment: Segment, start: usize) -> Segment {
         let Segment { first, keys, values } = &segment;
         let (Rows::Floats(keys), Rows::Floats(values)) = (keys, values) else {
-            return Some(segment);
+            return segment;
         };
         // Kept positions within the segment keep it whole: a mask hides what lies between.
         if start <= *first || (self.keep > 0 && *first < self.keep) {
-            return Some(segment);
+            return segment;
         }
         let own = (.., .., (start - first) as i32.., ..);
-        Some(Segment {
+        Segment {
             first: start,
             keys: Rows::Floats(keys.index(own.clone())),
             values: Rows::Floats(values.index(own)),
-        })
+        }
     }
 
     /// The definition: MLX has no operation with a cap, nor one over integers.
