@@ -23,7 +23,7 @@ pub(crate) struct Args {
     #[arg(long)]
     test_data: bool,
 
-    /// Fetch Gemma 3 270M too, 240 MB under Google's Gemma terms (https://ai.google.dev/gemma/terms)
+    /// Fetch Gemma 3 270M too, 240 MB under Google's Gemma terms (<https://ai.google.dev/gemma/terms>)
     #[arg(long)]
     gemma: bool,
 }

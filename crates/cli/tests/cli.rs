@@ -364,6 +364,7 @@ mod real {
             question,
             "--temperature",
             "0",
+            "--exact",
             "--json",
             "--logprobs",
             "1",
@@ -484,6 +485,63 @@ mod real {
         let args = ["generate", "--model", &model, "--prompt", "x", "--regex", "("];
         let (code, _, err) = run(&args, "");
         assert!(code == 1 && err.contains("output constraint refused"), "{err}");
+    }
+
+    #[test]
+    fn tools_are_called_and_their_results_are_asked_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tools.json");
+        let file = file.to_str().unwrap();
+        let schema = serde_json::json!({"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+                            "additionalProperties": false});
+        let tool = serde_json::json!({"type": "function", "function": {"name": "get_weather", "parameters": schema}});
+        std::fs::write(file, serde_json::json!([tool]).to_string()).unwrap();
+        let model = model();
+        let tools = [
+            "--model",
+            &model,
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "60",
+            "--tools",
+            file,
+            "--tool-format",
+            "hermes",
+            "--tool-choice",
+            "get_weather",
+        ];
+        let (code, out, err) = run(
+            &[
+                &["generate", "--prompt", "Weather in Rome?", "--json"],
+                &tools[..],
+            ]
+            .concat(),
+            "",
+        );
+        assert_eq!(code, 0, "{err}");
+        let output = json(&out);
+        let call = &output["tool_calls"][0];
+        assert!(jsonschema::is_valid(&schema, &call["arguments"]), "{out}");
+        assert_eq!(call["name"], "get_weather");
+        let input = "Weather in Rome?\n{\"celsius\": 21}\n{\"celsius\": 21}\n/history\n";
+        let (code, out, err) = run(&[&["chat"], &tools[..]].concat(), input);
+        assert_eq!(code, 0, "{err}");
+        assert!(err.contains("[result of get_weather as a line of JSON]"), "{err}");
+        assert!(out.contains("calls get_weather {\"city\":"), "{out}");
+        assert!(out.contains("tool: {\"celsius\": 21}"), "{out}");
+        // A template that knows no tools, and a file that has none.
+        let (code, _, err) = run(
+            &["generate", "--model", &model, "--prompt", "x", "--tools", file],
+            "",
+        );
+        assert!(code == 1 && err.contains("tool"), "{err}");
+        std::fs::write(file, "[{}]").unwrap();
+        let (code, _, err) = run(
+            &["generate", "--model", &model, "--prompt", "x", "--tools", file],
+            "",
+        );
+        assert!(code == 1 && err.contains("`type`: \"function\""), "{err}");
     }
 
     #[test]
@@ -741,4 +799,28 @@ fn ctrl_c_ends_what_waits_for_stdin() {
     out.read_line(&mut line).expect("it answers");
     interrupt(&child);
     assert_eq!(child.wait().expect("it ends").code(), Some(130));
+}
+
+#[test]
+fn a_configuration_that_was_measured_is_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("engine.json");
+    let path = file.to_str().unwrap();
+    let model = ["--model", "tiny", "--backend", "mock"];
+    let optimize = [
+        &["optimize", "--time-limit", "20", "--json", "--output", path],
+        &model[..],
+    ]
+    .concat();
+    let (code, out, err) = run(&optimize, "");
+    assert_eq!(code, 0, "{err}");
+    let report = json(&out);
+    let written = json(&std::fs::read_to_string(&file).unwrap());
+    assert_eq!(report["config"], written);
+    assert!(!report["trials"].as_array().unwrap().is_empty());
+    let (code, out, _) = run(&mock(&["--prompt", "Hi", "--raw", "--config", path]), "");
+    assert_eq!((code, out.as_str()), (0, "Hi\n"));
+    std::fs::write(&file, r#"{"max_batch": 0}"#).unwrap();
+    let (code, _, err) = run(&mock(&["--prompt", "Hi", "--config", path]), "");
+    assert!(code == 1 && err.contains("`max_batch` is 0"), "{err}");
 }

@@ -36,8 +36,8 @@ impl ToolDefinition {
         description: impl Into<String>,
         parameters: Value,
     ) -> Result<Self, ParamError> {
-        let function =
-            json!({"name": name.into(), "description": description.into(), "parameters": parameters});
+        let mut function = json!({"name": name.into(), "description": description.into()});
+        function["parameters"] = parameters;
         Self::try_from(json!({"type": "function", "function": function}))
     }
 

@@ -180,7 +180,7 @@ fn units(spec: AttentionSpec, sequences: &[Queries<'_>]) -> Vec<Unit> {
                     match parts.last_mut() {
                         // Both ranges may have pages of a part. What lies between them is hidden or not there.
                         Some(last) if last.start / PART_PAGES == pages.start / PART_PAGES => {
-                            last.end = pages.end
+                            last.end = pages.end;
                         }
                         _ => parts.push(pages),
                     }

@@ -235,8 +235,9 @@ mod tests {
 
     #[test]
     fn floats_are_written_short() {
-        assert_eq!(decimal(1e-5).to_string(), "1e-5");
-        assert_eq!(decimal(500_000.0).to_string(), "500000.0");
+        // The shortest decimal number that is this float, and not the digits of its double.
+        assert_eq!(decimal(1e-5).as_f64(), Some(1e-5));
+        assert_eq!(decimal(500_000.0).as_f64(), Some(500_000.0));
         for value in [0.1_f32, 1e-6, 1_000_000.0, 3.4e38] {
             assert_eq!(decimal(value).as_f64().unwrap() as f32, value);
         }
