@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mlx_engine::{BackendChoice, GenerateParams, KvConfig, ToolChoice, UseCase};
+use mlx_engine::{BackendChoice, GenerateParams, KvConfig, OptimizeGoal, ToolChoice, UseCase};
 
 use crate::failure::Failure;
 
@@ -30,6 +30,8 @@ pub(crate) enum Command {
     /// Write a model as a folder in MLX's layout, quantized or not, for this command and for mlx-lm
     #[cfg(feature = "mlx")]
     Convert(crate::convert::Args),
+    /// Measure which configuration serves a goal best on this machine
+    Optimize(Optimize),
     /// Find, fetch, check and remove models
     Models(Models),
     /// Say what this machine has, what is missing, and what to do
@@ -89,6 +91,10 @@ pub(crate) struct Model {
     #[arg(long, value_name = "N")]
     max_kv: Option<usize>,
 
+    /// Read how requests are scheduled from this file, as `optimize --output` writes it
+    #[arg(long, value_name = "F")]
+    pub(crate) config: Option<PathBuf>,
+
     /// Run the engine in a process of its own: a crash in it costs an answer and not the program
     #[cfg(unix)]
     #[arg(long)]
@@ -96,12 +102,12 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// How keys and values are kept.
-    pub(crate) fn kv(&self) -> Result<KvConfig, Failure> {
+    /// How keys and values are kept, where the command line says it, and as in `config` elsewhere.
+    pub(crate) fn kv(&self, config: &KvConfig) -> Result<KvConfig, Failure> {
         let config = KvConfig {
-            bits: self.kv_bits,
-            max_positions: self.max_kv,
-            ..KvConfig::default()
+            bits: self.kv_bits.or(config.bits),
+            max_positions: self.max_kv.or(config.max_positions),
+            ..config.clone()
         };
         config
             .validate()
@@ -247,6 +253,46 @@ pub(crate) struct Tokenize {
     /// Stdin is a JSON list of messages, which the chat template renders
     #[arg(long)]
     pub(crate) chat: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What an engine is to be good at.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(crate) enum Goal {
+    /// One request at a time
+    #[default]
+    Latency,
+    /// Many requests at once
+    Throughput,
+    /// Little memory
+    Memory,
+}
+
+impl From<Goal> for OptimizeGoal {
+    fn from(goal: Goal) -> Self {
+        match goal {
+            Goal::Latency => Self::Latency,
+            Goal::Throughput => Self::Throughput,
+            Goal::Memory => Self::Memory,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Optimize {
+    #[command(flatten)]
+    pub(crate) model: Model,
+    /// What the engine is to be good at
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) goal: Goal,
+    /// How long it may take, in seconds
+    #[arg(long, value_name = "S", default_value_t = 60.0)]
+    pub(crate) time_limit: f64,
+    /// Write the configuration to keep to this file, for `--config`
+    #[arg(long, value_name = "F")]
+    pub(crate) output: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

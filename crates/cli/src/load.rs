@@ -7,12 +7,13 @@ use mlx_engine::{EngineConfig, InferenceEngine, LoadProgress, ProgressFn};
 
 use crate::args::Model;
 use crate::failure::Failure;
+use crate::input;
 use crate::output::errln;
 use crate::table;
 
 /// Loads a model. Ctrl-C gives the load up.
 pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
-    load_with(model, EngineConfig::default()).await
+    load_with(model, configured(model)?).await
 }
 
 /// An engine whose process is this program again.
@@ -26,12 +27,23 @@ fn isolated(engine: InferenceEngine) -> Result<InferenceEngine, Failure> {
     ))
 }
 
+/// The configuration that the command line names.
+fn configured(model: &Model) -> Result<EngineConfig, Failure> {
+    let Some(path) = &model.config else {
+        return Ok(EngineConfig::default());
+    };
+    let config: EngineConfig = serde_json::from_str(&input::file(path)?)
+        .map_err(|error| Failure::other(format!("`{}` is no configuration: {error}", path.display())))?;
+    config.validate().map_err(mlx_engine::EngineError::from)?;
+    Ok(config)
+}
+
 /// As [`load`], with a configuration beside those of the command line.
 pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<InferenceEngine, Failure> {
     let config = EngineConfig {
-        exact: model.exact,
-        threads: model.threads.map(|threads| threads as usize),
-        kv: model.kv()?,
+        exact: model.exact || config.exact,
+        threads: model.threads.map(|threads| threads as usize).or(config.threads),
+        kv: model.kv(&config.kv)?,
         ..config
     };
     let engine = InferenceEngine::new()

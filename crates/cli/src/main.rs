@@ -14,6 +14,7 @@ mod generate;
 mod input;
 mod load;
 mod models;
+mod optimize;
 mod output;
 #[cfg(feature = "hub")]
 mod pull;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
             Command::Bench(args) => bench::run(args).await,
             #[cfg(feature = "mlx")]
             Command::Convert(args) => convert::run(args).await,
+            Command::Optimize(args) => optimize::run(args).await,
             Command::Models(args) => models::run(&args).await,
             Command::Doctor(args) => doctor::run(&args).await,
             // It was served above, before there was a runtime.

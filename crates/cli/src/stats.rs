@@ -28,7 +28,40 @@ pub(crate) fn report(engine: &InferenceEngine) {
     );
     errln!("first token {}", quantiles(&total.time_to_first_token));
     errln!("per token   {}", quantiles(&total.time_per_output_token));
-    errln!("memory      peak {:.1} MB", total.peak_memory_bytes as f64 / 1e6);
+    let mb = |bytes: u64| bytes as f64 / 1e6;
+    let resident = metrics
+        .process_memory_bytes
+        .map_or("-".to_owned(), |bytes| format!("{:.1} MB", mb(bytes)));
+    errln!(
+        "memory      peak {:.1} MB, process {resident}",
+        mb(total.peak_memory_bytes)
+    );
+    if let Some(inside) = &metrics.engine {
+        errln!(
+            "kept        {} sequences, {:.1} MB",
+            inside.prefix_cache_sequences,
+            mb(inside.prefix_cache_bytes)
+        );
+        if let Some(memory) = inside.memory {
+            errln!(
+                "models      {:.1} MB in use, {:.1} MB kept by MLX",
+                mb(memory.active_bytes),
+                mb(memory.cache_bytes)
+            );
+        }
+    }
+    let recovery = engine.resilience_status();
+    if recovery.recoveries > 0 {
+        errln!("recoveries  {}", recovery.recoveries);
+    }
+    #[cfg(unix)]
+    if let Some(child) = engine.child_status() {
+        errln!(
+            "process     {}, restarts {}",
+            child.process_id.map_or("none".to_owned(), |id| id.to_string()),
+            child.restarts
+        );
+    }
     health(&engine.health());
 }
 

@@ -7,8 +7,8 @@ use futures::future::BoxFuture;
 use futures::stream::{BoxStream, Stream, StreamExt};
 
 use crate::{
-    Backend, EngineError, GenerateOutput, GenerateParams, GenerationEvent, ModelConfiguration, PartialOutput,
-    Prompt,
+    Backend, EngineError, EngineStatistics, GenerateOutput, GenerateParams, GenerationEvent,
+    ModelConfiguration, PartialOutput, Prompt,
 };
 
 /// The events of one request. Dropping it cancels the request.
@@ -62,6 +62,21 @@ pub trait LlmEngine: Send + Sync {
     /// The model that is loaded, if one is.
     fn model(&self) -> Option<Arc<ModelConfiguration>>;
 
+    /// Why this is not what was asked for, where a fallback is in use.
+    fn fallback_reason(&self) -> Option<String> {
+        None
+    }
+
+    /// Gives up what hangs and cannot be unloaded: whoever waits for it hears
+    /// [`WorkerLost`](EngineError::WorkerLost), and its memory stays taken. An engine that does not know how leaves them
+    /// waiting.
+    fn abandon(&self) {}
+
+    /// What it says of its inside; `None` where it says nothing. It is asked often and answers at once.
+    fn statistics(&self) -> Option<EngineStatistics> {
+        None
+    }
+
     /// Ends what is running and gives the memory back. Requests after it are [`EngineError::NotLoaded`]; unloading
     /// twice is no error.
     ///
@@ -94,6 +109,18 @@ impl<E: LlmEngine + ?Sized> LlmEngine for Arc<E> {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         (**self).model()
+    }
+
+    fn fallback_reason(&self) -> Option<String> {
+        (**self).fallback_reason()
+    }
+
+    fn abandon(&self) {
+        (**self).abandon();
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        (**self).statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {

@@ -29,6 +29,7 @@ mod tool;
 mod backend;
 mod platform;
 mod progress;
+mod statistics;
 
 mod event;
 mod output;
@@ -51,4 +52,5 @@ pub use params::{GenerateParams, OutputConstraint, ParamError};
 pub use platform::{Device, Platform};
 pub use priority::Priority;
 pub use progress::LoadProgress;
+pub use statistics::{DeviceMemory, EngineStatistics};
 pub use tool::{ToolCall, ToolChoice, ToolDefinition};

@@ -2,26 +2,28 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc as blocking;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, Either, select};
 use mlx_engine_core::{
-    Backend, Device, EngineError, EventStream, GenerateParams, LlmEngine, LoadProgress, ModelConfiguration,
-    ModelType, Prompt,
+    Backend, Device, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, LoadProgress,
+    ModelConfiguration, ModelType, ParamError, Prompt,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_stream::wrappers::ReceiverStream;
 
 use crate::clock::SystemClock;
-use crate::config::EngineConfig;
+use crate::config::{EngineConfig, PrefixCacheConfig};
 use crate::constraint::Compiler;
-use crate::mock::MockScript;
+use crate::gauges::Gauges;
+use crate::lost::{Events, hung};
+use crate::mock::{MockModel, MockScript};
 use crate::request::Request;
-use crate::worker::{Command, Identity, PrefixCommand, Worker, panicked};
+use crate::worker::{Command, Identity, Maintenance, PrefixCommand, Worker, panicked};
 use crate::{PrefixCacheReport, PromptEncoder, TokenModel, output};
 
 /// Commands on their way to the worker. Who comes when there are as many waits until they were taken.
@@ -65,7 +67,8 @@ pub enum UnloadMode {
     Drain,
 }
 
-/// A model on its worker thread. Dropping it ends what runs and waits for the thread, which is a step's time at most.
+/// A model on its worker thread. Dropping it ends what runs and waits for the thread, which is a step's time; a thread that
+/// takes longer than a minute over it is left behind.
 pub struct Engine {
     model: Arc<ModelConfiguration>,
     identity: Identity,
@@ -77,6 +80,13 @@ pub struct Engine {
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Closed when the thread has nothing left to do.
     ended: watch::Receiver<()>,
+    /// The same for who waits without a runtime.
+    gone: Mutex<blocking::Receiver<()>>,
+    gauges: Arc<Gauges>,
+    /// As the model was loaded.
+    config: EngineConfig,
+    /// Becomes true when the worker is given up.
+    lost: watch::Sender<bool>,
 }
 
 impl fmt::Debug for Engine {
@@ -116,17 +126,42 @@ fn join(thread: Option<JoinHandle<()>>) {
     }
 }
 
+/// How long the drop of an engine waits for a step that hangs.
+const DROP_LIMIT: Duration = Duration::from_mins(1);
+
 /// MLX takes its own state apart when the process ends, and must not be at work on another thread then.
 impl Drop for Engine {
     fn drop(&mut self) {
         self.close(UnloadMode::Abort);
-        join(
-            self.thread
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let gone = self.gone.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if thread.is_some() && gone.recv_timeout(DROP_LIMIT) == Err(blocking::RecvTimeoutError::Timeout) {
+            tracing::error!(limit = ?DROP_LIMIT, "the worker does not end and is left behind");
+            return;
+        }
+        join(thread);
     }
+}
+
+pub(crate) fn load_mock(id: String, script: MockScript) -> Result<Loaded<MockModel>, EngineError> {
+    let tokenizer = script
+        .tokenizer()
+        .map_err(|error| EngineError::tokenizer("the mock has no tokenizer", error))?;
+    let model = script.load()?;
+    let mut configuration = ModelConfiguration::new(id, ModelType::Chat);
+    configuration.context_length = model.context_length() as u32;
+    let encoder = PromptEncoder::new(tokenizer, None)?;
+    Ok(Loaded {
+        model,
+        configuration,
+        encoder,
+        backend: Backend::Mock,
+        device: Device::Cpu,
+    })
 }
 
 impl Engine {
@@ -137,23 +172,7 @@ impl Engine {
     /// What the script says.
     pub async fn mock(name: &str, script: MockScript, config: EngineConfig) -> Result<Self, EngineError> {
         let id = name.to_owned();
-        Self::load(config, None, move |_, _| {
-            let tokenizer = script
-                .tokenizer()
-                .map_err(|error| EngineError::tokenizer("the mock has no tokenizer", error))?;
-            let model = script.load()?;
-            let mut configuration = ModelConfiguration::new(id, ModelType::Chat);
-            configuration.context_length = model.context_length() as u32;
-            let encoder = PromptEncoder::new(tokenizer, None)?;
-            Ok(Loaded {
-                model,
-                configuration,
-                encoder,
-                backend: Backend::Mock,
-                device: Device::Cpu,
-            })
-        })
-        .await
+        Self::load(config, None, move |_, _| load_mock(id, script)).await
     }
 
     /// Starts a thread, loads a model on it with `load`, and serves requests there. `load` hears whether it was given
@@ -170,6 +189,7 @@ impl Engine {
             + 'static,
     {
         config.validate()?;
+        let loaded_with = config.clone();
         let cancelled = Arc::new(AtomicBool::new(false));
         let given_up = Arc::clone(&cancelled);
         let abort = Arc::new(AtomicBool::new(false));
@@ -178,9 +198,12 @@ impl Engine {
         let (ready, loaded) = oneshot::channel();
         let began = Instant::now();
         let (end, ended) = watch::channel(());
+        let gauges = Arc::new(Gauges::new(began));
+        let written = Arc::clone(&gauges);
+        let (alive, gone) = blocking::channel();
         let body = move || {
             // Dropped last, also where the worker panics.
-            let _end = end;
+            let (_end, _alive): (_, blocking::Sender<()>) = (end, alive);
             let mut progress = progress.unwrap_or_else(|| Box::new(|_| {}));
             let result =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| load(&cancelled, &mut progress)));
@@ -212,7 +235,9 @@ impl Engine {
             };
             tracing::info!(model = %identity.model, backend = %backend, device = %device, load_s, "model loaded");
             let tokenizer = encoder.tokenizer().clone();
-            let worker = match Worker::new(model, tokenizer, identity.clone(), &config, SystemClock) {
+            written.loaded(model.weight_bytes());
+            let worker = match Worker::new(model, tokenizer, identity.clone(), &config, SystemClock, written)
+            {
                 Ok(worker) => worker,
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -246,12 +271,21 @@ impl Engine {
             abort,
             thread: Mutex::new(thread),
             ended,
+            gone: Mutex::new(gone),
+            gauges,
+            config: loaded_with,
+            lost: watch::Sender::new(false),
         })
     }
 
     /// The model's tokenizer and template.
     pub fn encoder(&self) -> &PromptEncoder {
         &self.encoder
+    }
+
+    /// How the model was loaded.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
     }
 
     /// What the model runs on.
@@ -265,6 +299,16 @@ impl Engine {
             #[cfg(feature = "mlx")]
             Backend::Mlx => mlx_engine_models::peak_memory().unwrap_or_default(),
             _ => 0,
+        }
+    }
+
+    /// Lets [`peak_memory_bytes`](Self::peak_memory_bytes) start again, for the whole process.
+    pub fn reset_peak_memory(&self) {
+        #[cfg(feature = "mlx")]
+        if self.identity.backend == Backend::Mlx
+            && let Err(error) = mlx_engine_models::reset_peak_memory()
+        {
+            tracing::warn!(%error, "the peak of memory could not be reset");
         }
     }
 
@@ -289,14 +333,28 @@ impl Engine {
             });
         }
         let (reply, scored) = oneshot::channel();
-        self.send(Command::Score { tokens, reply }).await?;
-        scored.await.map_err(|_| self.not_loaded())?
+        self.unless_lost(async {
+            self.send(Command::Score { tokens, reply }).await?;
+            scored.await.map_err(|_| self.dropped())?
+        })
+        .await
     }
 
     /// Whether the worker takes requests: it was not unloaded, and its thread lives.
     fn is_serving(&self) -> bool {
         let commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
         commands.as_ref().is_some_and(|commands| !commands.is_closed())
+    }
+
+    /// What those hear whose command the worker took and did not answer.
+    fn dropped(&self) -> EngineError {
+        if self.is_serving() {
+            EngineError::WorkerPanicked {
+                message: "it was at the request".to_owned(),
+            }
+        } else {
+            self.not_loaded()
+        }
     }
 
     fn not_loaded(&self) -> EngineError {
@@ -392,8 +450,88 @@ impl Engine {
         command: impl FnOnce(oneshot::Sender<T>) -> PrefixCommand,
     ) -> Result<T, EngineError> {
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Prefixes(command(reply))).await?;
-        answer.await.map_err(|_| self.not_loaded())
+        self.unless_lost(async {
+            self.send(Command::Prefixes(command(reply))).await?;
+            answer.await.map_err(|_| self.dropped())
+        })
+        .await
+    }
+
+    /// Gives memory back that is held for speed alone: sequences that are kept for requests that begin alike and not pinned,
+    /// and what MLX keeps for its next arrays. What runs goes on.
+    ///
+    /// # Errors
+    ///
+    /// What the device says, and that the engine is not loaded.
+    pub async fn clear_caches(&self) -> Result<(), EngineError> {
+        self.maintain(Maintenance::ClearCaches).await
+    }
+
+    /// Makes a new stream on the device, after an error of it. What runs ends with
+    /// [`WorkerLost`](EngineError::WorkerLost), what waits goes on, and what was kept of requests is given up, pinned or not:
+    /// arrays of the old stream cannot be trusted.
+    ///
+    /// # Errors
+    ///
+    /// What the device says, and that the engine is not loaded.
+    pub async fn rebuild_stream(&self) -> Result<(), EngineError> {
+        self.maintain(Maintenance::RebuildStream).await
+    }
+
+    /// Schedules by another configuration from the next turn on; what runs goes on, and what waits stays.
+    ///
+    /// # Errors
+    ///
+    /// A value that is out of its range, and a field that only a load can change.
+    pub async fn reconfigure(&self, config: EngineConfig) -> Result<(), EngineError> {
+        config.validate()?;
+        let loaded = EngineConfig {
+            max_batch: config.max_batch,
+            max_queue: config.max_queue,
+            prefill_chunk: config.prefill_chunk,
+            memory_limit: config.memory_limit,
+            prefix_cache: PrefixCacheConfig {
+                max_bytes: config.prefix_cache.max_bytes,
+                ..self.config.prefix_cache.clone()
+            },
+            ..self.config.clone()
+        };
+        if config != loaded {
+            let message =
+                "only `max_batch`, `max_queue`, `prefill_chunk`, `memory_limit` and `prefix_cache.max_bytes`";
+            return Err(ParamError::new(
+                "config",
+                "changed elsewhere",
+                format_args!("a change of {message}"),
+            )
+            .into());
+        }
+        self.maintain(Maintenance::Reconfigure(Box::new(config))).await
+    }
+
+    async fn maintain(&self, what: Maintenance) -> Result<(), EngineError> {
+        let (reply, done) = oneshot::channel();
+        self.unless_lost(async {
+            self.send(Command::Maintain { what, reply }).await?;
+            done.await.map_err(|_| self.dropped())?
+        })
+        .await
+    }
+
+    /// Waits for the worker until it is given up.
+    async fn unless_lost<T>(
+        &self,
+        work: impl Future<Output = Result<T, EngineError>>,
+    ) -> Result<T, EngineError> {
+        let mut lost = self.lost.subscribe();
+        let lost = async move {
+            // It fails where the sender is gone, which is here.
+            let _ = lost.wait_for(|lost| *lost).await;
+        };
+        match select(std::pin::pin!(work), std::pin::pin!(lost)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => Err(hung()),
+        }
     }
 
     /// Hands a command over to the worker, which takes all that there are between two of its turns.
@@ -448,9 +586,12 @@ impl LlmEngine for Engine {
                 events,
                 submitted: Instant::now(),
             });
-            self.send(Command::Generate { request, taken }).await?;
-            queued.await.map_err(|_| self.not_loaded())??;
-            Ok(ReceiverStream::new(receiver).boxed())
+            self.unless_lost(async {
+                self.send(Command::Generate { request, taken }).await?;
+                queued.await.map_err(|_| self.dropped())?
+            })
+            .await?;
+            Ok(Events::new(receiver, self.lost.subscribe()).boxed())
         })
     }
 
@@ -460,6 +601,21 @@ impl LlmEngine for Engine {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.is_serving().then(|| Arc::clone(&self.model))
+    }
+
+    fn abandon(&self) {
+        self.close(UnloadMode::Abort);
+        drop(self.thread.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.lost.send_replace(true);
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        let mut statistics = self.gauges.read(Instant::now());
+        #[cfg(feature = "mlx")]
+        if self.identity.backend == Backend::Mlx {
+            statistics.memory = crate::mlx::device_memory();
+        }
+        Some(statistics)
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {

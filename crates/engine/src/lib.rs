@@ -28,9 +28,13 @@ mod convert;
 mod described;
 mod disk;
 mod engine;
+#[cfg(test)]
+mod faults;
 #[cfg(feature = "mlx")]
 mod fingerprint;
 mod fit;
+mod gauges;
+mod lost;
 #[cfg(feature = "mlx")]
 mod mlx;
 mod mock;

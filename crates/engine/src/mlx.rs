@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use mlx_engine_checkpoint::Metadata;
 use mlx_engine_core::{
-    Backend, Device, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
+    Backend, Device, DeviceMemory, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
 };
 use mlx_engine_models::{
     self as models, Compute, Decoder, DecoderSpec, LoadOptions, ModelError, NextToken, Sampler, Source, Step,
@@ -82,7 +82,7 @@ pub async fn load_mlx(
     .await
 }
 
-fn load(
+pub(crate) fn load(
     path: &Path,
     configuration: Option<ModelConfiguration>,
     options: LoadOptions,
@@ -154,6 +154,15 @@ pub fn load_encoder(path: &Path, known: Option<&ModelConfiguration>) -> Result<P
         tokenizer,
         known.and_then(|known| known.default_system_prompt.clone()),
     )
+}
+
+/// What models of this process have allocated.
+pub(crate) fn device_memory() -> Option<DeviceMemory> {
+    Some(DeviceMemory {
+        active_bytes: models::active_memory().ok()?,
+        cache_bytes: models::cache_memory().ok()?,
+        peak_bytes: models::peak_memory().ok()?,
+    })
 }
 
 /// The kernels that a CPU would compute with, and on how many threads.
@@ -254,7 +263,7 @@ fn load_error(id: &str, error: ModelError) -> EngineError {
 }
 
 /// An error of a request.
-fn run_error(error: ModelError) -> EngineError {
+pub(crate) fn run_error(error: ModelError) -> EngineError {
     match error {
         error if error.is_out_of_memory() => EngineError::OutOfMemory,
         error => EngineError::device("the model could not take the step", error),
@@ -295,7 +304,7 @@ pub(crate) fn vocabulary(
 }
 
 /// A decoder and the steps that it has begun.
-struct MlxModel {
+pub(crate) struct MlxModel {
     decoder: Decoder,
     /// Tokens of a prompt that are fed at once, where the configuration says it.
     prefill_chunk: Option<usize>,
@@ -307,7 +316,7 @@ struct MlxModel {
 }
 
 /// A sequence of a decoder, with the tokens that are being chosen: the oldest first, two at most.
-struct MlxSequence {
+pub(crate) struct MlxSequence {
     sequence: models::Sequence,
     sampler: Option<Sampler>,
     steps: VecDeque<Step>,
@@ -502,7 +511,8 @@ impl TokenModel for MlxModel {
     }
 
     fn identity(&self) -> Option<String> {
-        self.identity.clone()
+        // What was given up on the way cannot be written down.
+        self.identity.clone().filter(|_| self.decoder.forks_anywhere())
     }
 
     fn export(&mut self, sequence: &MlxSequence, range: Range<usize>) -> Result<Vec<u8>, EngineError> {
@@ -524,5 +534,17 @@ impl TokenModel for MlxModel {
 
     fn peak_memory_bytes(&self) -> u64 {
         models::peak_memory().unwrap_or_default()
+    }
+
+    fn clear_caches(&mut self) -> Result<(), EngineError> {
+        models::clear_cache().map_err(run_error)
+    }
+
+    fn has_stream(&self) -> bool {
+        true
+    }
+
+    fn rebuild_stream(&mut self) -> Result<(), EngineError> {
+        models::rebuild_stream().map_err(run_error)
     }
 }

@@ -220,4 +220,27 @@ pub trait TokenModel {
 
     /// The most bytes that the model had allocated at once.
     fn peak_memory_bytes(&self) -> u64;
+
+    /// Gives memory back that is held for speed alone.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn clear_caches(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
+
+    /// Whether it computes on a stream of a device.
+    fn has_stream(&self) -> bool {
+        false
+    }
+
+    /// Makes a new stream on the device, for sequences that are opened from now on.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn rebuild_stream(&mut self) -> Result<(), EngineError> {
+        Ok(())
+    }
 }

@@ -45,6 +45,12 @@ pub enum KernelError {
         /// The names that would do.
         available: Vec<&'static str>,
     },
+    /// Memory that is not there, or beyond a limit.
+    #[error("out of memory: {bytes} bytes could not be allocated")]
+    OutOfMemory {
+        /// What was asked for.
+        bytes: usize,
+    },
     /// A task of the thread pool panicked.
     #[error("a kernel panicked: {0}")]
     Panicked(String),

@@ -166,22 +166,34 @@ pub(crate) enum Head<'a> {
     Integers,
 }
 
+/// So many zeros; where there is no memory for them, that is an error and no abort.
+fn zeros<E: Clone + Default>(len: usize) -> Result<Vec<E>, KernelError> {
+    let mut zeros = Vec::new();
+    zeros
+        .try_reserve_exact(len)
+        .map_err(|_| KernelError::OutOfMemory {
+            bytes: len.saturating_mul(size_of::<E>()),
+        })?;
+    zeros.resize(len, E::default());
+    Ok(zeros)
+}
+
 impl KvPage {
     /// A page of zeros.
     ///
     /// # Errors
     ///
-    /// As [`KvFormat::check`].
+    /// As [`KvFormat::check`], and [`KernelError::OutOfMemory`] where there is no memory for it.
     pub fn new(format: KvFormat) -> Result<Self, KernelError> {
         format.check()?;
         let (codes, floats) = format.lengths();
         let floats = format.layers * floats;
         Ok(Self {
             format,
-            codes: vec![0; format.layers * codes],
+            codes: zeros(format.layers * codes)?,
             floats: match format.float {
-                KvFloat::F32 => Floats::F32(vec![0.0; floats]),
-                KvFloat::F16 => Floats::F16(vec![f16::ZERO; floats]),
+                KvFloat::F32 => Floats::F32(zeros(floats)?),
+                KvFloat::F16 => Floats::F16(zeros(floats)?),
             },
         })
     }

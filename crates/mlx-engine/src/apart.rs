@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, Device, EngineError, EventStream, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+    Backend, Device, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine,
+    ModelConfiguration, Prompt,
 };
 use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn, Score};
 use mlx_engine_resilience::{Program, Service, Supervised, SupervisorConfiguration, connection, serve};
@@ -63,8 +64,13 @@ pub(crate) async fn score(engine: &Supervised, text: &str) -> Result<Score, Engi
     read(engine.call(SCORE, Value::from(text)).await?)
 }
 
-/// The one method.
+pub(crate) async fn prepare(engine: &Supervised, config: &EngineConfig) -> Result<(), EngineError> {
+    engine.call(PREPARE, written(config)?).await.map(drop)
+}
+
+/// The methods.
 const SCORE: &str = "score";
+const PREPARE: &str = "prepare";
 
 /// The engine that the process serves.
 struct Child(Engine);
@@ -84,6 +90,10 @@ impl LlmEngine for Child {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.0.model()
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.0.statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
@@ -106,6 +116,10 @@ impl Service for Child {
         Box::pin(async move {
             match method.as_str() {
                 SCORE => written(&self.0.score(&read::<String>(argument)?).await?),
+                PREPARE => {
+                    crate::served::prepare(&self.0, read(argument)?).await?;
+                    Ok(Value::Null)
+                }
                 _ => Err(EngineError::internal(format!(
                     "the engine has no method `{method}`"
                 ))),

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, Device, EngineError, EventStream, FallbackPolicy, GenerateOutput, GenerateParams, LlmEngine,
-    ModelConfiguration, Prompt,
+    Backend, Device, EngineError, EngineStatistics, EventStream, FallbackPolicy, GenerateOutput,
+    GenerateParams, LlmEngine, ModelConfiguration, Prompt,
 };
 #[cfg(feature = "mlx")]
 use mlx_engine_engine::PromptEncoder;
@@ -22,6 +22,7 @@ use mlx_engine_resilience::{RecoveryReport, ResilienceConfiguration, ResilienceS
 use crate::ChatSession;
 #[cfg(unix)]
 use crate::apart::Apart;
+use crate::optimize::{self, OptimizeOptions, OptimizeReport};
 use crate::served::Served;
 use crate::slot::{BackendChoice, Settings, Slot};
 
@@ -93,6 +94,15 @@ impl InferenceEngine {
     /// Sets when the mock may stand in for a model.
     pub fn with_fallback(mut self, policy: FallbackPolicy) -> Self {
         self.settings.fallback = policy;
+        self
+    }
+
+    /// Names a smaller model, or another file of the same one, that recovery serves from where the model cannot be brought back:
+    /// only where [`RecoveryConfiguration::fall_back`](crate::RecoveryConfiguration::fall_back) allows it. Health is degraded
+    /// then, and [`fallback_reason`](Self::fallback_reason) tells why. Without a name recovery falls back to the mock, where the
+    /// policy is [`FallbackPolicy::OnLoadFailure`] too.
+    pub fn with_fallback_model(mut self, model: impl Into<String>) -> Self {
+        self.settings.fallback_model = Some(model.into());
         self
     }
 
@@ -221,7 +231,7 @@ impl InferenceEngine {
         self.settings.registry()
     }
 
-    /// Why the mock stands in for the model, where it does without having been chosen.
+    /// Why the mock or another model stands in for the model, where one does without having been chosen.
     pub fn fallback_reason(&self) -> Option<String> {
         self.slot().fallback_reason()
     }
@@ -389,10 +399,30 @@ impl InferenceEngine {
         self.engine.status()
     }
 
-    /// Brings a broken engine back by loading its model again, and says what it did and whether a token of the model
-    /// proved it. A working engine is left alone. Needs a tokio runtime.
+    /// Brings a broken engine back, and says what it did and whether a token of the model proved it: gives caches back, makes a new
+    /// stream on the device, restarts a process of its own, loads the model again, and falls back where that is allowed,
+    /// until one of these helps. A working engine is left alone. Needs a tokio runtime.
     pub async fn attempt_recovery(&self) -> RecoveryReport {
         self.engine.attempt_recovery().await
+    }
+
+    /// Measures which configuration serves a goal best on this machine and model, within a time limit, and puts it to use where it
+    /// proved better than the one in use, measured in turn. The report tells what was tried and what it gained; its
+    /// `config` can be written to a file and given to [`with_config`](Self::with_config) at the next start.
+    ///
+    /// Only what changes no token is tried: how prompts are cut and how many requests run at once. Other requests would
+    /// disturb the measuring and be disturbed by it. What was kept of earlier requests is forgotten. Dropping the future ends the
+    /// search after the measurement that runs, and the engine keeps the configuration that it had. Needs a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// A field of the options that is out of its range, [`EngineError::NotLoaded`], [`EngineError::Unavailable`] while requests
+    /// run, [`EngineError::PromptTooLong`] where the context has no room, and what a request may meet.
+    pub async fn optimize_performance(
+        &self,
+        options: OptimizeOptions,
+    ) -> Result<OptimizeReport, EngineError> {
+        optimize::optimize(self.slot(), options).await
     }
 
     /// The log-probabilities of a text.
@@ -484,6 +514,18 @@ impl LlmEngine for InferenceEngine {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.engine.model()
+    }
+
+    fn fallback_reason(&self) -> Option<String> {
+        self.engine.fallback_reason()
+    }
+
+    fn abandon(&self) {
+        self.engine.abandon();
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.engine.statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {

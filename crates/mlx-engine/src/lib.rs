@@ -42,6 +42,7 @@ mod convert;
 #[cfg(feature = "hub")]
 mod fetch;
 mod inference;
+mod optimize;
 mod platform;
 mod resolve;
 mod served;
@@ -79,11 +80,13 @@ pub use mlx_engine_registry::{
     Capability, Compatibility, DeviceDescription, Fit, ModelEntry, ModelEstimate, ModelQuery, ModelRegistry,
     Recommendation, RegistryError, SearchCriteria, SortBy, UseCase,
 };
+pub use mlx_engine_resilience::{
+    BulkheadConfiguration, RecoveryConfiguration, RecoveryReport, RecoveryStep, ResilienceConfiguration,
+    ResilienceStatus, RetryConfiguration,
+};
 #[cfg(unix)]
 pub use mlx_engine_resilience::{ChildState, Program, SupervisedStatus, SupervisorConfiguration};
-pub use mlx_engine_resilience::{
-    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration,
-};
+pub use optimize::{Measured, OptimizeGoal, OptimizeOptions, OptimizeOutcome, OptimizeReport, Trial};
 pub use platform::platform;
 pub use resolve::{ModelLocation, ModelReference, hub_cache, locate};
 pub use slot::BackendChoice;

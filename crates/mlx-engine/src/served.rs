@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, Device, EngineError, EventStream, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+    Backend, Device, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine,
+    ModelConfiguration, Prompt,
 };
-use mlx_engine_engine::{Engine, Score};
+use mlx_engine_engine::{Engine, EngineConfig, Score};
 #[cfg(unix)]
 use mlx_engine_resilience::Supervised;
 
@@ -54,6 +55,15 @@ impl Served {
         }
     }
 
+    /// Schedules by this configuration from now on, and forgets what was computed and how much memory that took.
+    pub(crate) async fn prepare(&self, config: &EngineConfig) -> Result<(), EngineError> {
+        match self {
+            Self::Here(engine) => prepare(engine, config.clone()).await,
+            #[cfg(unix)]
+            Self::Apart(engine) => apart::prepare(engine, config).await,
+        }
+    }
+
     pub(crate) async fn score(&self, text: &str) -> Result<Score, EngineError> {
         match self {
             Self::Here(engine) => engine.score(text).await,
@@ -61,6 +71,16 @@ impl Served {
             Self::Apart(engine) => apart::score(engine, text).await,
         }
     }
+}
+
+/// See [`Served::prepare`].
+pub(crate) async fn prepare(engine: &Engine, mut config: EngineConfig) -> Result<(), EngineError> {
+    // Where none is told, the limit is what was there to be had at the load.
+    config.memory_limit = config.memory_limit.or(engine.config().memory_limit);
+    engine.reconfigure(config).await?;
+    engine.clear_caches().await?;
+    engine.reset_peak_memory();
+    Ok(())
 }
 
 impl From<Engine> for Served {
@@ -91,6 +111,14 @@ impl LlmEngine for Served {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.engine().model()
+    }
+
+    fn abandon(&self) {
+        self.engine().abandon();
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.engine().statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {

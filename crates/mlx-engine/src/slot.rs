@@ -1,10 +1,12 @@
 //! The place of the model: what is loaded there, how it came, and how it comes again.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, EngineError, EventStream, FallbackPolicy, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+    Backend, EngineError, EngineStatistics, EventStream, FallbackPolicy, GenerateParams, LlmEngine,
+    ModelConfiguration, Prompt,
 };
 use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn};
 use mlx_engine_registry::ModelRegistry;
@@ -33,6 +35,8 @@ pub(crate) struct Settings {
     pub(crate) choice: BackendChoice,
     pub(crate) fallback: FallbackPolicy,
     pub(crate) mock: MockScript,
+    /// What recovery may serve from in place of the model.
+    pub(crate) fallback_model: Option<String>,
     pub(crate) registry: Option<Arc<ModelRegistry>>,
     /// Whether a model may be fetched, and from where.
     #[cfg(all(feature = "hub", feature = "mlx"))]
@@ -201,6 +205,19 @@ pub(crate) async fn load_here(
 }
 
 impl Slot {
+    /// The configuration of the model that was loaded last, until it is unloaded.
+    pub(crate) fn config(&self) -> Option<EngineConfig> {
+        let last = self.last();
+        last.as_ref().map(|(_, settings)| settings.config.clone())
+    }
+
+    /// Loads with this configuration from now on where recovery loads the model again.
+    pub(crate) fn keep_config(&self, config: &EngineConfig) {
+        if let Some((_, settings)) = &mut *self.last() {
+            settings.config = config.clone();
+        }
+    }
+
     /// Loads a model in place of the one that is there.
     pub(crate) async fn load(
         &self,
@@ -224,7 +241,7 @@ impl Slot {
         *self.last() = None;
         if let State::Loaded { engine, .. } = previous {
             // Two models at once might not fit.
-            engine.unload().await?;
+            retire(&engine).await?;
         }
         let (engine, fallback_reason) = settings.choose(model, progress).await?;
         let configuration = engine
@@ -239,14 +256,6 @@ impl Slot {
         guard.disarm();
         drop(state);
         Ok(configuration)
-    }
-
-    /// Why the mock stands in for the model, where it does without having been chosen.
-    pub(crate) fn fallback_reason(&self) -> Option<String> {
-        match &*self.state() {
-            State::Loaded { fallback_reason, .. } => fallback_reason.clone(),
-            _ => None,
-        }
     }
 
     /// The loaded engine.
@@ -269,6 +278,19 @@ impl Slot {
     }
 }
 
+/// How long an engine may take over its last step before it counts as hanging, and the next is loaded beside it.
+const UNLOAD_LIMIT: Duration = Duration::from_secs(30);
+
+/// Ends an engine, and gives it up where it hangs.
+async fn retire(engine: &Served) -> Result<(), EngineError> {
+    if let Ok(unloaded) = tokio::time::timeout(UNLOAD_LIMIT, engine.unload()).await {
+        return unloaded;
+    }
+    tracing::error!("the engine does not end and is given up, its memory stays taken");
+    engine.abandon();
+    Ok(())
+}
+
 impl LlmEngine for Slot {
     fn stream(
         &self,
@@ -284,6 +306,23 @@ impl LlmEngine for Slot {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.engine().ok()?.model()
+    }
+
+    fn fallback_reason(&self) -> Option<String> {
+        match &*self.state() {
+            State::Loaded { fallback_reason, .. } => fallback_reason.clone(),
+            _ => None,
+        }
+    }
+
+    fn abandon(&self) {
+        if let Ok(engine) = self.engine() {
+            engine.abandon();
+        }
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.engine().ok()?.statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
@@ -306,37 +345,74 @@ impl LlmEngine for Slot {
 
 impl Recover for Slot {
     fn can(&self, step: RecoveryStep) -> bool {
-        match step {
+        let last = self.last();
+        let Some((_, settings)) = &*last else {
+            // What was unloaded on purpose stays so.
+            return false;
+        };
+        let falls_back =
+            settings.fallback_model.is_some() || settings.fallback == FallbackPolicy::OnLoadFailure;
+        let fallen = self.fallback_reason().is_some();
+        match (step, self.engine()) {
+            (RecoveryStep::ClearCaches, Ok(Served::Here(_))) => true,
+            (RecoveryStep::RebuildStream, Ok(Served::Here(engine))) => engine.backend() == Some(Backend::Mlx),
             #[cfg(unix)]
-            RecoveryStep::RestartWorker => {
-                matches!(self.engine(), Ok(Served::Apart(engine)) if engine.can(step))
-            }
-            RecoveryStep::ReloadModel => self.last().is_some(),
+            (RecoveryStep::RestartWorker, Ok(Served::Apart(engine))) => engine.can(step),
+            (RecoveryStep::ReloadModel, _) => true,
+            (RecoveryStep::FallBack, _) => falls_back && !fallen,
             _ => false,
         }
     }
 
     fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>> {
         Box::pin(async move {
-            #[cfg(unix)]
-            if step == RecoveryStep::RestartWorker
-                && let Ok(Served::Apart(engine)) = self.engine()
-            {
-                return engine.restart().await;
-            }
             let last = self.last().clone();
-            let Some((model, settings)) = last.filter(|_| step == RecoveryStep::ReloadModel) else {
-                return Err(EngineError::internal(format!(
-                    "{step:?} is no step of this engine"
-                )));
-            };
-            let loaded = self.load(&model, &settings, None).await;
-            if loaded.is_err() {
-                // It may be tried again.
-                *self.last() = Some((model, settings));
+            match (step, self.engine(), last) {
+                (RecoveryStep::ClearCaches, Ok(Served::Here(engine)), _) => engine.clear_caches().await,
+                (RecoveryStep::RebuildStream, Ok(Served::Here(engine)), _) => engine.rebuild_stream().await,
+                #[cfg(unix)]
+                (RecoveryStep::RestartWorker, Ok(Served::Apart(engine)), _) => engine.restart().await,
+                (RecoveryStep::ReloadModel, _, Some((model, settings))) => self.again(&model, settings).await,
+                (RecoveryStep::FallBack, _, Some((model, settings))) => {
+                    self.fall_back(&model, settings).await
+                }
+                _ => Err(EngineError::internal(format!("the engine cannot {step}"))),
             }
-            loaded.map(drop)
         })
+    }
+}
+
+impl Slot {
+    /// Loads what was loaded last.
+    async fn again(&self, model: &str, settings: Settings) -> Result<(), EngineError> {
+        let loaded = self.load(model, &settings, None).await;
+        if loaded.is_err() {
+            // It may be tried again.
+            *self.last() = Some((model.to_owned(), settings));
+        }
+        loaded.map(drop)
+    }
+
+    /// Serves from a smaller model, or from the mock, in place of `model`.
+    async fn fall_back(&self, model: &str, settings: Settings) -> Result<(), EngineError> {
+        let (name, instead) = if let Some(smaller) = &settings.fallback_model {
+            (smaller.clone(), settings.clone())
+        } else {
+            let mock = Settings {
+                choice: BackendChoice::Mock,
+                ..settings.clone()
+            };
+            (model.to_owned(), mock)
+        };
+        let loaded = self.load(&name, &instead, None).await;
+        // The next recovery is about the model that was asked for.
+        *self.last() = Some((model.to_owned(), settings));
+        loaded?;
+        tracing::warn!(model, instead = name, "recovery fell back");
+        if let State::Loaded { fallback_reason, .. } = &mut *self.state() {
+            *fallback_reason = Some(format!("`{model}` could not be brought back"));
+        }
+        Ok(())
     }
 }
 

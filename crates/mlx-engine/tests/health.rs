@@ -83,3 +83,119 @@ async fn a_fault_is_an_error_and_a_retry_answers() {
         assert_eq!(engine.performance_metrics().total.errors.values().sum::<u64>(), 2);
     }
 }
+
+#[tokio::test]
+async fn recovery_falls_back_only_where_it_may_and_says_so() {
+    use mlx_engine::{RecoveryConfiguration, RecoveryStep, ResilienceConfiguration};
+
+    for (allowed, policy) in [
+        (false, FallbackPolicy::OnLoadFailure),
+        (true, FallbackPolicy::Never),
+        (true, FallbackPolicy::OnLoadFailure),
+    ] {
+        let resilience = ResilienceConfiguration {
+            recovery: RecoveryConfiguration {
+                fall_back: allowed,
+                automatic: false,
+                ..RecoveryConfiguration::default()
+            },
+            ..ResilienceConfiguration::default()
+        };
+        // The first token of eight requests fails, however often the model is loaded again.
+        let script = (0..8).fold(MockScript::reply("Paris"), |script, _| {
+            script.with_fault(0, MockFault::Device)
+        });
+        let engine = mock(script)
+            .with_fallback(policy)
+            .with_resilience(resilience)
+            .unwrap();
+        engine.load_model("tiny").await.unwrap();
+        assert!(
+            engine
+                .generate("Where?", GenerateParams::default())
+                .await
+                .is_err()
+        );
+        let report = engine.attempt_recovery().await;
+        let steps: Vec<_> = report.steps.iter().map(|step| step.step).collect();
+        let before = [RecoveryStep::ClearCaches, RecoveryStep::ReloadModel];
+        let falls = allowed && policy == FallbackPolicy::OnLoadFailure;
+        let expected = if falls {
+            [&before[..], &[RecoveryStep::FallBack]].concat()
+        } else {
+            before.to_vec()
+        };
+        assert_eq!(steps, expected, "{report:?}");
+        // What is fallen back to is the same mock here, and no better.
+        assert!(!report.recovered);
+        assert_eq!(engine.fallback_reason().is_some(), falls);
+        assert_eq!(
+            engine
+                .health()
+                .reasons
+                .iter()
+                .any(|reason| reason.to_string().contains("a fallback serves")),
+            falls
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_configuration_is_measured_and_the_engine_keeps_the_one_that_is_told() {
+    use mlx_engine::{EngineConfig, OptimizeGoal, OptimizeOptions};
+
+    let engine = mock(MockScript::default());
+    let options = OptimizeOptions {
+        prompt_tokens: 64,
+        answer_tokens: 4,
+        ..OptimizeOptions::new(OptimizeGoal::Throughput)
+    };
+    let error = engine.optimize_performance(options.clone()).await.unwrap_err();
+    assert!(matches!(error, EngineError::NotLoaded { .. }), "{error}");
+    engine.load_model("tiny").await.unwrap();
+    let report = engine.optimize_performance(options.clone()).await.unwrap();
+    // Which is fastest is the machine's affair; what was tried, and what is left, is not.
+    assert!(
+        report.trials.iter().any(|trial| trial.knob == "max_batch"),
+        "{report:?}"
+    );
+    assert!(
+        report.trials.iter().all(|trial| trial.error.is_none()),
+        "{report:?}"
+    );
+    assert_eq!(
+        report.outcome == mlx_engine::OptimizeOutcome::Improved,
+        report.config != EngineConfig::default()
+    );
+    let again = engine
+        .optimize_performance(OptimizeOptions {
+            time_limit_s: 0.0,
+            ..options.clone()
+        })
+        .await
+        .unwrap();
+    assert_eq!(again.config, report.config, "it goes on from where it was left");
+    assert_eq!(again.outcome, mlx_engine::OptimizeOutcome::OutOfTime);
+    let output = engine
+        .generate("Where?", GenerateParams::default())
+        .await
+        .unwrap();
+    assert!(!output.text.is_empty());
+
+    let wrong = OptimizeOptions {
+        concurrency: 0,
+        ..options.clone()
+    };
+    assert!(matches!(
+        engine.optimize_performance(wrong).await,
+        Err(EngineError::InvalidParameter(_))
+    ));
+    let long = OptimizeOptions {
+        prompt_tokens: 5000,
+        ..options
+    };
+    assert!(matches!(
+        engine.optimize_performance(long).await,
+        Err(EngineError::PromptTooLong { .. })
+    ));
+}

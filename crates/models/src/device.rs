@@ -1,6 +1,7 @@
 //! What MLX computes on.
 
 use mlx_engine_core::Device;
+use mlx_rs::Stream;
 
 use crate::ModelError;
 
@@ -35,4 +36,29 @@ pub fn detect() -> Result<DeviceInfo, ModelError> {
         Device::Cpu
     };
     Ok(DeviceInfo { device })
+}
+
+/// Makes new streams the default ones of this thread: what is asked of MLX from now on does not wait for what an old one
+/// is at, nor hear of its errors. Arrays that an old stream was to compute should be dropped before.
+///
+/// # Errors
+///
+/// Where MLX could not be opened, and what it says.
+pub fn rebuild_stream() -> Result<(), ModelError> {
+    let devices = match detect()?.device {
+        Device::Cpu => vec![mlx_rs::Device::cpu()],
+        _ => vec![mlx_rs::Device::cpu(), mlx_rs::Device::gpu()],
+    };
+    for device in devices {
+        let stream = Stream::new_with_device(&device);
+        #[expect(unsafe_code, reason = "mlx-rs has no such call")]
+        // SAFETY: the handle is alive, and MLX copies what it says.
+        let status = unsafe { mlx_sys::mlx_set_default_stream(stream.as_ptr()) };
+        if status != 0 {
+            return Err(ModelError::Mlx(
+                "a new stream could not be made the default".to_owned(),
+            ));
+        }
+    }
+    Ok(())
 }

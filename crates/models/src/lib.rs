@@ -45,11 +45,13 @@ pub use convert::{
     Conversion, ConvertOptions, ConvertProgress, ConvertedWeights, Recipe, WeightBits, convert_weights,
 };
 pub use decoder::{Compute, Decoder, Feed, FeedTokens, LoadOptions, NextToken, Wanted};
-pub use device::{DeviceInfo, detect};
+pub use device::{DeviceInfo, detect, rebuild_stream};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};
 pub use host::cpu_kernels;
-pub use memory::{active_memory, clear_cache, limit_memory, peak_memory, reset_peak_memory};
+pub use memory::{
+    active_memory, cache_memory, clear_cache, limit_memory, peak_memory, reset_peak_memory, set_memory_limit,
+};
 pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax};
 pub use sequence::Sequence;
 pub use source::Source;

@@ -5,12 +5,31 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use mlx_engine_kernels::KernelError;
 use mlx_rs::memory;
 
 use crate::ModelError;
 
 static ACTIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// What [`ACTIVE`] may come to.
+static LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
+
+/// Limits what is computed with outside MLX, in bytes; `None` lifts the limit. Keys and values that would go beyond it are
+/// refused as out of memory, and the rest stays as it was.
+pub fn set_memory_limit(bytes: Option<u64>) {
+    let limit = bytes.map_or(usize::MAX, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+    LIMIT.store(limit, Ordering::Relaxed);
+}
+
+/// Whether so many bytes more stay within the limit.
+pub(crate) fn check_room(bytes: usize) -> Result<(), KernelError> {
+    if ACTIVE.load(Ordering::Relaxed).saturating_add(bytes) > LIMIT.load(Ordering::Relaxed) {
+        return Err(KernelError::OutOfMemory { bytes });
+    }
+    Ok(())
+}
 
 /// Bytes that are counted as long as this lives.
 #[derive(Debug, Default)]
@@ -68,6 +87,15 @@ pub fn peak_memory() -> Result<u64, ModelError> {
 /// None that MLX documents.
 pub fn active_memory() -> Result<u64, ModelError> {
     Ok((memory::active_memory()? + ACTIVE.load(Ordering::Relaxed)) as u64)
+}
+
+/// Bytes that MLX keeps for later arrays.
+///
+/// # Errors
+///
+/// None that MLX documents.
+pub fn cache_memory() -> Result<u64, ModelError> {
+    Ok(memory::cache_memory()? as u64)
 }
 
 /// Lets [`peak_memory`] start again.

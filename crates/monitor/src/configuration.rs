@@ -38,6 +38,11 @@ pub struct HealthConfiguration {
     pub degraded_stall_s: f64,
     /// The same for unhealthy; at least [`degraded_stall_s`](Self::degraded_stall_s).
     pub unhealthy_stall_s: f64,
+    /// Seconds that one turn of the engine may take, a chunk of a prompt and a token of each answer, where the engine says how
+    /// long it has been at it; above 0. From it on the engine is degraded.
+    pub degraded_turn_s: f64,
+    /// The same for unhealthy; at least [`degraded_turn_s`](Self::degraded_turn_s).
+    pub unhealthy_turn_s: f64,
     /// Decoding in the window at less than this part of its own median speed, beside as many other requests, is
     /// degraded; 0 to 1, where 0 never is.
     pub slow_decode_ratio: f64,
@@ -64,6 +69,8 @@ impl Default for HealthConfiguration {
             max_refusals: 0,
             degraded_stall_s: 30.0,
             unhealthy_stall_s: 300.0,
+            degraded_turn_s: 30.0,
+            unhealthy_turn_s: 120.0,
             slow_decode_ratio: 0.5,
             baseline_requests: 20,
             process_memory_limit_bytes: None,
@@ -115,6 +122,19 @@ impl HealthConfiguration {
             self.unhealthy_stall_s,
             least,
             "at least degraded_stall_s",
+        )?;
+        finite(
+            "degraded_turn_s",
+            self.degraded_turn_s,
+            f64::MIN_POSITIVE,
+            "above 0",
+        )?;
+        let least = self.degraded_turn_s;
+        finite(
+            "unhealthy_turn_s",
+            self.unhealthy_turn_s,
+            least,
+            "at least degraded_turn_s",
         )?;
         let ratio = (0.0..=1.0).contains(&self.slow_decode_ratio);
         check("slow_decode_ratio", self.slow_decode_ratio, ratio, "0 to 1")?;

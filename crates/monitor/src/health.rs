@@ -41,6 +41,11 @@ pub enum HealthReason {
         /// The name that it answers under.
         model: String,
     },
+    /// Something else serves in place of the model that was asked for.
+    FallbackInUse {
+        /// Why.
+        why: String,
+    },
     /// The last probe brought no token.
     ProbeFailed {
         /// What came of it.
@@ -83,6 +88,15 @@ pub enum HealthReason {
         waiting: u64,
         /// Seconds that requests have waited since the engine gave the last sign of life.
         silent_s: f64,
+        /// Where degraded begins.
+        degraded_from_s: f64,
+        /// Where unhealthy begins.
+        unhealthy_from_s: f64,
+    },
+    /// A turn of the engine does not end.
+    Hung {
+        /// Seconds that it has taken so far.
+        turn_s: f64,
         /// Where degraded begins.
         degraded_from_s: f64,
         /// Where unhealthy begins.
@@ -138,6 +152,7 @@ impl HealthReason {
         match *self {
             Self::NotLoaded | Self::ConsecutiveFailures { .. } => EngineHealth::Unhealthy,
             Self::MockInUse { .. }
+            | Self::FallbackInUse { .. }
             | Self::Saturated { .. }
             | Self::OutOfMemory { .. }
             | Self::MemoryPressure { .. }
@@ -154,6 +169,11 @@ impl HealthReason {
                 unhealthy_from_s,
                 ..
             } => from(silent_s >= unhealthy_from_s),
+            Self::Hung {
+                turn_s,
+                unhealthy_from_s,
+                ..
+            } => from(turn_s >= unhealthy_from_s),
         }
     }
 
@@ -161,7 +181,9 @@ impl HealthReason {
     pub fn is_stuck(&self) -> bool {
         match self {
             Self::ConsecutiveFailures { .. } => true,
-            Self::ProbeFailed { .. } | Self::Stalled { .. } => self.severity() == EngineHealth::Unhealthy,
+            Self::ProbeFailed { .. } | Self::Stalled { .. } | Self::Hung { .. } => {
+                self.severity() == EngineHealth::Unhealthy
+            }
             _ => false,
         }
     }
@@ -172,6 +194,7 @@ impl fmt::Display for HealthReason {
         match self {
             Self::NotLoaded => f.write_str("no model is loaded"),
             Self::MockInUse { model } => write!(f, "the mock answers in the place of `{model}`"),
+            Self::FallbackInUse { why } => write!(f, "a fallback serves: {why}"),
             Self::ProbeFailed {
                 failure,
                 finished_since,
@@ -204,6 +227,7 @@ impl fmt::Display for HealthReason {
                     "nothing came in {silent_s:.1} s of waiting, {waiting} requests wait"
                 )
             }
+            Self::Hung { turn_s, .. } => write!(f, "a turn has taken {turn_s:.1} s so far"),
             Self::OutOfMemory { count } => write!(f, "{count} requests found the device out of memory"),
             Self::MemoryPressure {
                 memory,

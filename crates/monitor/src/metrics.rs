@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use mlx_engine_core::{Backend, FinishReason, Usage};
+use mlx_engine_core::{Backend, EngineStatistics, FinishReason, Usage};
 use serde::{Deserialize, Serialize};
 
 use crate::{Distribution, ErrorKind};
@@ -25,6 +25,9 @@ pub struct InferenceMetrics {
     pub queued: u64,
     /// Requests that were started and not ended.
     pub running: u64,
+    /// What the engine says of its inside, where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineStatistics>,
     /// Memory of this process that is resident, in bytes. Known on Linux only.
     pub process_memory_bytes: Option<u64>,
     /// The generation that finished last.

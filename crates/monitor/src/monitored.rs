@@ -8,7 +8,8 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, EngineError, EventStream, GenerateParams, LlmEngine, ModelConfiguration, ParamError, Prompt,
+    Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
+    ParamError, Prompt,
 };
 
 use crate::emit::Telemetry;
@@ -134,6 +135,8 @@ impl<E: LlmEngine> Monitored<E> {
         Seen {
             backend: self.engine.backend(),
             model: self.engine.model(),
+            statistics: self.engine.statistics(),
+            fallback: self.engine.fallback_reason(),
         }
     }
 }
@@ -193,6 +196,18 @@ impl<E: LlmEngine> LlmEngine for Monitored<E> {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.engine.model()
+    }
+
+    fn fallback_reason(&self) -> Option<String> {
+        self.engine.fallback_reason()
+    }
+
+    fn abandon(&self) {
+        self.engine.abandon();
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.engine.statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
@@ -267,6 +282,8 @@ impl<E: LlmEngine> MonitoredBuilder<E> {
         let seen = Seen {
             backend: self.engine.backend(),
             model: self.engine.model(),
+            statistics: self.engine.statistics(),
+            fallback: self.engine.fallback_reason(),
         };
         Monitored {
             shared: Arc::new(Shared::new(self.clock, self.health, self.load_time, seen)),

@@ -5,6 +5,8 @@
 
 use std::fmt::{self, Display, Write};
 
+use mlx_engine_core::EngineStatistics;
+
 use crate::{Distribution, EngineHealth, HealthReport, InferenceMetrics, Throughput};
 
 impl InferenceMetrics {
@@ -89,6 +91,10 @@ impl Page {
             "Requests that were started and not ended.",
             metrics.running,
         );
+
+        if let Some(engine) = &metrics.engine {
+            self.engine(engine);
+        }
 
         self.single(
             "requests_submitted_total",
@@ -237,6 +243,74 @@ impl Page {
     fn seconds(&mut self, name: &str, help: &str, value: Option<f64>) {
         if let Some(value) = value {
             self.single(name, "gauge", help, value);
+        }
+    }
+
+    /// What the engine says of its inside.
+    fn engine(&mut self, engine: &EngineStatistics) {
+        let gauges = [
+            (
+                "engine_queued",
+                "Requests that wait in the engine.",
+                engine.queued,
+            ),
+            ("engine_running", "Requests that the engine runs.", engine.running),
+            (
+                "engine_batch_size",
+                "Answers that the last turn took further together.",
+                engine.batch_size,
+            ),
+            (
+                "engine_kv_bytes",
+                "Bytes that keys and values of what runs may come to take.",
+                engine.kv_bytes,
+            ),
+            (
+                "engine_prefix_cache_bytes",
+                "Bytes of keys and values that are kept.",
+                engine.prefix_cache_bytes,
+            ),
+            (
+                "engine_prefix_cache_sequences",
+                "Sequences that are kept.",
+                engine.prefix_cache_sequences,
+            ),
+            (
+                "engine_weight_bytes",
+                "Bytes of the weights.",
+                engine.weight_bytes,
+            ),
+        ];
+        for (name, help, value) in gauges {
+            self.single(name, "gauge", help, value);
+        }
+        self.seconds(
+            "engine_turn_seconds",
+            "How long the turn that runs has taken.",
+            engine.turn_s,
+        );
+        self.single(
+            "engine_turns_total",
+            "counter",
+            "Turns of the engine.",
+            engine.turns,
+        );
+        let restarts = "How often the worker went on after a panic.";
+        self.single(
+            "engine_worker_restarts_total",
+            "counter",
+            restarts,
+            engine.worker_restarts,
+        );
+        if let Some(memory) = engine.memory {
+            self.single(
+                "device_memory_active_bytes",
+                "gauge",
+                "Device memory in use.",
+                memory.active_bytes,
+            );
+            let cache = "Device memory that is kept for the next arrays.";
+            self.single("device_memory_cache_bytes", "gauge", cache, memory.cache_bytes);
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mlx_engine_core::{Backend, GenerateSummary, ModelConfiguration};
+use mlx_engine_core::{Backend, EngineStatistics, GenerateSummary, ModelConfiguration};
 
 use crate::clock::nanos;
 use crate::emit::{self, Telemetry};
@@ -26,6 +26,10 @@ use crate::{
 pub(crate) struct Seen {
     pub(crate) backend: Option<Backend>,
     pub(crate) model: Option<Arc<ModelConfiguration>>,
+    /// What it says of its inside.
+    pub(crate) statistics: Option<EngineStatistics>,
+    /// Why it is not what was asked for.
+    pub(crate) fallback: Option<String>,
 }
 
 impl Seen {
@@ -246,6 +250,8 @@ impl Shared {
                 state.queued = state.queued.saturating_sub(1);
             }
             self.streaming_tokens.fetch_sub(delivered, Ordering::Relaxed);
+            // What it said when it was asked last is over.
+            state.seen.statistics = None;
             state.end(now, &ended, summary);
             state.seen.clone()
         });
@@ -294,6 +300,7 @@ impl Shared {
             load_time_s: state.load_time.map(|time| time.as_secs_f64()),
             queued: state.queued,
             running: state.running,
+            engine: seen.statistics,
             process_memory_bytes,
             last: state.last,
             probes: state.probes,
@@ -389,7 +396,13 @@ impl State {
                 .and_then(|probe| Some((probe.failure?, probe.finished_since))),
             consecutive_failures: self.consecutive_failures,
             last_failure: self.last_failure.map(|(_, kind)| kind),
+            fallback: self.seen.fallback.clone(),
             process_memory_bytes: self.process_memory_bytes,
+            turn_s: self
+                .seen
+                .statistics
+                .and_then(|engine| engine.turn_s)
+                .unwrap_or_default(),
             ..Facts::default()
         };
         let mut decode = [crate::tally::Work::default(); LEVELS];

@@ -8,6 +8,8 @@ pub(crate) struct Facts {
     pub(crate) loaded: bool,
     /// The name that the mock answers under, where it is the mock that does.
     pub(crate) mock: Option<String>,
+    /// Why the engine is not what was asked for.
+    pub(crate) fallback: Option<String>,
     pub(crate) probe: Option<(ProbeFailure, u64)>,
     pub(crate) consecutive_failures: u32,
     pub(crate) last_failure: Option<ErrorKind>,
@@ -21,6 +23,8 @@ pub(crate) struct Facts {
     pub(crate) out_of_memory: u64,
     pub(crate) waiting: u64,
     pub(crate) silent_s: f64,
+    /// How long the engine has been at one turn.
+    pub(crate) turn_s: f64,
     pub(crate) process_memory_bytes: Option<u64>,
     /// Of the window.
     pub(crate) device_memory_bytes: u64,
@@ -36,6 +40,9 @@ pub(crate) fn assess(facts: &Facts, limits: &HealthConfiguration) -> HealthRepor
     }
     if let Some(model) = &facts.mock {
         reasons.push(HealthReason::MockInUse { model: model.clone() });
+    }
+    if let Some(why) = &facts.fallback {
+        reasons.push(HealthReason::FallbackInUse { why: why.clone() });
     }
     if let Some((failure, finished_since)) = facts.probe {
         reasons.push(HealthReason::ProbeFailed {
@@ -77,6 +84,13 @@ pub(crate) fn assess(facts: &Facts, limits: &HealthConfiguration) -> HealthRepor
             silent_s: facts.silent_s,
             degraded_from_s: limits.degraded_stall_s,
             unhealthy_from_s: limits.unhealthy_stall_s,
+        });
+    }
+    if facts.turn_s >= limits.degraded_turn_s {
+        reasons.push(HealthReason::Hung {
+            turn_s: facts.turn_s,
+            degraded_from_s: limits.degraded_turn_s,
+            unhealthy_from_s: limits.unhealthy_turn_s,
         });
     }
     if facts.out_of_memory > 0 {

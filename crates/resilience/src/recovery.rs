@@ -9,7 +9,8 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, EngineError, EventStream, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+    Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
+    Prompt,
 };
 use mlx_engine_monitor::{ErrorKind, Monitored, ProbeFailure, probe};
 use serde::{Deserialize, Serialize};
@@ -122,6 +123,18 @@ impl<E: LlmEngine> LlmEngine for Unrecoverable<E> {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.0.model()
+    }
+
+    fn fallback_reason(&self) -> Option<String> {
+        self.0.fallback_reason()
+    }
+
+    fn abandon(&self) {
+        self.0.abandon();
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.0.statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {

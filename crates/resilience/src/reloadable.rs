@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, EngineError, EventStream, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+    Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
+    Prompt,
 };
 use tokio::time::timeout;
 
@@ -42,6 +43,7 @@ pub struct Reloadable<E> {
     current: RwLock<Current<E>>,
     load: Load<E>,
     fall_back: Option<Load<E>>,
+    unload_limit: Duration,
 }
 
 struct Current<E> {
@@ -49,6 +51,8 @@ struct Current<E> {
     engine: Option<Arc<E>>,
     /// Whether it was unloaded on purpose.
     unloaded: bool,
+    /// Whether it is what is fallen back to.
+    fallen: bool,
     /// The name of the last model.
     model: String,
 }
@@ -83,10 +87,12 @@ impl<E: LlmEngine> Reloadable<E> {
             current: RwLock::new(Current {
                 engine: Some(Arc::new(engine)),
                 unloaded: false,
+                fallen: false,
                 model,
             }),
             load: Box::new(load),
             fall_back: None,
+            unload_limit: UNLOAD_LIMIT,
         })
     }
 
@@ -97,6 +103,13 @@ impl<E: LlmEngine> Reloadable<E> {
         F: Fn() -> BoxFuture<'static, Result<E, EngineError>> + Send + Sync + 'static,
     {
         self.fall_back = Some(Box::new(load));
+        self
+    }
+
+    /// Sets how long an engine may take to give its memory back before it is
+    /// [given up](LlmEngine::abandon) and the next is loaded beside it; 10 seconds unless told.
+    pub fn with_unload_limit(mut self, limit: Duration) -> Self {
+        self.unload_limit = limit;
         self
     }
 
@@ -117,12 +130,15 @@ impl<E: LlmEngine> Reloadable<E> {
     }
 
     /// Replaces the engine.
-    async fn replace(&self, load: &Load<E>) -> Result<(), EngineError> {
+    async fn replace(&self, load: &Load<E>, fallen: bool) -> Result<(), EngineError> {
         if let Some(engine) = self.change(|current| current.engine.take()) {
-            match timeout(UNLOAD_LIMIT, engine.unload()).await {
+            match timeout(self.unload_limit, engine.unload()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::warn!(%error, "the broken engine could not be unloaded"),
-                Err(_) => tracing::warn!("the broken engine does not end, its memory stays taken"),
+                Err(_) => {
+                    tracing::warn!("the broken engine does not end, its memory stays taken");
+                    engine.abandon();
+                }
             }
         }
         let engine = load().await?;
@@ -134,6 +150,7 @@ impl<E: LlmEngine> Reloadable<E> {
                 current.model.clone_from(&model.id);
             }
             current.engine = Some(Arc::new(engine));
+            current.fallen = fallen;
             None
         });
         match late {
@@ -165,6 +182,22 @@ impl<E: LlmEngine> LlmEngine for Reloadable<E> {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.engine()?.model()
+    }
+
+    fn fallback_reason(&self) -> Option<String> {
+        let fallen = self.change(|current| current.fallen);
+        let own = self.engine()?.fallback_reason();
+        own.or_else(|| fallen.then(|| "the engine could not be loaded again".to_owned()))
+    }
+
+    fn abandon(&self) {
+        if let Some(engine) = self.engine() {
+            engine.abandon();
+        }
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.engine()?.statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
@@ -199,7 +232,7 @@ impl<E: LlmEngine> Recover for Reloadable<E> {
                 _ => None,
             };
             match load {
-                Some(load) if self.can(step) => self.replace(load).await,
+                Some(load) if self.can(step) => self.replace(load, step == RecoveryStep::FallBack).await,
                 _ => Err(EngineError::internal(format!("the engine cannot {step}"))),
             }
         })

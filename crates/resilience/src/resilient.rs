@@ -6,8 +6,8 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
 use mlx_engine_core::{
-    Backend, EngineError, EventStream, GenerateOutput, GenerateParams, GenerationEvent, LlmEngine,
-    ModelConfiguration, ParamError, Prompt, collect_events,
+    Backend, EngineError, EngineStatistics, EventStream, GenerateOutput, GenerateParams, GenerationEvent,
+    LlmEngine, ModelConfiguration, ParamError, Prompt, collect_events,
 };
 use serde::{Deserialize, Serialize};
 
@@ -199,6 +199,18 @@ impl<E: LlmEngine + 'static> LlmEngine for Resilient<E> {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.engine.model()
+    }
+
+    fn fallback_reason(&self) -> Option<String> {
+        self.engine.fallback_reason()
+    }
+
+    fn abandon(&self) {
+        self.engine.abandon();
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.engine.statistics()
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {

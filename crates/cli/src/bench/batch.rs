@@ -23,6 +23,11 @@ struct Round {
 }
 
 pub(super) async fn run(args: Bench) -> Result<(), Failure> {
+    if args.model.config.is_some() {
+        return Err(Failure::usage(
+            "--batch measures with a configuration of its own: leave --config away",
+        ));
+    }
     let most = args.batch.iter().copied().max().unwrap_or(1) as usize;
     let config = EngineConfig {
         max_batch: most,

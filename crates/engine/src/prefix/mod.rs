@@ -89,6 +89,51 @@ impl<S> PrefixCache<S> {
         self.bytes
     }
 
+    /// How many sequences there are.
+    pub(crate) fn len(&self) -> usize {
+        self.kept().count()
+    }
+
+    /// Sets how many bytes all may take, and gives up what is beyond.
+    pub(crate) fn set_max_bytes(&mut self, max_bytes: u64) {
+        self.max_bytes = max_bytes;
+        self.shrink(max_bytes);
+    }
+
+    /// Whether everything is what it should be, as far as that can be seen: what a panic in the middle of a change leaves is
+    /// not.
+    pub(crate) fn is_sound<M>(&self, model: &M) -> bool
+    where
+        M: TokenModel<Sequence = S>,
+    {
+        let mut bytes = 0;
+        for (index, node) in self
+            .nodes
+            .iter()
+            .enumerate()
+            .filter_map(|(index, node)| Some((index, node.as_ref()?)))
+        {
+            let linked = node.children.iter().all(|(first, &child)| {
+                self.node(child).is_some_and(|child| {
+                    child.parent == index
+                        && child.edge.first() == Some(first)
+                        && child.end == node.end + child.edge.len()
+                })
+            });
+            let held = index == ROOT
+                || self
+                    .node(node.parent)
+                    .is_some_and(|parent| parent.children.values().any(|&child| child == index));
+            let kept = node.kept.as_ref();
+            let seen = kept.is_none_or(|kept| model.len(&kept.sequence) >= node.end);
+            if !(linked && held && seen) {
+                return false;
+            }
+            bytes += node.bytes + kept.map_or(0, |kept| kept.extra);
+        }
+        bytes == self.bytes
+    }
+
     /// Bytes that are not given up.
     pub(crate) fn pinned_bytes(&self) -> u64 {
         let mut paths: Vec<usize> = Vec::new();

@@ -325,6 +325,16 @@ impl Scheduler {
         self.remove(id);
     }
 
+    /// Takes all out that run.
+    pub(crate) fn cancel_running(&mut self) {
+        self.running.clear();
+    }
+
+    /// Keeps to other limits from now on. What runs beyond them goes on.
+    pub(crate) fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
     fn remove(&mut self, id: Id) -> Option<Phase> {
         self.waiting.retain(|ask| ask.id != id);
         let at = self.running.iter().position(|running| running.ask.id == id)?;

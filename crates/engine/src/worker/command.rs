@@ -4,6 +4,7 @@ use mlx_engine_core::EngineError;
 use tokio::sync::oneshot;
 
 use super::scoring::Reply;
+use crate::EngineConfig;
 use crate::prefix::PrefixCacheReport;
 use crate::request::Request;
 
@@ -19,6 +20,18 @@ pub(crate) enum Command {
         reply: Reply,
     },
     Prefixes(PrefixCommand),
+    Maintain {
+        what: Maintenance,
+        reply: oneshot::Sender<Result<(), EngineError>>,
+    },
+}
+
+/// What can be done for a worker.
+#[derive(Debug)]
+pub(crate) enum Maintenance {
+    ClearCaches,
+    RebuildStream,
+    Reconfigure(Box<EngineConfig>),
 }
 
 /// What is done with the sequences that are kept.

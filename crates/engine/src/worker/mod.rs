@@ -2,6 +2,7 @@
 
 mod active;
 mod command;
+mod maintain;
 mod memory;
 mod scoring;
 #[cfg(test)]
@@ -20,12 +21,13 @@ use mlx_engine_text::Tokenizer;
 use tokio::sync::mpsc;
 
 use self::active::{Active, forced, read};
-pub(crate) use self::command::{Command, PrefixCommand};
+pub(crate) use self::command::{Command, Maintenance, PrefixCommand};
 use self::memory::Memory;
 use self::scoring::Scoring;
 use crate::clock::Clock;
 use crate::config::EngineConfig;
 use crate::disk::DiskCache;
+use crate::gauges::Gauges;
 use crate::prefix::PrefixCache;
 use crate::request::{Answer, Request};
 use crate::scheduler::{Admission, Ask, Chunk, Id, Limits, Refusal, Scheduler};
@@ -59,6 +61,9 @@ pub(crate) struct Worker<M: TokenModel, C> {
     turns: u32,
     /// Requests so far.
     submitted: Id,
+    gauges: Arc<Gauges>,
+    /// Whether a turn has come to its end since the worker went on after a panic.
+    sound: bool,
 }
 
 /// Turns between two chunks that are handed over to be written while there is something else to do.
@@ -74,6 +79,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         identity: Identity,
         config: &EngineConfig,
         clock: C,
+        gauges: Arc<Gauges>,
     ) -> Result<Self, EngineError> {
         let disk = config.prefix_cache.disk.as_ref();
         let disk = disk.map(|disk| {
@@ -88,21 +94,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             DiskCache::open(disk, &identity)
         });
         let disk = disk.transpose()?;
-        let (memory, prefill_chunk) = Memory::new(&model, config);
-        let available = memory.available();
+        let (memory, limits, kept) = limits(&model, config);
         let context_length = config
             .context_length
             .unwrap_or(usize::MAX)
             .min(model.context_length());
-        let kept = config.prefix_cache.max_bytes;
-        let limits = Limits {
-            max_batch: config.max_batch,
-            max_queue: config.max_queue,
-            prefill_chunk,
-            available,
-        };
         Ok(Self {
-            prefixes: PrefixCache::new(kept.or(available.map(|bytes| bytes / 4)).unwrap_or(1 << 30)),
+            prefixes: PrefixCache::new(kept),
             model,
             tokenizer,
             identity,
@@ -116,11 +114,28 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             disk,
             turns: 0,
             submitted: 0,
+            gauges,
+            sound: true,
         })
     }
 
-    /// Serves requests until nobody can send any and all are answered, or until it is told to give them up.
+    /// Serves requests until nobody can send any and all are answered, or until it is told to give them up. A panic that no
+    /// step of a request is to blame for ends what runs and not the worker, unless it comes again at once.
     pub(crate) fn run(mut self, mut commands: mpsc::Receiver<Command>, abort: &AtomicBool) {
+        while let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.serve(&mut commands, abort))) {
+            let error = panicked(&*panic);
+            if !self.sound {
+                tracing::error!(%error, "the worker panics whatever it does and ends");
+                self.fail_all(&error);
+                return;
+            }
+            tracing::error!(%error, "the worker panicked and goes on");
+            self.sound = false;
+            self.revive(&error);
+        }
+    }
+
+    fn serve(&mut self, commands: &mut mpsc::Receiver<Command>, abort: &AtomicBool) {
         loop {
             if self.is_idle() && !self.save(true) {
                 match commands.blocking_recv() {
@@ -132,10 +147,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 self.accept(command);
             }
             if abort.load(Ordering::Acquire) {
-                self.abort();
+                // The engine was unloaded: nobody waits for what is left.
+                let model = self.identity.model.to_string();
+                self.fail_all(&EngineError::NotLoaded { model });
                 return;
             }
             self.turn();
+            self.sound = true;
         }
     }
 
@@ -162,6 +180,11 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 }
             }
             Command::Prefixes(command) => self.manage(command),
+            Command::Maintain { what, reply } => {
+                let done = self.maintain(what);
+                self.note();
+                let _ = reply.send(done);
+            }
         }
     }
 
@@ -223,6 +246,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         })?;
         self.submitted += 1;
         self.waiting.push((id, request));
+        self.note();
         Ok(())
     }
 
@@ -275,18 +299,6 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
     }
 
-    /// Ends all that there is.
-    fn abort(&mut self) {
-        let active = self.active.drain(..).map(|active| active.request);
-        let waiting = self.waiting.drain(..).map(|(_, request)| request);
-        for request in active.chain(waiting) {
-            let error = EngineError::NotLoaded {
-                model: self.identity.model.to_string(),
-            };
-            let _ = request.events.try_send(Err(error));
-        }
-    }
-
     /// Where the state of a prompt is kept while it is fed: behind its first and its last message, where a conversation
     /// that begins alike goes another way. None where any state can be had from a later one.
     fn checkpoints(&self, tokens: &[u32]) -> Vec<usize> {
@@ -321,6 +333,14 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 let _ = request.events.try_send(Err(error));
                 continue;
             }
+            let sequence = match guarded(|| Ok(self.model.open())) {
+                Ok(sequence) => sequence,
+                Err(error) => {
+                    self.scheduler.cancel(id);
+                    let _ = request.events.try_send(Err(error));
+                    continue;
+                }
+            };
             self.active.push(Active {
                 id,
                 answer: Answer::new(&self.tokenizer, &request),
@@ -328,7 +348,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 prompt_len: request.tokens.len(),
                 checkpoints: self.checkpoints(&request.tokens),
                 request,
-                sequence: self.model.open(),
+                sequence,
                 cached: None,
                 shared: 0,
                 started: self.clock.now(),
@@ -362,6 +382,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.admit();
         let began = self.clock.now();
         let mut turn = self.scheduler.turn();
+        self.gauges.begin(began, turn.decode.len());
         let mut failed = Failed::new();
         if let Some(chunk) = turn.chunk {
             let fed = self.begin(chunk).and_then(|chunk| {
@@ -383,8 +404,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             (more && free && model.can_look_ahead(&active.sequence)).then_some(None)
         });
         self.prepare(due, &mut failed);
-        self.read(due, &mut failed);
-        self.force(due, &mut failed);
+        let read = self.read(due, &mut failed) + self.force(due, &mut failed);
         self.feed(due, &mut failed, |_, active| {
             let stands = active.finished.is_none() && !active.ahead;
             stands.then(|| active.tokens.last().copied())
@@ -399,8 +419,10 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         if turn.chunk.is_some() {
             self.measure();
         }
+        self.gauges.end(read);
         self.take_out(failed);
         self.make_room();
+        self.note();
         self.turns += 1;
         if self.turns >= TURNS_BETWEEN_CHUNKS {
             self.turns = 0;
@@ -597,8 +619,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         failed.append(&mut ended);
     }
 
-    /// Takes the tokens that need no choice behind those that were read, and feeds them in one step.
-    fn force(&mut self, due: &[Id], failed: &mut Failed) {
+    /// Takes the tokens that need no choice behind those that were read, feeds them in one step, and says how many they were.
+    fn force(&mut self, due: &[Id], failed: &mut Failed) -> usize {
+        let mut tokens = 0;
         let Self {
             model,
             active,
@@ -614,6 +637,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
             let forced = guarded(|| {
                 let forced = forced(active, *context_length, clock)?;
+                tokens += forced;
                 for _ in 0..forced {
                     scheduler.generated(active.id);
                 }
@@ -630,10 +654,12 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
         }
         failed.append(&mut ended);
+        tokens
     }
 
-    /// Reads a token of every answer that is due.
-    fn read(&mut self, due: &[Id], failed: &mut Failed) {
+    /// Reads a token of every answer that is due, and says of how many that went well.
+    fn read(&mut self, due: &[Id], failed: &mut Failed) -> usize {
+        let mut tokens = 0;
         let Self {
             model,
             active,
@@ -647,12 +673,14 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             match guarded(|| read(model, active, *context_length, clock)) {
                 Ok(reason) => {
                     active.finished = reason;
+                    tokens += 1;
                     scheduler.generated(active.id);
                 }
                 Err(error) => ended.push((active.id, error)),
             }
         }
         failed.append(&mut ended);
+        tokens
     }
 
     /// Takes out requests that have failed or finished.
@@ -677,10 +705,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 if matches!(error, EngineError::OutOfMemory) {
                     self.prefixes.clear();
                 }
-                let _ = active.request.events.try_send(Err(error));
                 self.scheduler.cancel(id);
+                // What is written down is true when the caller hears of the end.
+                self.note();
+                let _ = active.request.events.try_send(Err(error));
             } else if let Some(reason) = finished {
                 self.scheduler.finish(id);
+                self.note();
                 self.finish(active, reason);
             }
         }
@@ -723,6 +754,21 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
         }
     }
+}
+
+/// What of the memory is for sequences, what the scheduler keeps to, and the bytes of sequences that are kept.
+fn limits<M: TokenModel>(model: &M, config: &EngineConfig) -> (Memory, Limits, u64) {
+    let (memory, prefill_chunk) = Memory::new(model, config);
+    let available = memory.available();
+    let limits = Limits {
+        max_batch: config.max_batch,
+        max_queue: config.max_queue,
+        prefill_chunk,
+        available,
+    };
+    let kept = config.prefix_cache.max_bytes;
+    let kept = kept.or(available.map(|bytes| bytes / 4)).unwrap_or(1 << 30);
+    (memory, limits, kept)
 }
 
 /// Those of the requests that are due and have not failed.

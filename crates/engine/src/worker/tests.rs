@@ -8,6 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::PrefixCacheConfig;
+use crate::gauges::Gauges;
 use crate::mock::{MockFault, MockModel, MockScript};
 
 /// A clock that a test moves.
@@ -64,11 +65,12 @@ impl Bench {
             load_s: 0.0,
         };
         let model = script.load().expect("the mock loads");
+        let gauges = Arc::new(Gauges::new(clock.start));
         let tokenizer = MockScript::default()
             .tokenizer()
             .expect("the mock has a tokenizer");
         Self {
-            worker: Worker::new(model, tokenizer, identity, config, clock.clone())
+            worker: Worker::new(model, tokenizer, identity, config, clock.clone(), gauges)
                 .expect("the folder is there"),
             clock,
             requests: Vec::new(),

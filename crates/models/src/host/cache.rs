@@ -11,7 +11,7 @@ use mlx_rs::{Array, Stream, transforms};
 use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_UINT32};
 
 use crate::kv::{KvPlan, KvRule};
-use crate::memory::Held;
+use crate::memory::{Held, check_room};
 use crate::{DecoderSpec, ModelError};
 
 /// The keys and values of a sequence, which a step in flight may be writing.
@@ -87,7 +87,9 @@ impl PagePlan {
     }
 
     fn page(&self, rule: &KvRule, page: usize) -> Result<Arc<Page>, KernelError> {
-        let kv = KvPage::new(self.format(rule, page))?;
+        let format = self.format(rule, page);
+        check_room(format.bytes())?;
+        let kv = KvPage::new(format)?;
         let held = Held::new(kv.format().bytes());
         Ok(Arc::new(Page { kv, held }))
     }

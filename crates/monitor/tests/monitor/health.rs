@@ -350,3 +350,28 @@ fn thresholds_out_of_their_range_are_refused() {
     let engine = Monitored::builder(Scripted::new(Backend::Mlx)).health(health);
     assert_eq!(engine.build().unwrap_err().field(), "window_s");
 }
+
+#[test]
+fn a_turn_that_does_not_end_is_a_hang_and_ends_with_it() {
+    let engine = Monitored::new(Arc::new(Scripted::new(Backend::Mlx)));
+    let says = |turn_s| {
+        let statistics = mlx_engine_core::EngineStatistics {
+            turn_s,
+            ..Default::default()
+        };
+        *engine.engine().statistics.lock().expect("not poisoned") = Some(statistics);
+        let health = engine.health();
+        (health.status, health.is_live())
+    };
+    assert_eq!(says(None), (EngineHealth::Healthy, true));
+    assert_eq!(says(Some(29.9)), (EngineHealth::Healthy, true));
+    assert_eq!(says(Some(30.0)), (EngineHealth::Degraded, true));
+    assert_eq!(says(Some(120.0)), (EngineHealth::Unhealthy, false));
+    assert_eq!(
+        engine.metrics().engine.and_then(|engine| engine.turn_s),
+        Some(120.0)
+    );
+    // A request that ends is a sign of life: what was said before is old.
+    block_on(engine.generate(Prompt::text("x"), GenerateParams::default())).unwrap();
+    assert_eq!(says(None), (EngineHealth::Healthy, true));
+}

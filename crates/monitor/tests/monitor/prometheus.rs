@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::executor::block_on;
-use mlx_engine_core::{Backend, EngineError, GenerateParams, LlmEngine, Prompt};
+use mlx_engine_core::{
+    Backend, DeviceMemory, EngineError, EngineStatistics, GenerateParams, LlmEngine, Prompt,
+};
 use mlx_engine_monitor::{ManualClock, Monitored};
 use serde_json::Value;
 
@@ -34,6 +36,24 @@ fn engine() -> Monitored<Arc<Scripted>> {
     assert!(!ask(Script::refuse(EngineError::OutOfMemory)));
     assert!(!ask(Script::refuse(EngineError::EmptyPrompt)));
     block_on(engine.check_health());
+    *engine.engine().statistics.lock().expect("not poisoned") = Some(EngineStatistics {
+        queued: 2,
+        running: 3,
+        batch_size: 4,
+        turns: 50,
+        generated_tokens: 60,
+        turn_s: Some(0.25),
+        kv_bytes: 700,
+        prefix_cache_bytes: 800,
+        prefix_cache_sequences: 9,
+        weight_bytes: 1000,
+        worker_restarts: 1,
+        memory: Some(DeviceMemory {
+            active_bytes: 1100,
+            cache_bytes: 1200,
+            peak_bytes: 1300,
+        }),
+    });
     engine
 }
 

@@ -9,8 +9,8 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream;
 use mlx_engine_core::{
-    Backend, Device, EngineError, EventStream, FinishReason, GenerateParams, GenerateSummary,
-    GenerationEvent, LlmEngine, ModelConfiguration, ModelType, Prompt, Timings, Usage,
+    Backend, Device, EngineError, EngineStatistics, EventStream, FinishReason, GenerateParams,
+    GenerateSummary, GenerationEvent, LlmEngine, ModelConfiguration, ModelType, Prompt, Timings, Usage,
 };
 
 /// What a poll of a stream gives.
@@ -96,6 +96,7 @@ pub(crate) fn summary(finish_reason: FinishReason, completion_tokens: u32) -> Ge
 pub(crate) struct Scripted {
     scripts: Mutex<VecDeque<Script>>,
     loaded: Mutex<Option<(Backend, Arc<ModelConfiguration>)>>,
+    pub(crate) statistics: Mutex<Option<EngineStatistics>>,
 }
 
 impl Scripted {
@@ -148,6 +149,10 @@ impl LlmEngine for Scripted {
             })
             .boxed())
         })
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        *self.statistics.lock().expect("not poisoned")
     }
 
     fn backend(&self) -> Option<Backend> {

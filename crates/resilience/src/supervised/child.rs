@@ -138,10 +138,11 @@ where
         backend: engine.backend(),
         model: engine.model().map(Arc::unwrap_or_clone),
         details: engine.details(),
+        statistics: engine.statistics(),
     };
     // It is set here alone.
     let _ = ready.set(Arc::clone(&tasks));
-    line.say(&FromChild::Ready(said));
+    line.say(&FromChild::Ready(Box::new(said)));
     // The reader says so, or is gone.
     let _ = ended.await;
     tasks.abort();
@@ -275,9 +276,10 @@ impl<E: Service> Drop for Last<'_, E> {
                     message: "the engine panicked on the request".to_owned(),
                 },
             });
-            self.tasks
-                .line
-                .say(&FromChild::Details(self.tasks.engine.details()));
+            self.tasks.line.say(&FromChild::Details {
+                details: self.tasks.engine.details(),
+                statistics: self.tasks.engine.statistics().map(Box::new),
+            });
             self.tasks.line.say(&frame);
         }
     }

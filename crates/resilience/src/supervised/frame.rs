@@ -5,7 +5,8 @@
 use std::io::{self, ErrorKind, Read};
 
 use mlx_engine_core::{
-    Backend, EngineError, GenerateParams, GenerationEvent, LoadProgress, ModelConfiguration, Prompt,
+    Backend, EngineError, EngineStatistics, GenerateParams, GenerationEvent, LoadProgress,
+    ModelConfiguration, Prompt,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -50,8 +51,11 @@ pub(super) enum ToChild {
 pub(super) enum FromChild {
     Progress(LoadProgress),
     /// What the engine says of itself now.
-    Details(Value),
-    Ready(Ready),
+    Details {
+        details: Value,
+        statistics: Option<Box<EngineStatistics>>,
+    },
+    Ready(Box<Ready>),
     /// The model could not be loaded; the process ends.
     Failed(EngineError),
     /// The engine took the request.
@@ -80,6 +84,7 @@ pub(super) struct Ready {
     pub(super) model: Option<ModelConfiguration>,
     /// What else the engine says of itself.
     pub(super) details: Value,
+    pub(super) statistics: Option<EngineStatistics>,
 }
 
 /// Why there is no frame.

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use futures::{Stream, StreamExt};
 use mlx_engine_core::{
-    Backend, EngineError, EventStream, GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+    Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
+    Prompt,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -225,11 +226,7 @@ impl Supervised {
                 return Err(state.not_loaded());
             }
             state.restart = true;
-            if let Some(process) = &mut state.process
-                && let Err(error) = process.kill()
-            {
-                tracing::warn!(%error, "the engine's process could not be killed");
-            }
+            state.kill();
             (self.shared.stage.subscribe(), state.starts + 1)
         };
         self.shared.changed.notify_all();
@@ -273,6 +270,14 @@ impl State {
         }
     }
 
+    fn kill(&mut self) {
+        if let Some(process) = &mut self.process
+            && let Err(error) = process.kill()
+        {
+            tracing::warn!(%error, "the engine's process could not be killed");
+        }
+    }
+
     /// Hands what waits to the process, where one is ready.
     fn send(&mut self) {
         if self.ready.is_some()
@@ -290,6 +295,10 @@ impl State {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kill(&self) {
+        self.lock().kill();
     }
 
     fn stage(&self, state: &State, now: ChildState, error: Option<EngineError>) {
@@ -519,16 +528,17 @@ impl Shared {
                         progress(stage);
                     }
                 }
-                FromChild::Details(details) => {
+                FromChild::Details { details, statistics } => {
                     if let Some(ready) = &mut state.ready {
                         ready.details = details;
+                        ready.statistics = statistics.map(|statistics| *statistics);
                     }
                 }
                 FromChild::Ready(ready) => {
                     if let Some(model) = &ready.model {
                         state.model.clone_from(&model.id);
                     }
-                    state.ready = Some(ready);
+                    state.ready = Some(*ready);
                     end.was_ready = true;
                     limit = self.configuration.silence_limit;
                     self.stage(&state, ChildState::Ready, None);
@@ -572,11 +582,7 @@ impl Shared {
         while !state.over {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                if let Some(process) = &mut state.process
-                    && let Err(error) = process.kill()
-                {
-                    tracing::warn!(%error, "the engine's process could not be killed");
-                }
+                state.kill();
                 break;
             }
             let woken = self.changed.wait_timeout(state, left);
@@ -678,6 +684,16 @@ impl LlmEngine for Supervised {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         self.serves()?.model.map(Arc::new)
+    }
+
+    fn abandon(&self) {
+        // It cannot hang: a process that does not end is killed.
+        self.shared.kill();
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        let state = self.shared.lock();
+        state.ready.as_ref()?.statistics
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {

@@ -482,7 +482,7 @@ async fn a_process_that_cannot_load_any_more_is_given_up_with_its_error() {
 async fn a_process_that_hangs_is_found_and_replaced() {
     let world = World::default();
     let configuration = SupervisorConfiguration {
-        silence_limit: Some(Duration::from_millis(20)),
+        silence_limit: Some(Duration::from_secs(1)),
         ..quick()
     };
     let engine = start_as(&world, configuration).await;
