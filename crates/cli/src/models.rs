@@ -1,7 +1,7 @@
 //! `mlx-engine models`.
 
 use mlx_engine::{
-    DeviceDescription, EngineError, ModelConfiguration, ModelRegistry, SearchCriteria, platform,
+    DeviceDescription, EngineError, ModelConfiguration, ModelEntry, ModelRegistry, SearchCriteria, platform,
 };
 use serde_json::json;
 
@@ -17,11 +17,10 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
     match &args.command {
         ModelsCommand::List { cached: true, json } => cached::list(*json)?,
         ModelsCommand::List { json, .. } => {
-            let models: Vec<&ModelConfiguration> = registry.models().collect();
             if *json {
-                return print_json(&models);
+                return print_json(&registry.entries().collect::<Vec<_>>());
             }
-            models.into_iter().try_for_each(print_line)?;
+            registry.models().try_for_each(print_line)?;
         }
         #[cfg(feature = "hub")]
         ModelsCommand::Search {
@@ -118,30 +117,53 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
             }
         }
         ModelsCommand::Show { name, json } => {
-            let model = registry.get(name).map_err(EngineError::from)?;
+            let model = registry.entry(name).map_err(EngineError::from)?;
             if *json {
                 return print_json(model);
             }
-            outln!("{} ({})", model.name, model.id);
-            outln!("{}", model.description);
-            outln!("family      {}", model.family);
-            outln!("type        {}", model.model_type);
-            outln!("parameters  {}", model.parameters);
-            match &model.quantization {
-                Some(quantization) => {
-                    outln!(
-                        "weights     {} bits, groups of {}",
-                        quantization.bits(),
-                        quantization.group_size()
-                    );
-                }
-                None => outln!("weights     floating point"),
-            }
-            outln!("context     {} tokens", model.context_length);
-            outln!("size        {} bytes", model.size_bytes);
-            if !model.aliases.is_empty() {
-                outln!("aliases     {}", model.aliases.join(", "));
-            }
+            print_page(model)?;
+        }
+    }
+    Ok(())
+}
+
+/// All that is known of a model.
+fn print_page(entry: &ModelEntry) -> Result<(), Failure> {
+    let model = &entry.model;
+    outln!("{} ({})", model.name, model.id);
+    outln!("{}", model.description);
+    outln!("family        {}", model.family);
+    outln!("type          {}", model.model_type);
+    outln!("parameters    {}", model.parameters);
+    if let Some(active) = model.active_parameters {
+        outln!("active        {active} for a token");
+    }
+    match &model.quantization {
+        Some(quantization) => {
+            let (bits, group_size) = (quantization.bits(), quantization.group_size());
+            outln!("weights       {bits} bits, groups of {group_size}");
+        }
+        None => outln!("weights       floating point"),
+    }
+    outln!("context       {} tokens", model.context_length);
+    outln!("size          {} bytes", model.size_bytes);
+    let capabilities: Vec<String> = entry.capabilities.iter().map(ToString::to_string).collect();
+    let sampling = match &entry.sampling {
+        Some(sampling) => {
+            serde_json::to_string(sampling).map_err(|error| Failure::other(error.to_string()))?
+        }
+        None => String::new(),
+    };
+    for (name, value) in [
+        ("licence", &entry.licence),
+        ("released", &entry.released),
+        ("capabilities", &capabilities.join(", ")),
+        ("languages", &entry.languages.join(", ")),
+        ("sampling", &sampling),
+        ("aliases", &model.aliases.join(", ")),
+    ] {
+        if !value.is_empty() {
+            outln!("{name:13} {value}");
         }
     }
     Ok(())

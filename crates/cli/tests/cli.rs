@@ -170,7 +170,11 @@ fn models_are_listed_and_shown() {
     let (_, out, _) = run(&["models", "list"], "");
     assert!(out.contains(id));
     let (_, out, _) = run(&["models", "show", id], "");
-    assert!(out.contains(id) && out.contains("context"), "{out}");
+    let licence = models[0]["licence"].as_str().unwrap();
+    assert!(
+        [id, "context", licence].iter().all(|text| out.contains(text)),
+        "{out}"
+    );
     let (_, out, _) = run(&["models", "show", id, "--json"], "");
     assert_eq!(json(&out), models[0]);
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use mlx_engine::prelude::*;
-use mlx_engine::{ChildState, EngineConfig, EngineHealth, MockScript, Program, SupervisorConfiguration};
+use mlx_engine::{
+    ChildState, EngineConfig, EngineHealth, MockScript, Program, SupervisorConfiguration, UnloadMode,
+};
 
 fn program() -> Program {
     Program::new(assert_cmd::cargo::cargo_bin("mlx-engine")).arg("serve-engine")
@@ -100,6 +102,22 @@ async fn a_kill_costs_what_runs_and_recovery_brings_a_token() {
         .unwrap();
     assert_eq!(output.text, "back");
     assert_ne!(process(&engine), before);
+}
+
+#[tokio::test]
+async fn an_unload_that_cannot_wait_is_refused_and_costs_nothing() {
+    let engine = mock(SupervisorConfiguration::default());
+    engine.load_model("tiny").await.unwrap();
+    let events = running(&engine, GenerateParams::default().with_max_tokens(30)).await;
+    let error = engine.unload_with(UnloadMode::Drain).await.unwrap_err();
+    assert!(error.to_string().contains("a process of its own"), "{error}");
+    let ends: Vec<_> = events.collect().await;
+    assert!(
+        matches!(ends.last(), Some(Ok(GenerationEvent::Finished(_)))),
+        "{ends:?}"
+    );
+    engine.unload_with(UnloadMode::Abort).await.unwrap();
+    assert_eq!(engine.backend(), None);
 }
 
 #[tokio::test]

@@ -192,10 +192,10 @@ pub struct GenerateSummary {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn summary() -> GenerateSummary {
+    pub(crate) fn summary() -> GenerateSummary {
         GenerateSummary {
             model: "tiny".to_owned(),
             backend: Backend::Mock,

@@ -165,27 +165,7 @@ mod tests {
 
     use super::*;
     use crate::TopLogprob;
-
-    fn summary() -> GenerateSummary {
-        GenerateSummary {
-            model: "tiny".to_owned(),
-            backend: Backend::Mock,
-            device: Device::Cpu,
-            finish_reason: FinishReason::Stop,
-            usage: Usage {
-                prompt_tokens: 3,
-                completion_tokens: 2,
-                cached_tokens: 1,
-            },
-            timings: Timings {
-                load_s: 0.5,
-                ttft_s: 0.25,
-                prompt_tps: 8.0,
-                generation_tps: 4.0,
-            },
-            peak_memory_bytes: 0,
-        }
-    }
+    use crate::event::tests::summary;
 
     fn said(tokens: Vec<TokenInfo>) -> GenerateOutput {
         let mut answer = PartialOutput::default();

@@ -20,7 +20,7 @@ pub struct EngineStatistics {
     /// How long the turn that runs has taken so far, in seconds; `None` between turns. One that does not end is a hang.
     pub turn_s: Option<f64>,
     /// Bytes that the keys and values of all that runs may come to take.
-    pub kv_bytes: u64,
+    pub kv_reserved_bytes: u64,
     /// Bytes of the keys and values that are only kept, for requests that begin alike.
     pub prefix_cache_bytes: u64,
     /// Sequences of which they are.

@@ -544,9 +544,6 @@ impl Engine {
     }
 }
 
-/// Events that a token makes certain, at most: it would have to hold several marks to make more.
-const EVENTS_A_TOKEN: usize = 8;
-
 impl LlmEngine for Engine {
     fn stream(
         &self,
@@ -573,10 +570,7 @@ impl LlmEngine for Engine {
                 .as_ref()
                 .map(|constraint| self.compiler.compile(constraint).map(Box::new))
                 .transpose()?;
-            // Started, Finished or an error, and for a token the text before a call, the call, the text behind it and so on. The
-            // channel takes memory as it fills.
-            let most = u64::from(params.max_tokens).min(context_length) as usize * EVENTS_A_TOKEN + 3;
-            let (events, receiver) = mpsc::channel(most);
+            let (events, receiver) = mpsc::unbounded_channel();
             let (taken, queued) = oneshot::channel();
             let request = Box::new(Request {
                 tokens,

@@ -36,8 +36,10 @@ enum Fault {
     Device,
     OutOfMemory,
     Panic,
-    /// Nothing comes until the gate opens.
+    /// Nothing comes until the gate opens, and then an error.
     Hang,
+    /// Nothing comes until the gate opens, and then all goes on.
+    Pause,
     /// A function inside MLX's graph fails, and the graph is evaluated.
     #[cfg(feature = "mlx")]
     HostOp,
@@ -75,6 +77,18 @@ impl Plan {
         self.gate.1.notify_all();
     }
 
+    /// Until the gate opens.
+    fn wait(&self) {
+        self.hangs.notify_one();
+        let closed = self.gate.0.lock().expect("not poisoned");
+        drop(
+            self.gate
+                .1
+                .wait_while(closed, |open| !*open)
+                .expect("not poisoned"),
+        );
+    }
+
     /// The fault of this point, if there is one.
     fn due(&self, here: Point) -> Option<Fault> {
         let mut planned = self.fault.lock().expect("not poisoned");
@@ -95,15 +109,12 @@ impl Plan {
             Some(Fault::OutOfMemory) => Err(EngineError::OutOfMemory),
             Some(Fault::Panic) => panic!("told to panic"),
             Some(Fault::Hang) => {
-                self.hangs.notify_one();
-                let closed = self.gate.0.lock().expect("not poisoned");
-                drop(
-                    self.gate
-                        .1
-                        .wait_while(closed, |open| !*open)
-                        .expect("not poisoned"),
-                );
+                self.wait();
                 Err(EngineError::device("told to", "hang"))
+            }
+            Some(Fault::Pause) => {
+                self.wait();
+                Ok(())
             }
             #[cfg(feature = "mlx")]
             Some(Fault::HostOp) => Err(in_a_host_op(false)),
@@ -365,6 +376,7 @@ fn is(error: &EngineError, fault: Fault) -> bool {
     match fault {
         Fault::Device | Fault::Hang => matches!(error, EngineError::Device { .. }),
         Fault::OutOfMemory => matches!(error, EngineError::OutOfMemory),
+        Fault::Pause => false,
         Fault::Panic => {
             matches!(error, EngineError::WorkerPanicked { message } if message == "told to panic")
         }
@@ -446,13 +458,17 @@ async fn a_panic_outside_a_step_costs_what_runs_and_not_what_waits() {
         assert_eq!(tokens(&engine, "Blue, red and green").await, expected);
         // An answer is there before it is cut for the cache: this is behind that.
         engine.prefix_cache().await.unwrap();
-        // The next answer that ends is cut for the cache, and the worker panics with one that runs and one that waits.
+        // One runs, and is held until the second is with the worker: else it may have ended before.
+        *plan.fault.lock().unwrap() = Some((Point::Step(1), Fault::Pause));
+        let long = victim().with_max_tokens(400).with_ignore_eos(true);
+        let running = engine.stream(prompt(), long).await.unwrap();
+        plan.hangs.notified().await;
+        let short = greedy().with_max_tokens(2);
+        // The first answer that ends is cut for the cache, and the worker panics with the other running.
         *plan.fault.lock().unwrap() = Some((Point::Truncate, Fault::Panic));
-        let long = greedy().with_max_tokens(400).with_ignore_eos(true);
-        let (running, ends) = futures::join!(
-            engine.generate(prompt(), long),
-            engine.generate(Prompt::text("Red"), greedy().with_max_tokens(2)),
-        );
+        // The first poll hands the request over; its answer comes when the worker goes on.
+        let (ends, ()) = futures::join!(engine.stream(Prompt::text("Red"), short), async { plan.open() });
+        let (running, ends) = futures::join!(collect_events(running), collect_events(ends.unwrap()));
         let error = running.unwrap_err();
         assert!(is(&error, Fault::Panic) && error.is_retryable(), "{error}");
         assert_eq!(ends.unwrap().tokens.len(), 2, "it had ended before");

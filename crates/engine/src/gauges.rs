@@ -16,7 +16,7 @@ pub(crate) struct Gauges {
     batch_size: AtomicU64,
     turns: AtomicU64,
     generated_tokens: AtomicU64,
-    kv_bytes: AtomicU64,
+    kv_reserved_bytes: AtomicU64,
     prefix_cache_bytes: AtomicU64,
     prefix_cache_sequences: AtomicU64,
     weight_bytes: AtomicU64,
@@ -28,7 +28,7 @@ pub(crate) struct Gauges {
 pub(crate) struct Load {
     pub(crate) queued: usize,
     pub(crate) running: usize,
-    pub(crate) kv_bytes: u64,
+    pub(crate) kv_reserved_bytes: u64,
     pub(crate) prefix_cache_bytes: u64,
     pub(crate) prefix_cache_sequences: usize,
 }
@@ -43,7 +43,7 @@ impl Gauges {
             batch_size: AtomicU64::new(0),
             turns: AtomicU64::new(0),
             generated_tokens: AtomicU64::new(0),
-            kv_bytes: AtomicU64::new(0),
+            kv_reserved_bytes: AtomicU64::new(0),
             prefix_cache_bytes: AtomicU64::new(0),
             prefix_cache_sequences: AtomicU64::new(0),
             weight_bytes: AtomicU64::new(0),
@@ -82,7 +82,7 @@ impl Gauges {
         let store = |to: &AtomicU64, value: u64| to.store(value, Ordering::Relaxed);
         store(&self.queued, load.queued as u64);
         store(&self.running, load.running as u64);
-        store(&self.kv_bytes, load.kv_bytes);
+        store(&self.kv_reserved_bytes, load.kv_reserved_bytes);
         store(&self.prefix_cache_bytes, load.prefix_cache_bytes);
         store(&self.prefix_cache_sequences, load.prefix_cache_sequences as u64);
     }
@@ -99,7 +99,7 @@ impl Gauges {
             turns: read(&self.turns),
             generated_tokens: read(&self.generated_tokens),
             turn_s: since.map(|since| now.saturating_sub(since) as f64 / 1e9),
-            kv_bytes: read(&self.kv_bytes),
+            kv_reserved_bytes: read(&self.kv_reserved_bytes),
             prefix_cache_bytes: read(&self.prefix_cache_bytes),
             prefix_cache_sequences: read(&self.prefix_cache_sequences),
             weight_bytes: read(&self.weight_bytes),

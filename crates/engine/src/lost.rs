@@ -20,13 +20,13 @@ pub(crate) fn hung() -> EngineError {
 /// The events of a request.
 pub(crate) struct Events {
     /// `None` once the worker was given up.
-    events: Option<mpsc::Receiver<Item>>,
+    events: Option<mpsc::UnboundedReceiver<Item>>,
     lost: BoxFuture<'static, ()>,
 }
 
 impl Events {
     /// `lost` becomes true when the worker is given up.
-    pub(crate) fn new(events: mpsc::Receiver<Item>, mut lost: watch::Receiver<bool>) -> Self {
+    pub(crate) fn new(events: mpsc::UnboundedReceiver<Item>, mut lost: watch::Receiver<bool>) -> Self {
         Self {
             events: Some(events),
             lost: Box::pin(async move {

@@ -13,8 +13,9 @@ use crate::Chosen;
 use crate::call_id::call_id;
 use crate::constraint::Walk;
 
-/// The way back to the caller. It holds as many events as the request can have, so that the worker never waits.
-pub(crate) type Events = mpsc::Sender<Result<GenerationEvent, EngineError>>;
+/// The way back to the caller. It has no bound, so that the worker never waits and no event is lost; what it comes to hold is bounded
+/// by the tokens that the request may have.
+pub(crate) type Events = mpsc::UnboundedSender<Result<GenerationEvent, EngineError>>;
 
 /// A request as the worker takes it.
 #[derive(Debug)]

@@ -452,12 +452,14 @@ impl InferenceEngine {
     ///
     /// # Errors
     ///
-    /// As [`unload`](Self::unload).
+    /// As [`unload`](Self::unload), and [`EngineError::Internal`] for an engine in a process of its own, which cannot wait: it is
+    /// left as it is.
     pub async fn unload_with(&self, mode: UnloadMode) -> Result<(), EngineError> {
-        if mode == UnloadMode::Drain
-            && let Ok(engine) = self.engine()
-        {
-            engine.unload_with(mode).await?;
+        match self.engine() {
+            Ok(engine) => engine.unload_with(mode).await?,
+            Err(error @ EngineError::Internal { .. }) if mode == UnloadMode::Drain => return Err(error),
+            // What is not there or not ready is what unloading is about.
+            Err(_) => {}
         }
         self.unload().await
     }

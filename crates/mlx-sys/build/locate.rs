@@ -38,8 +38,9 @@ pub fn mlx() -> Result<Option<Mlx>, String> {
     if let Some(root) = cache::cache_dir() {
         for name in cached {
             let prefix = root.join(name).join("mlx");
-            println!("cargo::rerun-if-changed={}", prefix.display());
             if let Some(mlx) = at(&prefix)? {
+                // A folder that is not there is not watched: cargo takes it for changed at every build.
+                println!("cargo::rerun-if-changed={}", prefix.display());
                 return Ok(Some(mlx));
             }
         }
@@ -90,8 +91,11 @@ pub fn libclang() -> Option<PathBuf> {
         return None;
     }
     let folder = cache::cache_dir()?.join(cache::LIBCLANG);
+    if !folder.is_dir() {
+        return None;
+    }
     println!("cargo::rerun-if-changed={}", folder.display());
-    folder.is_dir().then_some(folder)
+    Some(folder)
 }
 
 fn library_name() -> &'static str {

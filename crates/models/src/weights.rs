@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use half::{bf16, f16};
 use mlx_engine_checkpoint::{
-    AffineTensor, CheckpointError, Dtype as FileType, FloatType, GgmlType, TensorView,
+    AffineTensor, CheckpointError, Dtype as FileType, FloatType, GgmlType, ShardedCheckpoint, TensorView,
 };
 use serde_json::Value;
 
@@ -239,11 +239,7 @@ impl<'a> Loader<'a> {
                     return Ok(RawMatrix::Dense(floats(tensor)?));
                 }
                 let (bits, group_size) = quantization(config, &base, &name)?;
-                let companion = |suffix: &str| {
-                    let name = format!("{base}.{suffix}");
-                    checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))
-                };
-                let (scales, biases) = (companion("scales")?, companion("biases")?);
+                let [scales, biases] = self.companions(checkpoint, &base)?;
                 check_packed(
                     &name,
                     tensor.shape,
@@ -271,6 +267,19 @@ impl<'a> Loader<'a> {
         }
     }
 
+    /// The scales and the biases of a quantized matrix.
+    fn companions<'t>(
+        &self,
+        checkpoint: &'t ShardedCheckpoint,
+        base: &str,
+    ) -> Result<[TensorView<'t>; 2], ModelError> {
+        let companion = |suffix: &str| {
+            let name = format!("{base}.{suffix}");
+            checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))
+        };
+        Ok([companion("scales")?, companion("biases")?])
+    }
+
     /// A matrix with the shape that it has, to be read by rows.
     pub(crate) fn unread(&self, place: Place) -> Result<Matrix<'a>, ModelError> {
         let base = self.name(place);
@@ -281,11 +290,7 @@ impl<'a> Loader<'a> {
                 let [rows, columns] = two_axes(&name, tensor.shape)?;
                 if tensor.dtype == FileType::U32 {
                     let (bits, group_size) = quantization(config, &base, &name)?;
-                    let companion = |suffix: &str| {
-                        let name = format!("{base}.{suffix}");
-                        checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))
-                    };
-                    let (scales, biases) = (companion("scales")?, companion("biases")?);
+                    let [scales, biases] = self.companions(checkpoint, &base)?;
                     let [_, groups] = two_axes(scales.name, scales.shape)?;
                     let columns = groups.saturating_mul(group_size as usize);
                     check_packed(

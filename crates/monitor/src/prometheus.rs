@@ -261,9 +261,9 @@ impl Page {
                 engine.batch_size,
             ),
             (
-                "engine_kv_bytes",
+                "engine_kv_reserved_bytes",
                 "Bytes that keys and values of what runs may come to take.",
-                engine.kv_bytes,
+                engine.kv_reserved_bytes,
             ),
             (
                 "engine_prefix_cache_bytes",

@@ -115,7 +115,7 @@ fn emit<S>(active: &mut Active<S>, chosen: Chosen, complete: bool, now: Instant)
     let (events, reason) = active.answer.take(chosen, params, complete, now);
     for event in events {
         // A caller who is gone is noticed before the next step.
-        let _ = active.request.events.try_send(Ok(event));
+        let _ = active.request.events.send(Ok(event));
     }
     reason
 }

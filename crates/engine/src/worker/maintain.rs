@@ -16,7 +16,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.gauges.load(Load {
             queued: self.waiting.len(),
             running: self.active.len(),
-            kv_bytes: self.scheduler.reserved(),
+            kv_reserved_bytes: self.scheduler.reserved(),
             prefix_cache_bytes: self.prefixes.bytes(),
             prefix_cache_sequences: self.prefixes.len(),
         });
@@ -65,7 +65,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// Ends what runs with an error, and gives up what it computed.
     pub(super) fn end_running(&mut self, error: &EngineError) {
         for active in self.active.drain(..) {
-            let _ = active.request.events.try_send(Err(error.clone()));
+            let _ = active.request.events.send(Err(error.clone()));
             // A sequence that is half written may not even be dropped in peace.
             let _ = guarded(|| {
                 drop(active.sequence);
@@ -81,7 +81,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.end_running(error);
         for (id, request) in self.waiting.drain(..) {
             self.scheduler.cancel(id);
-            let _ = request.events.try_send(Err(error.clone()));
+            let _ = request.events.send(Err(error.clone()));
         }
         self.note();
     }

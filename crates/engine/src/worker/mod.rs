@@ -274,11 +274,11 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             self.end(
                 id,
                 |worker, active| {
-                    let _ = active.request.events.try_send(Err(error));
+                    let _ = active.request.events.send(Err(error));
                     worker.retire(active);
                 },
                 |request| {
-                    let _ = request.events.try_send(Err(told));
+                    let _ = request.events.send(Err(told));
                 },
             );
         }
@@ -330,14 +330,14 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             } = admission
             {
                 let error = EngineError::InsufficientMemory { required, available };
-                let _ = request.events.try_send(Err(error));
+                let _ = request.events.send(Err(error));
                 continue;
             }
             let sequence = match guarded(|| Ok(self.model.open())) {
                 Ok(sequence) => sequence,
                 Err(error) => {
                     self.scheduler.cancel(id);
-                    let _ = request.events.try_send(Err(error));
+                    let _ = request.events.send(Err(error));
                     continue;
                 }
             };
@@ -509,7 +509,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             prompt_tokens: active.prompt_len as u32,
             cached_tokens: cached as u32,
         };
-        let _ = active.request.events.try_send(Ok(event));
+        let _ = active.request.events.send(Ok(event));
         Ok(self.scheduler.reused(chunk.id, cached).unwrap_or(chunk))
     }
 
@@ -621,45 +621,36 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 
     /// Takes the tokens that need no choice behind those that were read, feeds them in one step, and says how many they were.
     fn force(&mut self, due: &[Id], failed: &mut Failed) -> usize {
-        let mut tokens = 0;
-        let Self {
-            model,
-            active,
-            scheduler,
-            clock,
-            context_length,
-            ..
-        } = self;
-        let mut ended = Failed::new();
-        for active in standing(active, due, failed) {
+        self.generate(due, failed, |model, active, context_length, clock| {
             if active.finished.is_some() || active.ahead {
-                continue;
+                return Ok(0);
             }
-            let forced = guarded(|| {
-                let forced = forced(active, *context_length, clock)?;
-                tokens += forced;
-                for _ in 0..forced {
-                    scheduler.generated(active.id);
-                }
-                if forced > 0 && active.finished.is_none() {
-                    let fed = model.len(&active.sequence);
-                    let (params, number) = (&active.request.params, active.answer.generated().into());
-                    model.begin(&mut active.sequence, &active.tokens[fed..], params, number)?;
-                    active.ahead = true;
-                }
-                Ok(())
-            });
-            if let Err(error) = forced {
-                ended.push((active.id, error));
+            let forced = forced(active, context_length, clock)?;
+            if forced > 0 && active.finished.is_none() {
+                let fed = model.len(&active.sequence);
+                let (params, number) = (&active.request.params, active.answer.generated().into());
+                model.begin(&mut active.sequence, &active.tokens[fed..], params, number)?;
+                active.ahead = true;
             }
-        }
-        failed.append(&mut ended);
-        tokens
+            Ok(forced)
+        })
     }
 
     /// Reads a token of every answer that is due, and says of how many that went well.
     fn read(&mut self, due: &[Id], failed: &mut Failed) -> usize {
-        let mut tokens = 0;
+        self.generate(due, failed, |model, active, context_length, clock| {
+            active.finished = read(model, active, context_length, clock)?;
+            Ok(1)
+        })
+    }
+
+    /// Lets every answer that is due get some tokens, and says how many they were. What fails ends its own request.
+    fn generate(
+        &mut self,
+        due: &[Id],
+        failed: &mut Failed,
+        mut tokens_of: impl FnMut(&mut M, &mut Active<M::Sequence>, usize, &C) -> Result<usize, EngineError>,
+    ) -> usize {
         let Self {
             model,
             active,
@@ -668,19 +659,18 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             context_length,
             ..
         } = self;
-        let mut ended = Failed::new();
+        let (mut sum, mut ended) = (0, Failed::new());
         for active in standing(active, due, failed) {
-            match guarded(|| read(model, active, *context_length, clock)) {
-                Ok(reason) => {
-                    active.finished = reason;
-                    tokens += 1;
-                    scheduler.generated(active.id);
+            match guarded(|| tokens_of(model, active, *context_length, clock)) {
+                Ok(tokens) => {
+                    (0..tokens).for_each(|_| scheduler.generated(active.id));
+                    sum += tokens;
                 }
                 Err(error) => ended.push((active.id, error)),
             }
         }
         failed.append(&mut ended);
-        tokens
+        sum
     }
 
     /// Takes out requests that have failed or finished.
@@ -708,7 +698,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 self.scheduler.cancel(id);
                 // What is written down is true when the caller hears of the end.
                 self.note();
-                let _ = active.request.events.try_send(Err(error));
+                let _ = active.request.events.send(Err(error));
             } else if let Some(reason) = finished {
                 self.scheduler.finish(id);
                 self.note();
@@ -730,10 +720,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             timings: active.answer.timings(self.identity.load_s, active.started, usage),
             peak_memory_bytes: self.model.peak_memory_bytes(),
         };
-        let _ = active
-            .request
-            .events
-            .try_send(Ok(GenerationEvent::Finished(summary)));
+        let _ = active.request.events.send(Ok(GenerationEvent::Finished(summary)));
         self.retire(active);
     }
 

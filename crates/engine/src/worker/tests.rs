@@ -30,7 +30,7 @@ impl Clock for ManualClock {
     }
 }
 
-type Events = mpsc::Receiver<Result<GenerationEvent, EngineError>>;
+type Events = mpsc::UnboundedReceiver<Result<GenerationEvent, EngineError>>;
 
 /// A worker, and what its requests have got so far.
 struct Bench {
@@ -87,7 +87,7 @@ impl Bench {
         tokens: Vec<u32>,
         params: GenerateParams,
     ) -> Result<usize, EngineError> {
-        let (events, receiver) = mpsc::channel(params.max_tokens as usize + 3);
+        let (events, receiver) = mpsc::unbounded_channel();
         let at = self.clock.now();
         let request = Request {
             tokens,
@@ -121,7 +121,7 @@ impl Bench {
     fn collect(&mut self) {
         let now = self.clock.now();
         for sent in &mut self.requests {
-            while let Some(Ok(event)) = sent.events.as_mut().map(mpsc::Receiver::try_recv) {
+            while let Some(Ok(event)) = sent.events.as_mut().map(mpsc::UnboundedReceiver::try_recv) {
                 match event {
                     Ok(GenerationEvent::Text { text, .. }) => sent.text.push_str(&text),
                     Ok(GenerationEvent::Finished(summary)) => {

@@ -43,7 +43,7 @@ fn engine() -> Monitored<Arc<Scripted>> {
         turns: 50,
         generated_tokens: 60,
         turn_s: Some(0.25),
-        kv_bytes: 700,
+        kv_reserved_bytes: 700,
         prefix_cache_bytes: 800,
         prefix_cache_sequences: 9,
         weight_bytes: 1000,
