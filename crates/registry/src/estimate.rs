@@ -224,9 +224,14 @@ impl ModelEstimate {
     ///
     /// [`Syntax`](EstimateError::Syntax), or as [`from_config`](Self::from_config).
     pub fn from_config_text(text: &str) -> Result<Self, EstimateError> {
-        let value: Value = serde_json::from_str(text).map_err(|error| EstimateError::Syntax {
-            reason: error.to_string(),
-        })?;
+        let value: Value = serde_json::from_str(text)
+            .or_else(|error| {
+                // What is wrong with it is told in the words of the file as it is.
+                serde_json::from_str(&without_constants(text)).map_err(|_| error)
+            })
+            .map_err(|error| EstimateError::Syntax {
+                reason: error.to_string(),
+            })?;
         Self::from_config(&value)
     }
 
@@ -263,7 +268,12 @@ impl ModelEstimate {
         } else {
             let family = family::Family::of(model_type, &text)?;
             is_exact = family.known;
-            decoder::count(&text, &family, &mut tensors)?
+            // Qwen3-VL says it outside alone.
+            let says = config.has("tie_word_embeddings");
+            let tied_outside = says
+                .then(|| config.flag("tie_word_embeddings", false))
+                .transpose()?;
+            decoder::count(&text, &family, tied_outside, &mut tensors)?
         };
         let vision = match config.object("vision_config")? {
             Some(vision) => encoder::vision_weights(&vision, text.required("hidden_size")?)?,
@@ -306,6 +316,29 @@ impl ModelEstimate {
     pub fn memory(&self, tokens: u64) -> MemoryEstimate {
         MemoryEstimate::new(self.weight_bytes, self.cache.bytes(tokens))
     }
+}
+
+/// The text with `null` in place of `NaN`, `Infinity` and `-Infinity`, which Python writes and JSON does not have: Mamba's
+/// configurations bound a step by them. No shape depends on one.
+fn without_constants(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let (mut in_string, mut escaped) = (false, false);
+    let mut rest = text;
+    while let Some(character) = rest.chars().next() {
+        let constant = ["-Infinity", "Infinity", "NaN"]
+            .into_iter()
+            .find(|constant| !in_string && rest.starts_with(constant));
+        if let Some(constant) = constant {
+            out.push_str("null");
+            rest = &rest[constant.len()..];
+            continue;
+        }
+        in_string ^= character == '"' && !escaped;
+        escaped = in_string && character == '\\' && !escaped;
+        out.push(character);
+        rest = &rest[character.len_utf8()..];
+    }
+    out
 }
 
 /// What no real model reaches reads as the most there is.

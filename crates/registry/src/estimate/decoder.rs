@@ -35,15 +35,17 @@ enum Feed {
     Sparse,
 }
 
-/// Counts the tensors. What the layers cache comes back.
+/// Counts the tensors. What the layers cache comes back. `tied_outside` is what the configuration around the decoder's says
+/// of its output layer.
 pub(super) fn count(
     fields: &Fields<'_>,
     family: &Family,
+    tied_outside: Option<bool>,
     tensors: &mut Tensors,
 ) -> Result<Cached, EstimateError> {
     let hidden = fields.required("hidden_size")?;
     let layers = plan(fields, family)?;
-    count_ends(fields, family, tensors, hidden)?;
+    count_ends(fields, family, tied_outside, tensors, hidden)?;
 
     let uses = |wanted: fn(&Layer) -> bool| layers.iter().any(wanted);
     let attention = (uses(|layer| layer.attention.is_some()) && family.stack != Stack::Latent)
@@ -103,6 +105,7 @@ pub(super) fn count(
 fn count_ends(
     fields: &Fields<'_>,
     family: &Family,
+    tied_outside: Option<bool>,
     tensors: &mut Tensors,
     hidden: Count,
 ) -> Result<(), EstimateError> {
@@ -120,7 +123,7 @@ fn count_ends(
     let tied = match family.tied {
         Tied::Always => true,
         Tied::Never => false,
-        Tied::Default(default) => fields.flag("tie_word_embeddings", default)?,
+        Tied::Default(default) => fields.flag("tie_word_embeddings", tied_outside.unwrap_or(default))?,
     };
     if tied {
         tensors.matrix("embed_tokens", vocabulary, hidden);

@@ -97,8 +97,11 @@ pub(super) fn vision_weights(vision: &Fields<'_>, text_hidden: Count) -> Result<
     let out = vision.dimension("out_hidden_size")?.unwrap_or(text_hidden);
     let merged = hidden * merge * merge;
     let layer = 4 * hidden * hidden + 2 * hidden * width + 9 * hidden + width;
+    // Qwen3-VL has a merger for each layer whose output the decoder sees too.
+    let more = vision.indices("deepstack_visual_indexes")?;
+    let mergers = 1 + more.map_or(0, |layers| layers.len() as Count);
     let projector = if merge > 1 {
-        merged * merged + merged * out
+        mergers * (merged * merged + merged * out)
     } else {
         hidden * out
     };

@@ -170,8 +170,9 @@ const MIXTRAL: Family = Family {
 };
 
 /// What marks a configuration that is no plain transformer: such a model cannot be taken for a Llama.
-const MARKS_OF_OTHERS: [&str; 14] = [
+const MARKS_OF_OTHERS: [&str; 15] = [
     "altup_num_inputs",
+    "block_configs",
     "compress_ratios",
     "conv_kernel",
     "head_size",
@@ -192,8 +193,11 @@ impl Family {
     pub(super) fn of(model_type: &str, fields: &Fields<'_>) -> Result<Self, EstimateError> {
         let base = model_type.strip_suffix("_text").unwrap_or(model_type);
         Ok(match base {
-            "llama" | "mistral" | "ministral" | "ministral3" | "mistral3" | "granite" | "smollm3"
-            | "llama4" => {
+            "llama4" => Self {
+                tied: Tied::Default(false),
+                ..LLAMA
+            },
+            "llama" | "mistral" | "ministral" | "ministral3" | "mistral3" | "granite" | "smollm3" => {
                 let windows = if matches!(base, "mistral" | "mistral3") {
                     Windows::All
                 } else {
@@ -331,7 +335,9 @@ impl Family {
                 experts: ("mlp.experts", "mlp.router"),
                 ..LLAMA
             },
-            "deepseek_v2" | "deepseek_v3" | "kimi_k2" | "glm4_moe_lite" => LATENT,
+            "deepseek_v2" | "deepseek_v3" | "deepseek_v32" | "glm_moe_dsa" | "kimi_k2" | "glm4_moe_lite" => {
+                LATENT
+            }
             "mamba" | "falcon_mamba" => Self {
                 stack: Stack::Mamba,
                 norms: 1,

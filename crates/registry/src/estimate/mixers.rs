@@ -99,6 +99,13 @@ impl Attention {
     }
 }
 
+/// What chooses the tokens that DeepSeek's sparse attention sees. It has keys of its own, one a token.
+#[derive(Clone, Copy, Debug)]
+struct Indexer {
+    heads: Count,
+    head_dim: Count,
+}
+
 /// DeepSeek's attention, whose cache holds one compressed vector a token.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Latent {
@@ -110,6 +117,7 @@ pub(super) struct Latent {
     nope: Count,
     value: Count,
     bias: bool,
+    indexer: Option<Indexer>,
 }
 
 impl Latent {
@@ -123,6 +131,13 @@ impl Latent {
             nope: fields.required("qk_nope_head_dim")?,
             value: fields.required("v_head_dim")?,
             bias: fields.flag("attention_bias", false)?,
+            indexer: match fields.dimension("index_n_heads")? {
+                Some(heads) => Some(Indexer {
+                    heads,
+                    head_dim: fields.required("index_head_dim")?,
+                }),
+                None => None,
+            },
         })
     }
 
@@ -156,7 +171,22 @@ impl Latent {
             self.heads * self.value,
             self.bias,
         );
-        (self.rank + self.rope) * tensors.element_bytes()
+        let indexed = self
+            .indexer
+            .map_or(0, |indexer| self.count_indexer(indexer, tensors, layer));
+        (self.rank + self.rope + indexed) * tensors.element_bytes()
+    }
+
+    /// Counts the indexer of a layer. The numbers of a token in its cache come back.
+    fn count_indexer(&self, indexer: Indexer, tensors: &mut Tensors, layer: &str) -> Count {
+        let Indexer { heads, head_dim } = indexer;
+        // It takes the queries where they are compressed.
+        let query = self.query_rank.unwrap_or(self.hidden);
+        tensors.matrix(&format!("{layer}.indexer.wq_b"), heads * head_dim, query);
+        tensors.matrix(&format!("{layer}.indexer.wk"), head_dim, self.hidden);
+        tensors.plain(2 * head_dim);
+        tensors.matrix(&format!("{layer}.indexer.weights_proj"), heads, self.hidden);
+        head_dim
     }
 }
 

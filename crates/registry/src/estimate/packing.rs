@@ -61,7 +61,13 @@ impl Packing {
             packing.read_mlx(&fields)?;
         } else if let Some(fields) = other {
             match fields.text("quant_method")? {
-                None => packing.read_mlx(&fields)?,
+                None if fields.has("bits") => packing.read_mlx(&fields)?,
+                // NVIDIA's ModelOpt names what it does elsewhere, and others nothing.
+                None | Some("modelopt") => match fields.text("quant_algo")? {
+                    Some("FP8") => packing.read_foreign("fp8", &fields)?,
+                    Some(_) => return Err(fields.invalid("quant_algo", "FP8")),
+                    None => return Err(fields.missing("quant_method")),
+                },
                 Some(method) => packing.read_foreign(method, &fields)?,
             }
         }
@@ -91,7 +97,7 @@ impl Packing {
                 self.experts_only = true;
                 Format::new("mxfp4", 4, 32)
             }
-            // One 32-bit scale for a block of 128 by 128.
+            // One 32-bit scale for a block of 128 by 128, or for all: two in ten thousand at most.
             "fp8" | "fbgemm_fp8" => Format {
                 bits: 8,
                 group_size: 1,
@@ -108,6 +114,15 @@ impl Packing {
             }
             _ => return Err(fields.invalid("quant_method", "one of mxfp4, fp8, fbgemm_fp8, awq, gptq")),
         });
+        // None of them touches the two ends, and each leaves out what it names.
+        for path in ["embed_tokens", "lm_head"] {
+            self.overrides.insert(path.to_owned(), None);
+        }
+        for name in ["modules_to_not_convert", "ignore"] {
+            for path in fields.texts(name)?.unwrap_or_default() {
+                self.overrides.insert(key(path).to_owned(), None);
+            }
+        }
         Ok(())
     }
 
