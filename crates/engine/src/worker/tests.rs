@@ -1,9 +1,9 @@
 //! The worker over the mock, one turn after the other, at times that the test decides.
 
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use mlx_engine_core::{GenerateParams, Priority};
+use mlx_engine_core::{FinishReason, GenerateParams, GenerationEvent, Priority};
 use proptest::prelude::*;
 
 use super::*;

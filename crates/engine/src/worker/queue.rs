@@ -1,0 +1,164 @@
+//! From the queue to the requests that run, and out of both.
+
+use std::time::Duration;
+
+use mlx_engine_core::EngineError;
+
+use super::active::Active;
+use super::{Worker, guarded};
+use crate::TokenModel;
+use crate::clock::Clock;
+use crate::request::{Answer, Request};
+use crate::scheduler::{Admission, Ask, Id, Refusal};
+
+impl<M: TokenModel, C: Clock> Worker<M, C> {
+    /// Puts a request into the queue.
+    pub(crate) fn submit(&mut self, request: Request) -> Result<(), EngineError> {
+        let context_length = self.context_length;
+        let prompt = request.tokens.len();
+        if prompt >= context_length {
+            return Err(EngineError::PromptTooLong {
+                prompt_tokens: prompt as u64,
+                context_length: context_length as u64,
+            });
+        }
+        if prompt == 0 {
+            return Err(EngineError::EmptyPrompt);
+        }
+        // Who has gone holds no place.
+        self.sweep();
+        let answer = (request.params.max_tokens as usize).min(context_length - prompt);
+        let limit = |seconds: Option<f64>| Duration::try_from_secs_f64(seconds?).ok();
+        let ask = Ask {
+            id: self.submitted,
+            prompt,
+            cuts: self.checkpoints(&request.tokens),
+            answer,
+            bytes: self.model.sequence_bytes(prompt + answer),
+            priority: request.params.priority,
+            arrived: request.submitted,
+            queue_limit: limit(request.params.queue_timeout_s),
+            limit: limit(request.params.timeout_s),
+        };
+        let id = ask.id;
+        self.scheduler.submit(ask).map_err(|refusal| match refusal {
+            Refusal::Full { retry_after } => EngineError::QueueFull { retry_after },
+            Refusal::TooLarge { required, available } => {
+                EngineError::InsufficientMemory { required, available }
+            }
+        })?;
+        self.submitted += 1;
+        self.waiting.push((id, request));
+        self.note();
+        Ok(())
+    }
+
+    /// Takes out requests whose caller has gone and those whose time is over.
+    pub(super) fn sweep(&mut self) {
+        let gone = |request: &Request| request.events.is_closed();
+        let waiting = self
+            .waiting
+            .iter()
+            .filter(|(_, request)| gone(request))
+            .map(|(id, _)| *id);
+        let active = self
+            .active
+            .iter()
+            .filter(|active| gone(&active.request))
+            .map(|active| active.id);
+        for id in waiting.chain(active).collect::<Vec<_>>() {
+            self.scheduler.cancel(id);
+            self.end(id, Self::retire, drop);
+        }
+        let now = self.clock.now();
+        while let Some((id, limit)) = self.scheduler.expire(now) {
+            let error = EngineError::DeadlineExceeded { limit };
+            let told = error.clone();
+            self.end(
+                id,
+                |worker, active| {
+                    let _ = active.request.events.send(Err(error));
+                    worker.retire(active);
+                },
+                |request| {
+                    let _ = request.events.send(Err(told));
+                },
+            );
+        }
+    }
+
+    /// Takes a request out of where it is.
+    fn end(
+        &mut self,
+        id: Id,
+        running: impl FnOnce(&mut Self, Active<M::Sequence>),
+        waiting: impl FnOnce(Request),
+    ) {
+        if let Some(at) = self.waiting.iter().position(|(other, _)| *other == id) {
+            waiting(self.waiting.remove(at).1);
+        } else if let Some(at) = self.active.iter().position(|active| active.id == id) {
+            let active = self.active.remove(at);
+            running(self, active);
+        }
+    }
+
+    /// Where the state of a prompt is kept while it is fed: behind its first and its last message, where a conversation
+    /// that begins alike goes another way. None where any state can be had from a later one.
+    pub(super) fn checkpoints(&self, tokens: &[u32]) -> Vec<usize> {
+        if self.model.forks_anywhere() {
+            return Vec::new();
+        }
+        let ends = self.tokenizer.eos_ids();
+        let behind = |(at, token): (usize, &u32)| ends.contains(token).then_some(at + 1);
+        let mut behind = tokens
+            .iter()
+            .enumerate()
+            .filter_map(behind)
+            .filter(|&at| at < tokens.len());
+        let first = behind.next();
+        first.into_iter().chain(behind.next_back()).collect()
+    }
+
+    /// Lets requests run for which there is room.
+    pub(super) fn admit(&mut self) {
+        while let Some(admission) = self.scheduler.admit() {
+            let (Admission::Run(id) | Admission::TooLarge { id, .. }) = admission;
+            let Some(at) = self.waiting.iter().position(|(other, _)| *other == id) else {
+                self.scheduler.cancel(id);
+                continue;
+            };
+            let (_, request) = self.waiting.remove(at);
+            if let Admission::TooLarge {
+                required, available, ..
+            } = admission
+            {
+                let error = EngineError::InsufficientMemory { required, available };
+                let _ = request.events.send(Err(error));
+                continue;
+            }
+            let sequence = match guarded(|| Ok(self.model.open())) {
+                Ok(sequence) => sequence,
+                Err(error) => {
+                    self.scheduler.cancel(id);
+                    let _ = request.events.send(Err(error));
+                    continue;
+                }
+            };
+            self.active.push(Active {
+                id,
+                answer: Answer::new(&self.tokenizer, &request),
+                tokens: request.tokens.clone(),
+                prompt_len: request.tokens.len(),
+                checkpoints: self.checkpoints(&request.tokens),
+                request,
+                sequence,
+                cached: None,
+                shared: 0,
+                started: self.clock.now(),
+                ahead: false,
+                finished: None,
+            });
+        }
+        self.make_room();
+    }
+}
