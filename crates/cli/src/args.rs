@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use mlx_engine::{BackendChoice, GenerateParams, KvConfig, OptimizeGoal, ToolChoice, UseCase};
+use mlx_engine::{
+    BackendChoice, GenerateParams, KvConfig, LookupConfig, OptimizeGoal, SpeculationConfig, ToolChoice,
+    UseCase,
+};
 
 use crate::failure::Failure;
 
@@ -91,6 +94,11 @@ pub(crate) struct Model {
     #[arg(long, value_name = "N")]
     max_kv: Option<usize>,
 
+    /// Guess what comes next from what was said before, and verify several tokens in a step: for answers that repeat their
+    /// prompt. They stay the same, and what does not pay is paused
+    #[arg(long)]
+    speculate: bool,
+
     /// Read how requests are scheduled from this file, as `optimize --output` writes it
     #[arg(long, value_name = "F")]
     pub(crate) config: Option<PathBuf>,
@@ -102,6 +110,15 @@ pub(crate) struct Model {
 }
 
 impl Model {
+    /// How tokens are guessed, where the command line says it, and as in `config` elsewhere.
+    pub(crate) fn speculation(&self, config: &SpeculationConfig) -> SpeculationConfig {
+        if self.speculate && config.is_off() {
+            SpeculationConfig::Lookup(LookupConfig::default())
+        } else {
+            config.clone()
+        }
+    }
+
     /// How keys and values are kept, where the command line says it, and as in `config` elsewhere.
     pub(crate) fn kv(&self, config: &KvConfig) -> Result<KvConfig, Failure> {
         let config = KvConfig {

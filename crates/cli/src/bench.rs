@@ -3,7 +3,7 @@
 mod batch;
 
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use mlx_engine::{GenerateOutput, GenerateParams, InferenceEngine, LlmEngine, Prompt};
+use mlx_engine::{GenerateOutput, GenerateParams, InferenceEngine, LlmEngine, Prompt, SpeculationReport};
 use serde_json::json;
 
 use crate::args::Bench;
@@ -47,16 +47,28 @@ pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
         .map(|output| output.peak_memory_bytes)
         .max()
         .unwrap_or_default();
+    // Those of all rounds: a guess of one round is right or wrong by chance.
+    let guessed = outputs
+        .iter()
+        .filter_map(|output| output.speculation)
+        .reduce(|sum, report| SpeculationReport {
+            steps: sum.steps + report.steps,
+            drafted_tokens: sum.drafted_tokens + report.drafted_tokens,
+            accepted_tokens: sum.accepted_tokens + report.accepted_tokens,
+            paused_steps: sum.paused_steps + report.paused_steps,
+            ..sum
+        });
     let backend = outputs
         .first()
         .map(|output| output.backend.to_string())
         .unwrap_or_default();
     if args.json {
-        outln!(
-            "{}",
-            json!({"backend": backend, "prompt_tps": prompt_tps, "generation_tps": generation_tps, "ttft_s": ttft_s,
-                   "load_s": load_s, "peak_memory_bytes": peak})
-        );
+        let mut figures = json!({"backend": backend, "prompt_tps": prompt_tps, "generation_tps": generation_tps, "ttft_s": ttft_s,
+                                 "load_s": load_s, "peak_memory_bytes": peak});
+        if let Some(guessed) = guessed {
+            figures["speculation"] = json!(guessed);
+        }
+        outln!("{figures}");
     } else {
         outln!("backend       {backend}");
         outln!(
@@ -67,6 +79,14 @@ pub(crate) async fn run(args: Bench) -> Result<(), Failure> {
             "generation    {generation_tps:.1} tok/s ({} tokens)",
             args.generate_tokens
         );
+        if let Some(report) = guessed {
+            outln!(
+                "guesses       {} of {} right, {} steps paused",
+                report.accepted_tokens,
+                report.drafted_tokens,
+                report.paused_steps
+            );
+        }
         outln!("first token   {ttft_s:.3} s");
         outln!("load          {load_s:.2} s");
         outln!("peak memory   {:.1} MB", peak as f64 / 1e6);

@@ -6,7 +6,7 @@ use std::time::Instant;
 use futures::StreamExt;
 use mlx_engine::{
     ChatMessage, FinishReason, GenerateSummary, GenerationEvent, InferenceEngine, LlmEngine,
-    OutputConstraint, PartialOutput, Prompt, Timings, Usage,
+    OutputConstraint, PartialOutput, Prompt, SpeculationOff, SpeculationReport, Timings, Usage,
 };
 
 use crate::args::Generate;
@@ -186,6 +186,7 @@ impl Answer {
             },
             timings: self.timings(engine.load_seconds().unwrap_or_default()),
             peak_memory_bytes: engine.peak_memory_bytes().unwrap_or_default(),
+            speculation: None,
         })
     }
 }
@@ -198,11 +199,13 @@ pub(crate) fn report(summary: &GenerateSummary) {
         device,
         usage,
         timings,
+        speculation,
         ..
     } = summary;
+    let guessed = speculation.as_ref().map_or_else(String::new, guessed);
     errln!(
         "[{model} | backend {backend} on {device} | prompt {} tokens ({} cached), {:.1} tok/s | answer {} tokens, {:.1} \
-         tok/s | first token after {:.2} s]",
+         tok/s | first token after {:.2} s{guessed}]",
         usage.prompt_tokens,
         usage.cached_tokens,
         timings.prompt_tps,
@@ -210,4 +213,23 @@ pub(crate) fn report(summary: &GenerateSummary) {
         timings.generation_tps,
         timings.ttft_s,
     );
+}
+
+/// What guessing ahead did.
+fn guessed(report: &SpeculationReport) -> String {
+    let SpeculationReport {
+        drafted_tokens,
+        accepted_tokens,
+        paused_steps,
+        ..
+    } = report;
+    match report.off {
+        Some(SpeculationOff::Constraint) => " | nothing guessed: the answer is held to a grammar".to_owned(),
+        Some(SpeculationOff::Uncuttable) => {
+            " | nothing guessed: the model's sequences cannot be cut".to_owned()
+        }
+        _ => format!(
+            " | guessed {accepted_tokens} of {drafted_tokens} tokens right, {paused_steps} steps paused"
+        ),
+    }
 }

@@ -44,6 +44,7 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
         exact: model.exact || config.exact,
         threads: model.threads.map(|threads| threads as usize).or(config.threads),
         kv: model.kv(&config.kv)?,
+        speculation: model.speculation(&config.speculation),
         ..config
     };
     let engine = InferenceEngine::new()

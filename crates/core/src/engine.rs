@@ -187,6 +187,7 @@ mod tests {
             },
             timings: Timings::default(),
             peak_memory_bytes: 0,
+            speculation: None,
         })
     }
 

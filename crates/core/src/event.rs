@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Backend, Device, ToolCall};
+use crate::{Backend, Device, SpeculationReport, ToolCall};
 
 /// One event of a stream: [`Started`](Self::Started), the parts of the answer in the order in which the model wrote them,
 /// and [`Finished`](Self::Finished), which is the last.
@@ -189,6 +189,9 @@ pub struct GenerateSummary {
     /// The most bytes that models had allocated at once in this process so far, loading included; 0 for a backend that
     /// allocates none.
     pub peak_memory_bytes: u64,
+    /// What guessing ahead did, where the engine does it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speculation: Option<SpeculationReport>,
 }
 
 #[cfg(test)]
@@ -213,6 +216,7 @@ pub(crate) mod tests {
                 generation_tps: 4.0,
             },
             peak_memory_bytes: 0,
+            speculation: None,
         }
     }
 

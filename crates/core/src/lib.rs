@@ -29,6 +29,7 @@ mod tool;
 mod backend;
 mod platform;
 mod progress;
+mod speculation;
 mod statistics;
 
 mod event;
@@ -52,5 +53,6 @@ pub use params::{GenerateParams, OutputConstraint, ParamError};
 pub use platform::{Device, Platform};
 pub use priority::Priority;
 pub use progress::LoadProgress;
+pub use speculation::{SpeculationOff, SpeculationReport};
 pub use statistics::{DeviceMemory, EngineStatistics};
 pub use tool::{ToolCall, ToolChoice, ToolDefinition};

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Backend, ChatMessage, Device, FinishReason, GenerateSummary, GenerationEvent, Timings, TokenInfo,
-    TokenLogprob, ToolCall, Usage,
+    Backend, ChatMessage, Device, FinishReason, GenerateSummary, GenerationEvent, SpeculationReport, Timings,
+    TokenInfo, TokenLogprob, ToolCall, Usage,
 };
 
 /// A whole generation: what a stream adds up to.
@@ -39,6 +39,9 @@ pub struct GenerateOutput {
     /// The most bytes that models had allocated at once in this process so far, loading included; 0 for a backend that
     /// allocates none.
     pub peak_memory_bytes: u64,
+    /// What guessing ahead did, where the engine does it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speculation: Option<SpeculationReport>,
     /// How likely each token was, where the request asked for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<Vec<TokenLogprob>>,
@@ -140,6 +143,7 @@ impl PartialOutput {
             usage,
             timings,
             peak_memory_bytes,
+            speculation,
         } = summary;
         GenerateOutput {
             model,
@@ -154,6 +158,7 @@ impl PartialOutput {
             usage,
             timings,
             peak_memory_bytes,
+            speculation,
             logprobs: (!logprobs.is_empty()).then_some(logprobs),
         }
     }

@@ -17,6 +17,10 @@ pub struct EngineStatistics {
     pub turns: u64,
     /// Tokens of answers since the model was loaded.
     pub generated_tokens: u64,
+    /// Tokens that were guessed and verified since the model was loaded; 0 where nothing is guessed.
+    pub drafted_tokens: u64,
+    /// Those of them that were right.
+    pub accepted_tokens: u64,
     /// How long the turn that runs has taken so far, in seconds; `None` between turns. One that does not end is a hang.
     pub turn_s: Option<f64>,
     /// Bytes that the keys and values of all that runs may come to take.

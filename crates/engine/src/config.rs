@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use mlx_engine_core::{KvConfig, ParamError};
 use serde::{Deserialize, Serialize};
 
+use crate::SpeculationConfig;
+
 /// How an engine schedules and computes. It can be read from a file; what is not written there is the default.
 ///
 /// ```
@@ -44,6 +46,9 @@ pub struct EngineConfig {
     pub prefix_cache: PrefixCacheConfig,
     /// How keys and values are kept: all of them, as floats, unless told otherwise.
     pub kv: KvConfig,
+    /// Whether tokens are guessed, so that a step may give several; off unless told.
+    #[serde(skip_serializing_if = "SpeculationConfig::is_off")]
+    pub speculation: SpeculationConfig,
     /// Whether a CPU computes all in float32, several times slower, where it would use 8-bit integers for
     /// activations and float16 for keys and values. A GPU computes in the type of the checkpoint either way.
     pub exact: bool,
@@ -129,6 +134,7 @@ impl Default for EngineConfig {
             memory_limit: None,
             prefix_cache: PrefixCacheConfig::default(),
             kv: KvConfig::default(),
+            speculation: SpeculationConfig::Off,
             exact: false,
             threads: None,
         }
@@ -151,11 +157,12 @@ impl EngineConfig {
         let disk = self.prefix_cache.disk.as_ref();
         let max_bytes = disk.map_or(1, |disk| disk.max_bytes);
         between("prefix_cache.disk.max_bytes", max_bytes, 1, u64::MAX)?;
+        self.speculation.validate()?;
         self.kv.validate()
     }
 }
 
-fn between<T: PartialOrd + std::fmt::Display + Copy>(
+pub(crate) fn between<T: PartialOrd + std::fmt::Display + Copy>(
     field: &str,
     value: T,
     least: T,
@@ -211,6 +218,17 @@ mod tests {
         check(json!({"prefill_chunk": 0}), "prefill_chunk");
         check(json!({"prefill_chunk": 65_537}), "prefill_chunk");
         check(json!({"memory_limit": 0}), "memory_limit");
+        for (field, value) in [
+            ("max_tokens", 0),
+            ("max_tokens", 33),
+            ("min_ngram", 0),
+            ("max_ngram", 1),
+        ] {
+            check(
+                json!({"speculation": {"lookup": {field: value}}}),
+                &format!("speculation.lookup.{field}"),
+            );
+        }
         let disk = json!({"folder": "/tmp", "max_bytes": 0});
         check(
             json!({"prefix_cache": {"disk": disk}}),

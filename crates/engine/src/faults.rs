@@ -189,6 +189,10 @@ impl<M: TokenModel> TokenModel for Faulty<M> {
         self.model.forks_anywhere()
     }
 
+    fn takes_back(&self) -> usize {
+        self.model.takes_back()
+    }
+
     fn shared_bytes(&self, len: usize) -> u64 {
         self.model.shared_bytes(len)
     }

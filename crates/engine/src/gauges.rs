@@ -16,6 +16,8 @@ pub(crate) struct Gauges {
     batch_size: AtomicU64,
     turns: AtomicU64,
     generated_tokens: AtomicU64,
+    drafted_tokens: AtomicU64,
+    accepted_tokens: AtomicU64,
     kv_reserved_bytes: AtomicU64,
     prefix_cache_bytes: AtomicU64,
     prefix_cache_sequences: AtomicU64,
@@ -43,6 +45,8 @@ impl Gauges {
             batch_size: AtomicU64::new(0),
             turns: AtomicU64::new(0),
             generated_tokens: AtomicU64::new(0),
+            drafted_tokens: AtomicU64::new(0),
+            accepted_tokens: AtomicU64::new(0),
             kv_reserved_bytes: AtomicU64::new(0),
             prefix_cache_bytes: AtomicU64::new(0),
             prefix_cache_sequences: AtomicU64::new(0),
@@ -78,6 +82,12 @@ impl Gauges {
         self.worker_restarts.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// So many guesses were verified, and so many of them were right.
+    pub(crate) fn verified(&self, drafted: u64, accepted: u64) {
+        self.drafted_tokens.fetch_add(drafted, Ordering::Relaxed);
+        self.accepted_tokens.fetch_add(accepted, Ordering::Relaxed);
+    }
+
     pub(crate) fn load(&self, load: Load) {
         let store = |to: &AtomicU64, value: u64| to.store(value, Ordering::Relaxed);
         store(&self.queued, load.queued as u64);
@@ -98,6 +108,8 @@ impl Gauges {
             batch_size: read(&self.batch_size),
             turns: read(&self.turns),
             generated_tokens: read(&self.generated_tokens),
+            drafted_tokens: read(&self.drafted_tokens),
+            accepted_tokens: read(&self.accepted_tokens),
             turn_s: since.map(|since| now.saturating_sub(since) as f64 / 1e9),
             kv_reserved_bytes: read(&self.kv_reserved_bytes),
             prefix_cache_bytes: read(&self.prefix_cache_bytes),

@@ -44,6 +44,7 @@ mod prefix;
 mod prompt;
 mod request;
 mod scheduler;
+mod speculation;
 mod worker;
 
 pub use config::{DiskCacheConfig, EngineConfig, PrefixCacheConfig};
@@ -61,3 +62,4 @@ pub use mock::{MockFault, MockModel, MockScript};
 pub use model::{Chosen, Feed, TokenModel};
 pub use prefix::{PrefixCacheReport, PrefixEntry};
 pub use prompt::PromptEncoder;
+pub use speculation::{LookupConfig, SpeculationConfig};

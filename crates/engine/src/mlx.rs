@@ -10,7 +10,8 @@ use mlx_engine_core::{
     Backend, Device, DeviceMemory, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
 };
 use mlx_engine_models::{
-    self as models, Compute, Decoder, DecoderSpec, LoadOptions, ModelError, NextToken, Sampler, Source, Step,
+    self as models, Compute, Decoder, DecoderSpec, FeedTokens, LoadOptions, ModelError, Sampler, Source,
+    Step, Wanted,
 };
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 
@@ -315,7 +316,7 @@ pub(crate) struct MlxModel {
     identity: Option<String>,
 }
 
-/// A sequence of a decoder, with the tokens that are being chosen: the oldest first, two at most.
+/// A sequence of a decoder, with the tokens that are being chosen: the oldest first.
 pub(crate) struct MlxSequence {
     sequence: models::Sequence,
     sampler: Option<Sampler>,
@@ -392,6 +393,10 @@ impl TokenModel for MlxModel {
         self.decoder.forks_anywhere()
     }
 
+    fn takes_back(&self) -> usize {
+        models::TAKEN_BACK
+    }
+
     fn prefill(&mut self, sequence: &mut MlxSequence, tokens: &[u32]) -> Result<(), EngineError> {
         self.decoder
             .prefill(tokens, &mut sequence.sequence)
@@ -421,22 +426,28 @@ impl TokenModel for MlxModel {
     }
 
     fn feed(&mut self, batch: &mut [Feed<'_, MlxSequence>]) -> Result<(), EngineError> {
-        let mut tokens = Vec::with_capacity(batch.len());
-        for feed in batch.iter() {
+        let rows: Vec<Vec<u32>> = batch
+            .iter()
+            .map(|feed| feed.token.iter().chain(feed.guesses).copied().collect())
+            .collect();
+        let mut feeds = Vec::with_capacity(batch.len());
+        for (feed, rows) in batch.iter().zip(&rows) {
             let unread = feed.sequence.steps.back().and_then(Step::unread);
-            tokens.push(match (feed.token, unread) {
-                (Some(token), _) => NextToken::Read(token),
-                (None, Some(token)) => NextToken::Unread(token.clone()),
-                (None, None) => return Err(EngineError::internal("a token was fed that nobody chose")),
-            });
+            let tokens = match (feed.token, unread) {
+                (Some(_), _) => FeedTokens::Read(rows),
+                (None, Some(token)) if rows.is_empty() => FeedTokens::Unread(token.clone()),
+                _ => return Err(EngineError::internal("a token was fed that nobody chose")),
+            };
+            let logits = Wanted::All;
+            feeds.push(models::Feed { tokens, logits });
         }
         let mut sequences: Vec<_> = batch.iter_mut().map(|feed| &mut feed.sequence.sequence).collect();
-        let logits = self
-            .decoder
-            .forward_batch(&tokens, &mut sequences)
-            .map_err(run_error)?;
-        for (feed, logits) in batch.iter_mut().zip(logits) {
-            Self::start(feed.sequence, &logits, feed.params, feed.number)?;
+        let logits = self.decoder.step(&feeds, &mut sequences).map_err(run_error)?;
+        for (feed, logits) in batch.iter_mut().zip(logits.into_iter().flatten()) {
+            for (row, number) in (0..=feed.guesses.len()).zip(feed.number..) {
+                let logits = models::row(&logits, row).map_err(run_error)?;
+                Self::start(feed.sequence, &logits, feed.params, number)?;
+            }
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use mlx_engine_core::{EngineError, GenerateParams};
 use mlx_engine_text::{GgufVocabulary, TextError, Tokenizer};
 use serde::{Deserialize, Serialize};
 
-use crate::{Chosen, TokenModel};
+use crate::{Chosen, Feed, TokenModel};
 
 /// What a fault does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,6 +126,8 @@ impl MockScript {
                 script: self,
                 most_seen: 0,
                 alive: Arc::default(),
+                #[cfg(test)]
+                pace: None,
             }),
         }
     }
@@ -139,6 +141,21 @@ pub struct MockModel {
     most_seen: usize,
     /// Every sequence has a clone.
     alive: Arc<()>,
+    /// What time it takes to read a step.
+    #[cfg(test)]
+    pub(crate) pace: Option<Pace>,
+}
+
+/// A clock in milliseconds that goes on when a step is read.
+#[cfg(test)]
+#[derive(Clone, Debug)]
+pub(crate) struct Pace {
+    pub(crate) clock: Arc<std::sync::atomic::AtomicU64>,
+    /// For a step of any number of tokens, and for each of them.
+    pub(crate) step: u64,
+    pub(crate) token: u64,
+    /// Tokens that were fed since one was read.
+    pub(crate) fed: u64,
 }
 
 /// What the mock remembers: the tokens it has seen, and those that it has chosen and nobody has read.
@@ -148,6 +165,8 @@ pub struct MockSequence {
     chosen: Vec<u32>,
     /// The answer, chosen when its first token is.
     answer: Vec<u32>,
+    /// Whether it was fed a guess that is not what it chose.
+    astray: bool,
     _alive: Arc<()>,
 }
 
@@ -193,9 +212,30 @@ impl MockModel {
                 MockFault::Panic => std::panic::panic_any("scripted panic"),
             }
         }
-        let token = sequence.answer.get(number as usize).copied().unwrap_or(END);
+        let scripted = sequence.answer.get(number as usize).copied().unwrap_or(END);
+        #[cfg(test)]
+        if let Some(pace) = &mut self.pace {
+            pace.fed += 1;
+        }
+        // Behind a wrong guess a model says something, and something else than it would have said.
+        let token = if sequence.astray {
+            (scripted + 1) % END
+        } else {
+            scripted
+        };
         sequence.chosen.push(token);
         Ok(())
+    }
+
+    /// Has the answer at hand, which depends on the prompt.
+    fn script(&self, sequence: &mut MockSequence, number: u64) {
+        if number == 0 || sequence.answer.is_empty() {
+            let prompt = sequence.seen.len().saturating_sub(number as usize);
+            sequence.answer = match &self.script.reply {
+                Some(reply) => reply.bytes().map(u32::from).collect(),
+                None => echo(&sequence.seen[..prompt]),
+            };
+        }
     }
 }
 
@@ -221,6 +261,7 @@ impl TokenModel for MockModel {
         let can = !self.script.whole_sequences || len == sequence.seen.len();
         sequence.seen.truncate(len);
         sequence.chosen.clear();
+        sequence.astray = false;
         can
     }
 
@@ -254,13 +295,23 @@ impl TokenModel for MockModel {
     ) -> Result<(), EngineError> {
         sequence.seen.extend_from_slice(tokens);
         self.most_seen = self.most_seen.max(sequence.seen.len());
-        if number == 0 {
-            sequence.answer = match &self.script.reply {
-                Some(reply) => reply.bytes().map(u32::from).collect(),
-                None => echo(&sequence.seen),
-            };
-        }
+        self.script(sequence, number);
         self.step(sequence, number)
+    }
+
+    fn feed(&mut self, batch: &mut [Feed<'_, MockSequence>]) -> Result<(), EngineError> {
+        for feed in batch {
+            let Some(token) = feed.token else {
+                self.look_ahead(feed.sequence, feed.params, feed.number)?;
+                continue;
+            };
+            self.begin(feed.sequence, &[token], feed.params, feed.number)?;
+            for (&guess, number) in feed.guesses.iter().zip(feed.number + 1..) {
+                feed.sequence.astray |= feed.sequence.chosen.last() != Some(&guess);
+                self.begin(feed.sequence, &[guess], feed.params, number)?;
+            }
+        }
+        Ok(())
     }
 
     fn can_look_ahead(&self, _sequence: &MockSequence) -> bool {
@@ -282,12 +333,28 @@ impl TokenModel for MockModel {
         &mut self,
         sequence: &mut MockSequence,
         params: &GenerateParams,
-        _tokens: &[u32],
+        tokens: &[u32],
         _prompt_len: usize,
         mask: &mut dyn FnMut(&mut [f32]),
     ) -> Result<Chosen, EngineError> {
         if sequence.chosen.is_empty() {
             return Err(EngineError::internal("a token was read that nobody chose"));
+        }
+        #[cfg(test)]
+        if let Some(pace) = self.pace.as_mut().filter(|pace| pace.fed > 0) {
+            let spent = pace.step + pace.token * pace.fed;
+            pace.clock.fetch_add(spent, std::sync::atomic::Ordering::Relaxed);
+            pace.fed = 0;
+        }
+        if sequence
+            .seen
+            .iter()
+            .zip(tokens)
+            .any(|(seen, token)| seen != token)
+        {
+            return Err(EngineError::internal(
+                "a sequence was fed other tokens than its request has",
+            ));
         }
         if params.logprobs {
             let message = "the mock has no probabilities to report".to_owned();

@@ -26,6 +26,8 @@ pub struct Feed<'a, S> {
     pub number: u64,
     /// The token to feed; the one that is being chosen, unread, where `None`.
     pub token: Option<u32>,
+    /// Guesses of the tokens that follow it, which are fed too: a choice is begun after each, with the numbers that follow.
+    pub guesses: &'a [u32],
 }
 
 /// A model as the scheduler sees it: sequences that take tokens and give tokens.
@@ -71,6 +73,12 @@ pub trait TokenModel {
         true
     }
 
+    /// How many of the last tokens of a sequence [`truncate`](Self::truncate) can always forget: as many guesses as a step
+    /// can be fed.
+    fn takes_back(&self) -> usize {
+        if self.forks_anywhere() { usize::MAX } else { 0 }
+    }
+
     /// Feeds a part of the prompt that is not its end.
     ///
     /// # Errors
@@ -78,9 +86,7 @@ pub trait TokenModel {
     /// What the device says.
     fn prefill(&mut self, sequence: &mut Self::Sequence, tokens: &[u32]) -> Result<(), EngineError>;
 
-    /// Feeds tokens and begins to choose the one that follows, which is number `number` of the answer. At most one
-    /// token of a sequence is being chosen and not read, two between [`look_ahead`](Self::look_ahead) and
-    /// [`read`](Self::read).
+    /// Feeds tokens and begins to choose the one that follows, which is number `number` of the answer.
     ///
     /// # Errors
     ///
@@ -114,24 +120,15 @@ pub trait TokenModel {
         1
     }
 
-    /// Feeds one token to each of several sequences in one step, and begins to choose the next of each.
+    /// Feeds a token and guesses to each of several sequences in one step, and begins to choose what follows each.
     ///
     /// # Errors
     ///
     /// What the device says; then no sequence of the batch can go on.
-    fn feed(&mut self, batch: &mut [Feed<'_, Self::Sequence>]) -> Result<(), EngineError> {
-        for feed in batch {
-            match feed.token {
-                Some(token) => self.begin(feed.sequence, &[token], feed.params, feed.number)?,
-                None => {
-                    self.look_ahead(feed.sequence, feed.params, feed.number)?;
-                }
-            }
-        }
-        Ok(())
-    }
+    fn feed(&mut self, batch: &mut [Feed<'_, Self::Sequence>]) -> Result<(), EngineError>;
 
-    /// Waits for the oldest token that is being chosen. `tokens` are all so far, the answer begins at `prompt_len`.
+    /// Waits for the oldest token that is being chosen. `tokens` are all so far, the answer begins at `prompt_len`; of
+    /// those that were fed beyond them as guesses, the model knows what it chose.
     /// Where the parameters have a constraint, `mask` makes the logits of tokens that may not come minus infinity.
     ///
     /// # Errors

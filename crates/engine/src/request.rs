@@ -210,9 +210,10 @@ impl Answer {
         self.tokenizer.encode(text, false).unwrap_or_default()
     }
 
-    /// Whether tokens may be forced behind the one that is being chosen, so that nothing can be fed before it is read.
-    pub(crate) fn may_force(&self, params: &GenerateParams) -> bool {
-        self.over_budget(params, 1).is_some()
+    /// Whether tokens may be forced behind one of the next `more` tokens, so that nothing can be fed behind it before it is
+    /// read.
+    pub(crate) fn may_force(&self, params: &GenerateParams, more: usize) -> bool {
+        self.over_budget(params, more).is_some()
     }
 
     /// The mark that ends the thoughts, where the model has had as many as it may with `more` of them.

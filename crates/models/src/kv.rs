@@ -4,6 +4,9 @@ use mlx_engine_core::KvConfig;
 
 use crate::{DecoderSpec, ModelError};
 
+/// How many of the last tokens of a sequence can always be taken back, also where layers see a window.
+pub const TAKEN_BACK: usize = SLACK;
+
 /// Positions by which a window's memory is longer than what is seen, so that the last tokens can be taken back.
 pub(crate) const SLACK: usize = 64;
 

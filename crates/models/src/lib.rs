@@ -49,10 +49,11 @@ pub use device::{DeviceInfo, detect, rebuild_stream};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};
 pub use host::cpu_kernels;
+pub use kv::TAKEN_BACK;
 pub use memory::{
     active_memory, cache_memory, clear_cache, limit_memory, peak_memory, reset_peak_memory, set_memory_limit,
 };
-pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax};
+pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax, row};
 pub use sequence::Sequence;
 pub use source::Source;
 pub use spec::{Activation, DecoderSpec, LayerAttention, NormPlacement, RopeScaling, RopeSpec};

@@ -7,13 +7,13 @@
 //! logits; top-p, min-p and top-k filter by these probabilities; the temperature flattens what is left.
 
 use mlx_engine_core::{Device, GenerateParams};
-use mlx_rs::ops::indexing::argmax_axis;
+use mlx_rs::ops::indexing::{TryIndexOp, argmax_axis};
 use mlx_rs::{Array, Dtype, ops, random, transforms};
 
 use crate::device::detect;
 use crate::{ModelError, host};
 
-/// Logits on the device, `[1, vocab_size]` float32.
+/// Logits on the device, `[rows, vocab_size]` float32.
 pub type Logits = Array;
 
 /// Chooses the tokens of one request.
@@ -242,6 +242,19 @@ impl Step {
             }
         }
     }
+}
+
+/// The logits of one row, `[1, vocab_size]`, of `[rows, vocab_size]`.
+///
+/// # Errors
+///
+/// Where MLX fails, and for a row that is not there.
+pub fn row(logits: &Logits, row: usize) -> Result<Logits, ModelError> {
+    if row == 0 && logits.shape().first() == Some(&1) {
+        return Ok(logits.clone());
+    }
+    let row = row as i32;
+    Ok(logits.try_index((row..row + 1, ..))?)
 }
 
 /// The likeliest token of each row, not evaluated yet.

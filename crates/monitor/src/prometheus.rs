@@ -295,6 +295,21 @@ impl Page {
             "Turns of the engine.",
             engine.turns,
         );
+        let guesses = [
+            (
+                "engine_drafted_tokens_total",
+                "Tokens that were guessed and verified.",
+                engine.drafted_tokens,
+            ),
+            (
+                "engine_accepted_tokens_total",
+                "Guesses that were right.",
+                engine.accepted_tokens,
+            ),
+        ];
+        for (name, help, value) in guesses {
+            self.single(name, "counter", help, value);
+        }
         let restarts = "How often the worker went on after a panic.";
         self.single(
             "engine_worker_restarts_total",

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use mlx_engine_core::{EngineError, FinishReason};
 
+use super::guesses::Guesses;
 use crate::clock::Clock;
 use crate::request::{Answer, Request};
 use crate::scheduler::Id;
@@ -28,6 +29,7 @@ pub(super) struct Active<S> {
     /// Whether the token after the one that is read was begun in this turn.
     pub(super) ahead: bool,
     pub(super) finished: Option<FinishReason>,
+    pub(super) guesses: Guesses,
 }
 
 impl<S> Active<S> {

@@ -2,11 +2,13 @@
 
 mod active;
 mod command;
+mod guesses;
 mod maintain;
 mod memory;
 mod prompts;
 mod queue;
 mod scoring;
+mod speculate;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -24,6 +26,7 @@ use self::active::Active;
 pub(crate) use self::command::{Command, Maintenance, PrefixCommand};
 use self::memory::Memory;
 use self::scoring::Scoring;
+use self::speculate::Speculation;
 use crate::TokenModel;
 use crate::clock::Clock;
 use crate::config::EngineConfig;
@@ -57,6 +60,7 @@ pub(crate) struct Worker<M: TokenModel, C> {
     active: Vec<Active<M::Sequence>>,
     scoring: Scoring<M::Sequence>,
     disk: Option<DiskCache>,
+    speculation: Speculation,
     /// Turns since a chunk was written.
     turns: u32,
     /// Requests so far.
@@ -109,6 +113,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             active: Vec::new(),
             scoring: Scoring::new(),
             disk,
+            speculation: Speculation::new(&config.speculation),
             turns: 0,
             submitted: 0,
             gauges,

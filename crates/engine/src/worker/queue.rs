@@ -5,6 +5,7 @@ use std::time::Duration;
 use mlx_engine_core::EngineError;
 
 use super::active::Active;
+use super::guesses::Guesses;
 use super::{Worker, guarded};
 use crate::TokenModel;
 use crate::clock::Clock;
@@ -144,6 +145,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                     continue;
                 }
             };
+            let off = self.speculation_off(&request);
             self.active.push(Active {
                 id,
                 answer: Answer::new(&self.tokenizer, &request),
@@ -157,6 +159,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 started: self.clock.now(),
                 ahead: false,
                 finished: None,
+                guesses: Guesses::new(off),
             });
         }
         self.make_room();

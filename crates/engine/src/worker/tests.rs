@@ -1,15 +1,18 @@
 //! The worker over the mock, one turn after the other, at times that the test decides.
 
+mod speculation;
+
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use mlx_engine_core::{FinishReason, GenerateParams, GenerationEvent, Priority};
+use mlx_engine_core::{FinishReason, GenerateParams, GenerationEvent, Priority, SpeculationReport};
 use proptest::prelude::*;
 
 use super::*;
 use crate::config::PrefixCacheConfig;
 use crate::gauges::Gauges;
-use crate::mock::{MockFault, MockModel, MockScript};
+use crate::mock::{MockFault, MockModel, MockScript, Pace};
+use crate::speculation::{LookupConfig, SpeculationConfig};
 
 /// A clock that a test moves.
 #[derive(Clone)]
@@ -47,6 +50,8 @@ struct Sent {
     events: Option<Events>,
     text: String,
     cached: u32,
+    /// What its summary says of guesses.
+    speculation: Option<SpeculationReport>,
     /// How it ended, and when.
     ends: Vec<(Result<FinishReason, EngineError>, Instant)>,
     refused: bool,
@@ -77,6 +82,18 @@ impl Bench {
         }
     }
 
+    /// Has steps take so many milliseconds, and so many for each of their tokens.
+    fn with_pace(mut self, (step, token): (u64, u64)) -> Self {
+        let clock = Arc::clone(&self.clock.milliseconds);
+        self.worker.model.pace = Some(Pace {
+            clock,
+            step,
+            token,
+            fed: 0,
+        });
+        self
+    }
+
     fn submit(&mut self, prompt: &str, params: GenerateParams) -> Result<usize, EngineError> {
         self.submit_tokens(prompt, prompt.bytes().map(u32::from).collect(), params)
     }
@@ -105,6 +122,7 @@ impl Bench {
             events: Some(receiver),
             text: String::new(),
             cached: 0,
+            speculation: None,
             ends: Vec::new(),
             refused: result.is_err(),
         });
@@ -125,6 +143,7 @@ impl Bench {
                 match event {
                     Ok(GenerationEvent::Text { text, .. }) => sent.text.push_str(&text),
                     Ok(GenerationEvent::Finished(summary)) => {
+                        sent.speculation = summary.speculation;
                         sent.ends.push((Ok(summary.finish_reason), now));
                     }
                     Ok(GenerationEvent::Started { cached_tokens, .. }) => sent.cached = cached_tokens,
@@ -323,6 +342,17 @@ struct Setting {
     max_bytes: Option<u64>,
     whole: bool,
     faults: Vec<(u64, MockFault)>,
+    lookup: Option<LookupConfig>,
+    /// Milliseconds of a step, and of each token in it.
+    pace: (u64, u64),
+}
+
+fn lookup() -> impl Strategy<Value = LookupConfig> {
+    (1usize..10, 1usize..4, 0usize..3).prop_map(|(max_tokens, min_ngram, more)| LookupConfig {
+        max_tokens,
+        min_ngram,
+        max_ngram: min_ngram + more,
+    })
 }
 
 fn setting() -> impl Strategy<Value = Setting> {
@@ -333,9 +363,17 @@ fn setting() -> impl Strategy<Value = Setting> {
         prop::option::of(0u64..1000),
         any::<bool>(),
         prop::collection::vec((0u64..30, fault), 0..3),
+        (prop::option::of(lookup()), (0u64..4, 0u64..3)),
     )
         .prop_map(
-            |((max_batch, max_queue, prefill_chunk), memory_limit, max_bytes, whole, faults)| Setting {
+            |(
+                (max_batch, max_queue, prefill_chunk),
+                memory_limit,
+                max_bytes,
+                whole,
+                faults,
+                (lookup, pace),
+            )| Setting {
                 max_batch,
                 max_queue,
                 prefill_chunk,
@@ -343,6 +381,8 @@ fn setting() -> impl Strategy<Value = Setting> {
                 max_bytes,
                 whole,
                 faults,
+                lookup,
+                pace,
             },
         )
 }
@@ -385,9 +425,13 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
         prefix_cache: setting
             .max_bytes
             .map_or_else(PrefixCacheConfig::default, PrefixCacheConfig::of),
+        speculation: setting
+            .lookup
+            .clone()
+            .map_or(SpeculationConfig::Off, SpeculationConfig::Lookup),
         ..EngineConfig::default()
     };
-    let mut bench = Bench::new(script, &config);
+    let mut bench = Bench::new(script, &config).with_pace(setting.pace);
     for step in steps {
         match step {
             Step::Submit {

@@ -1,5 +1,7 @@
 //! A turn: a chunk of a prompt, a token of every answer, and what ends with it.
 
+use std::sync::Arc;
+
 use mlx_engine_core::{EngineError, FinishReason, GenerateSummary, GenerationEvent};
 
 use super::active::{Active, forced, read};
@@ -9,7 +11,7 @@ use crate::scheduler::Id;
 use crate::{Feed, TokenModel};
 
 /// Requests that an error of this turn ends.
-type Failed = Vec<(Id, EngineError)>;
+pub(super) type Failed = Vec<(Id, EngineError)>;
 
 impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// Takes a chunk of a prompt, and every answer a token further.
@@ -31,16 +33,22 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 failed.push((chunk.id, error));
             }
         }
+        let decoded = turn.chunk.is_none() && self.scoring.is_empty();
         self.scoring.step(&mut self.model);
         let due = &turn.decode;
+        let rows = self.rows(due);
         let context_length = self.context_length;
-        self.feed(due, &mut failed, |model, active| {
-            let more = active.wants_more(context_length);
-            let free = active.request.walk.is_none() && !active.answer.may_force(&active.request.params);
-            (more && free && model.can_look_ahead(&active.sequence)).then_some(None)
-        });
+        if !self.expects_guesses(due, &failed) {
+            self.feed(due, &mut failed, |model, active| {
+                let more = active.wants_more(context_length);
+                let free =
+                    active.request.walk.is_none() && !active.answer.may_force(&active.request.params, 1);
+                (more && free && model.can_look_ahead(&active.sequence)).then_some(None)
+            });
+        }
         self.prepare(due, &mut failed);
         let read = self.read(due, &mut failed) + self.force(due, &mut failed);
+        self.guess(due, &failed);
         self.feed(due, &mut failed, |_, active| {
             let stands = active.finished.is_none() && !active.ahead;
             stands.then(|| active.tokens.last().copied())
@@ -49,8 +57,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             active.ahead = false;
         }
         if turn.chunk.is_some() || !turn.decode.is_empty() {
-            self.scheduler
-                .turned(&turn, self.clock.now().saturating_duration_since(began));
+            let spent = self.clock.now().saturating_duration_since(began);
+            self.scheduler.turned(&turn, spent);
+            self.speculation.turned(rows, spent, decoded);
         }
         if turn.chunk.is_some() {
             self.measure();
@@ -92,6 +101,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                         sequence: &mut active.sequence,
                         params: &active.request.params,
                         token: *token,
+                        guesses: &active.guesses.fed,
                     }
                 })
                 .collect();
@@ -134,11 +144,30 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         })
     }
 
-    /// Reads a token of every answer that is due, and says of how many that went well.
+    /// Reads a token of every answer that is due, and those behind it that were guessed and the one behind them, and says how
+    /// many they were.
     fn read(&mut self, due: &[Id], failed: &mut Failed) -> usize {
+        let gauges = Arc::clone(&self.gauges);
         self.generate(due, failed, |model, active, context_length, clock| {
-            active.finished = read(model, active, context_length, clock)?;
-            Ok(1)
+            let mut count = 0;
+            loop {
+                active.finished = read(model, active, context_length, clock)?;
+                count += 1;
+                let last = active.tokens.last().copied();
+                let right = last.is_some_and(|token| active.guesses.confirm(token));
+                if active.finished.is_some() || !right {
+                    break;
+                }
+            }
+            if let Some((drafted, accepted)) = active.guesses.settle() {
+                gauges.verified(drafted as u64, accepted as u64);
+                // The last token is not fed yet; wrong guesses were.
+                let fed = active.tokens.len() - 1;
+                if active.finished.is_none() && !model.truncate(&mut active.sequence, fed) {
+                    return Err(EngineError::internal("a wrong guess could not be taken back"));
+                }
+            }
+            Ok(count)
         })
     }
 
@@ -217,6 +246,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             usage,
             timings: active.answer.timings(self.identity.load_s, active.started, usage),
             peak_memory_bytes: self.model.peak_memory_bytes(),
+            speculation: (!self.speculation.is_off()).then_some(active.guesses.report),
         };
         let _ = active.request.events.send(Ok(GenerationEvent::Finished(summary)));
         self.retire(active);
@@ -242,7 +272,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 }
 
 /// Those of the requests that are due and have not failed.
-fn standing<'a, S>(
+pub(super) fn standing<'a, S>(
     active: &'a mut [Active<S>],
     due: &'a [Id],
     failed: &'a Failed,

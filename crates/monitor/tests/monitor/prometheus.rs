@@ -42,6 +42,8 @@ fn engine() -> Monitored<Arc<Scripted>> {
         batch_size: 4,
         turns: 50,
         generated_tokens: 60,
+        drafted_tokens: 40,
+        accepted_tokens: 30,
         turn_s: Some(0.25),
         kv_reserved_bytes: 700,
         prefix_cache_bytes: 800,

@@ -88,6 +88,7 @@ pub(crate) fn summary(finish_reason: FinishReason, completion_tokens: u32) -> Ge
         },
         timings: Timings::default(),
         peak_memory_bytes: 0,
+        speculation: None,
     }
 }
 

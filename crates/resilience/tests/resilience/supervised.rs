@@ -85,6 +85,7 @@ fn finished(completion_tokens: u32) -> GenerationEvent {
             generation_tps: 7e9,
         },
         peak_memory_bytes: 0,
+        speculation: None,
     })
 }
 

@@ -77,6 +77,7 @@ fn finished() -> GenerationEvent {
         usage: Usage::default(),
         timings: Timings::default(),
         peak_memory_bytes: 0,
+        speculation: None,
     })
 }
 

@@ -1,0 +1,91 @@
+//! What is guessed, and how.
+
+use mlx_engine_core::ParamError;
+use serde::{Deserialize, Serialize};
+
+use crate::config::between;
+
+/// The most tokens that a step verifies.
+const MOST: usize = 32;
+
+/// How tokens are guessed that one step of the model then verifies. The answer is the same either way; what does not pay, by the
+/// acceptance and the times that are measured, is paused.
+///
+/// ```
+/// use mlx_engine_engine::{EngineConfig, LookupConfig, SpeculationConfig};
+///
+/// let config: EngineConfig = serde_json::from_str(r#"{"speculation": {"lookup": {"max_tokens": 4}}}"#)?;
+/// let lookup = LookupConfig { max_tokens: 4, ..LookupConfig::default() };
+/// assert_eq!(config.speculation, SpeculationConfig::Lookup(lookup));
+/// # Ok::<(), serde_json::Error>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum SpeculationConfig {
+    /// Nothing is guessed.
+    #[default]
+    Off,
+    /// What followed when the prompt or the answer last went as it goes now: for answers that repeat what they were given, as
+    /// summaries, edits and code do.
+    Lookup(LookupConfig),
+}
+
+/// Guesses from the prompt and the answer so far (Saxena, prompt lookup decoding, 2023).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LookupConfig {
+    /// The most tokens that are guessed at once, 1 to 32.
+    pub max_tokens: usize,
+    /// At least so many last tokens have to have been there before, 1 to 32.
+    pub min_ngram: usize,
+    /// Where the last tokens were there more than once, what followed more of them is preferred, up to so many;
+    /// `min_ngram` to 32.
+    pub max_ngram: usize,
+}
+
+impl Default for LookupConfig {
+    fn default() -> Self {
+        Self {
+            max_tokens: 8,
+            min_ngram: 2,
+            max_ngram: 4,
+        }
+    }
+}
+
+impl SpeculationConfig {
+    /// Whether nothing is guessed.
+    pub fn is_off(&self) -> bool {
+        *self == Self::Off
+    }
+
+    /// Checks every range.
+    ///
+    /// # Errors
+    ///
+    /// The first field that is out of its range.
+    pub(crate) fn validate(&self) -> Result<(), ParamError> {
+        match self {
+            Self::Off => Ok(()),
+            Self::Lookup(lookup) => {
+                between("speculation.lookup.max_tokens", lookup.max_tokens, 1, MOST)?;
+                between("speculation.lookup.min_ngram", lookup.min_ngram, 1, MOST)?;
+                between(
+                    "speculation.lookup.max_ngram",
+                    lookup.max_ngram,
+                    lookup.min_ngram,
+                    MOST,
+                )
+            }
+        }
+    }
+
+    /// The most tokens that are guessed at once; 0 where nothing is.
+    pub(crate) fn max_tokens(&self) -> usize {
+        match self {
+            Self::Off => 0,
+            Self::Lookup(lookup) => lookup.max_tokens,
+        }
+    }
+}

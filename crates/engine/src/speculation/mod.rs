@@ -1,0 +1,19 @@
+//! Guessing ahead: several tokens are guessed, and one step of the model says which of them are right.
+//!
+//! A step that was fed the guesses chooses after each of them, as it would without: by the same logits, the same parameters
+//! and the same number, so by the same random number. A guess is right if it is the token that was chosen before it, and the
+//! first that is not ends the step with the token that was chosen in its place. So an answer is the same with and
+//! without, token for token, also where it is sampled; for a guess that is certain this is rejection sampling (Leviathan,
+//! Kalman and Matias, 2023, with a point mass as the proposal), and for one that a draft model samples with the same random
+//! number it is the coupling of Daliri, Musco and Suresh (2024).
+//!
+//! What is guessed costs time. [`Costs`] has what steps were measured to take, [`Acceptance`] how often guesses were right, and
+//! what does not pay by these is not guessed.
+
+mod config;
+mod lookup;
+mod policy;
+
+pub use self::config::{LookupConfig, SpeculationConfig};
+pub(crate) use self::lookup::look_up;
+pub(crate) use self::policy::{Acceptance, Costs};

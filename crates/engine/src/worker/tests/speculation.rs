@@ -1,0 +1,172 @@
+//! Guesses: what is counted of them, and when there are none.
+
+use mlx_engine_core::SpeculationOff;
+
+use super::*;
+use crate::speculation::look_up;
+
+fn guessing(lookup: &LookupConfig) -> EngineConfig {
+    EngineConfig {
+        speculation: SpeculationConfig::Lookup(lookup.clone()),
+        ..config()
+    }
+}
+
+/// What is guessed and what of it is right when the answer is known, as steps verify it: drafted and accepted tokens, and
+/// steps that were fed guesses.
+fn counted(prompt: &[u32], answer: &[u32], max_tokens: usize, lookup: &LookupConfig) -> (u32, u32, u32) {
+    let (mut known, mut fed) = (prompt.to_vec(), Vec::new());
+    let mut left = answer.iter();
+    let (mut drafted, mut accepted, mut steps) = (0, 0, 0);
+    // Before a step without guesses the next was begun where nothing was to be guessed.
+    let mut ahead = false;
+    loop {
+        let most = |known: &Vec<u32>| {
+            lookup
+                .max_tokens
+                .min((max_tokens + prompt.len()).saturating_sub(known.len() + 1))
+        };
+        if fed.is_empty() {
+            ahead = look_up(&known, lookup, most(&known)).is_empty();
+        }
+        for guess in std::mem::take(&mut fed).into_iter().map(Some).chain([None]) {
+            let Some(&token) = left.next() else {
+                return (drafted, accepted, steps);
+            };
+            known.push(token);
+            if guess != Some(token) {
+                break;
+            }
+            accepted += 1;
+        }
+        if left.as_slice().is_empty() {
+            return (drafted, accepted, steps);
+        }
+        if !std::mem::take(&mut ahead) {
+            fed = look_up(&known, lookup, most(&known));
+            drafted += fed.len() as u32;
+            steps += u32::from(!fed.is_empty());
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn what_is_counted_is_what_a_count_of_the_known_answer_gives(
+        prompt in "[ab]{0,3}[a-c]{1,40}",
+        reply in prop::option::of("[a-c]{0,40}"),
+        max_tokens in 1_u32..50,
+        lookup in lookup(),
+    ) {
+        let script = reply.clone().map_or_else(MockScript::default, MockScript::reply);
+        let mut bench = Bench::new(script, &guessing(&lookup));
+        // A plain step is known to take no time, and so does any.
+        bench.worker.speculation.costs.note(1, 0.0);
+        bench.submit(&prompt, params(max_tokens)).unwrap();
+        bench.finish();
+        let sent = &bench.requests[0];
+        let expected = reply.unwrap_or_else(|| prompt.clone());
+        prop_assert!(expected.starts_with(&sent.text));
+        prop_assert_eq!(sent.text.len(), expected.len().min(max_tokens as usize));
+        let ids = |text: &str| text.bytes().map(u32::from).collect::<Vec<_>>();
+        let answer: Vec<u32> = ids(&expected).into_iter().chain([256]).take(max_tokens as usize).collect();
+        let report = sent.speculation.unwrap();
+        let (drafted, accepted, steps) = counted(&ids(&prompt), &answer, max_tokens as usize, &lookup);
+        prop_assert_eq!(
+            report,
+            SpeculationReport {
+                steps,
+                drafted_tokens: drafted,
+                accepted_tokens: accepted,
+                paused_steps: 0,
+                off: None,
+            }
+        );
+        let statistics = bench.worker.gauges.read(bench.clock.now());
+        prop_assert_eq!(
+            (statistics.drafted_tokens, statistics.accepted_tokens),
+            (drafted.into(), accepted.into())
+        );
+        prop_assert_eq!(statistics.generated_tokens, answer.len() as u64);
+    }
+}
+
+/// An answer that repeats the prompt takes fewer turns where a token more costs little, and as many where it costs a step.
+#[test]
+fn guesses_are_made_where_they_pay() {
+    let prompt = "to be or not to be that is the question ".repeat(6);
+    let turns = |config: &EngineConfig, pace| {
+        let mut bench = Bench::new(MockScript::reply(prompt.clone()), config).with_pace(pace);
+        bench.submit(&prompt, params(200)).unwrap();
+        let mut turns = 0;
+        while !bench.worker.is_idle() {
+            bench.turn();
+            turns += 1;
+        }
+        assert_eq!(bench.requests[0].text, prompt[..200]);
+        (
+            turns,
+            bench.clock.milliseconds.load(Ordering::Relaxed),
+            bench.requests[0].speculation,
+        )
+    };
+    let plain = turns(&config(), (10, 1));
+    assert_eq!(plain.2, None);
+    let guessed = turns(&guessing(&LookupConfig::default()), (10, 1));
+    assert!(
+        guessed.0 * 4 < plain.0 && guessed.1 * 3 < plain.1,
+        "{plain:?} {guessed:?}"
+    );
+    assert!(guessed.2.unwrap().acceptance().unwrap() > 0.8, "{guessed:?}");
+    // All the time is that of tokens: nothing can be gained, and little is lost in finding that out.
+    let (plain, guessed) = (
+        turns(&config(), (0, 10)),
+        turns(&guessing(&LookupConfig::default()), (0, 10)),
+    );
+    let report = guessed.2.unwrap();
+    assert!(report.paused_steps > 100, "{report:?}");
+    assert!(guessed.1 * 100 < plain.1 * 115, "{plain:?} {guessed:?}");
+}
+
+/// Guesses that are always wrong are given up, and tried again now and then.
+#[test]
+fn wrong_guesses_are_paused() {
+    // One of ten letters at random follows the last that went alike.
+    let mut random = 7_u64;
+    let reply: String = std::iter::repeat_with(|| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        char::from(b'a' + (random >> 33) as u8 % 10)
+    })
+    .take(600)
+    .collect();
+    let lookup = LookupConfig {
+        min_ngram: 1,
+        ..LookupConfig::default()
+    };
+    let mut bench = Bench::new(MockScript::reply(reply.clone()), &guessing(&lookup)).with_pace((10, 2));
+    bench.submit("abcdefghij", params(600)).unwrap();
+    bench.finish();
+    assert_eq!(bench.requests[0].text, reply);
+    let report = bench.requests[0].speculation.unwrap();
+    assert!(report.paused_steps > 10 * report.steps, "{report:?}");
+    assert!(report.steps >= 2, "{report:?}");
+}
+
+#[test]
+fn what_cannot_be_taken_back_is_not_guessed() {
+    let script = MockScript::default().with_whole_sequences();
+    let mut bench = Bench::new(script, &guessing(&LookupConfig::default()));
+    bench.submit("abababababab", params(30)).unwrap();
+    bench.finish();
+    let report = bench.requests[0].speculation.unwrap();
+    let expected = SpeculationReport {
+        off: Some(SpeculationOff::Uncuttable),
+        ..SpeculationReport::default()
+    };
+    assert_eq!(
+        (report, bench.requests[0].text.as_str()),
+        (expected, "abababababab")
+    );
+}

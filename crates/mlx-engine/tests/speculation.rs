@@ -1,0 +1,161 @@
+//! Guessing ahead on the real model: the answers are those without.
+#![cfg(feature = "mlx")]
+
+use futures::future::join_all;
+use mlx_engine::prelude::*;
+use mlx_engine::{EngineConfig, KvConfig, LookupConfig, OutputConstraint, SpeculationConfig, SpeculationOff};
+
+const LETTER: &str = "Dear Ms. Miller,\n\nthank you for your order of 12 June. The three chairs were sent today and will be \
+                      there on Friday. The table is sold out and will be sent next week.\n\nYours sincerely,\nJ. Smith";
+
+async fn load(config: EngineConfig) -> InferenceEngine {
+    let model = std::env::var("MLX_ENGINE_TEST_MODEL");
+    let model =
+        model.expect("MLX_ENGINE_TEST_MODEL names the test model; run the tests by `cargo xtask test`");
+    let engine = InferenceEngine::new().with_config(config);
+    engine.load_model(&model).await.expect("the model loads");
+    engine
+}
+
+fn lookup() -> SpeculationConfig {
+    SpeculationConfig::Lookup(LookupConfig::default())
+}
+
+fn greedy(max_tokens: u32) -> GenerateParams {
+    GenerateParams::default()
+        .with_temperature(0.0)
+        .with_max_tokens(max_tokens)
+}
+
+/// Answers that repeat what they were given, and one that does not; greedy and sampled in each way.
+fn requests() -> Vec<(String, GenerateParams)> {
+    let copy = format!("Repeat this letter word by word:\n\n{LETTER}");
+    let sampled = |seed| {
+        GenerateParams::default()
+            .with_max_tokens(40)
+            .with_temperature(0.8)
+            .with_seed(seed)
+    };
+    let penalised = GenerateParams {
+        repetition_penalty: 1.1,
+        presence_penalty: 0.2,
+        ..greedy(40)
+    };
+    vec![
+        (copy.clone(), greedy(90)),
+        (
+            "Count: 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2,".to_owned(),
+            greedy(40),
+        ),
+        ("What is the capital of France?".to_owned(), greedy(30)),
+        (copy.clone(), sampled(1)),
+        (
+            copy.clone(),
+            sampled(2).with_top_p(0.9).with_top_k(40).with_min_p(0.02),
+        ),
+        (copy.clone(), penalised),
+        (copy.clone(), greedy(40).with_top_logprobs(2)),
+        (copy, greedy(200).with_stop(["Friday"])),
+    ]
+}
+
+async fn answers(engine: &InferenceEngine) -> Vec<GenerateOutput> {
+    let mut outputs = Vec::new();
+    for (prompt, params) in requests() {
+        outputs.push(engine.generate(prompt, params).await.expect("an answer"));
+    }
+    outputs
+}
+
+/// Compares answers, and says how many tokens were guessed, and how many of them right.
+fn compare(plain: &[GenerateOutput], guessed: &[GenerateOutput]) -> (u32, u32) {
+    for (plain, guessed) in plain.iter().zip(guessed) {
+        assert_eq!(plain.tokens, guessed.tokens, "{}", plain.text);
+        assert_eq!(
+            (
+                &plain.text,
+                plain.finish_reason,
+                &plain.logprobs,
+                plain.usage.completion_tokens
+            ),
+            (
+                &guessed.text,
+                guessed.finish_reason,
+                &guessed.logprobs,
+                guessed.usage.completion_tokens
+            ),
+        );
+        assert_eq!(plain.speculation, None);
+    }
+    let reports = guessed
+        .iter()
+        .map(|output| output.speculation.expect("it is said"));
+    reports.fold((0, 0), |(drafted, accepted), report| {
+        assert_eq!(report.off, None);
+        (drafted + report.drafted_tokens, accepted + report.accepted_tokens)
+    })
+}
+
+#[tokio::test]
+async fn answers_with_look_up_are_those_without() {
+    let kv = |bits, max_positions| KvConfig {
+        bits,
+        max_positions,
+        ..KvConfig::default()
+    };
+    for kv in [kv(None, None), kv(Some(8), None), kv(None, Some(96))] {
+        let config = EngineConfig {
+            kv,
+            ..EngineConfig::default()
+        };
+        let plain = answers(&load(config.clone()).await).await;
+        let engine = load(EngineConfig {
+            speculation: lookup(),
+            ..config
+        })
+        .await;
+        let guessed = answers(&engine).await;
+        let (drafted, accepted) = compare(&plain, &guessed);
+        assert!(drafted > 20 && accepted > 5, "{accepted} of {drafted}");
+        let statistics = engine.statistics().unwrap();
+        assert_eq!(
+            (statistics.drafted_tokens, statistics.accepted_tokens),
+            (drafted.into(), accepted.into())
+        );
+        // All at once, each gets what it gets alone.
+        let together = join_all(
+            requests()
+                .into_iter()
+                .map(|(prompt, params)| engine.generate(prompt, params)),
+        );
+        let together: Vec<_> = together.await.into_iter().map(Result::unwrap).collect();
+        compare(&plain, &together);
+    }
+}
+
+#[tokio::test]
+async fn what_is_held_to_a_grammar_is_not_guessed_and_says_so() {
+    let params = || GenerateParams {
+        constraint: Some(OutputConstraint::Regex(
+            "(one|two|three) [0-9]{3} [0-9]{3}".to_owned(),
+        )),
+        ..greedy(30)
+    };
+    let plain = load(EngineConfig::default())
+        .await
+        .generate("Write a number.", params())
+        .await
+        .unwrap();
+    let engine = load(EngineConfig {
+        speculation: lookup(),
+        ..EngineConfig::default()
+    })
+    .await;
+    let held = engine.generate("Write a number.", params()).await.unwrap();
+    assert_eq!(held.tokens, plain.tokens);
+    let report = held.speculation.unwrap();
+    assert_eq!(
+        (report.off, report.drafted_tokens),
+        (Some(SpeculationOff::Constraint), 0)
+    );
+}
