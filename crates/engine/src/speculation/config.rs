@@ -81,6 +81,15 @@ impl SpeculationConfig {
         }
     }
 
+    /// The most tokens that a step is fed as guesses for all of a batch; 0 where nothing is guessed.
+    pub(crate) fn room(&self, batch_limit: usize) -> usize {
+        if self.is_off() {
+            0
+        } else {
+            batch_limit.max(self.max_tokens())
+        }
+    }
+
     /// The most tokens that are guessed at once; 0 where nothing is.
     pub(crate) fn max_tokens(&self) -> usize {
         match self {

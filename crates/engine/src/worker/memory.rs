@@ -29,7 +29,9 @@ impl Memory {
             let tight = beside_weights.is_some_and(|bytes| workspace > bytes / TIGHT);
             preferred.min(if tight { TIGHT_CHUNK } else { usize::MAX })
         });
-        let estimated = model.workspace_bytes(chunk, config.max_batch);
+        // A step has logits for guesses too.
+        let guesses = config.speculation.room(model.batch_limit());
+        let estimated = model.workspace_bytes(chunk, config.max_batch + guesses);
         let memory = Self {
             beside_weights,
             weights,

@@ -44,11 +44,6 @@ impl Speculation {
         self.settled = decoded;
     }
 
-    /// The most tokens that a step is fed as guesses for all of a batch: it has logits for each.
-    fn room(&self, batch_limit: usize) -> usize {
-        batch_limit.max(self.config.max_tokens())
-    }
-
     /// At most so many tokens that may follow.
     fn guess(&self, tokens: &[u32], most: usize) -> Vec<u32> {
         match &self.config {
@@ -81,7 +76,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
         let limit = self.context_length;
         let (model, speculation) = (&self.model, &self.speculation);
-        let room = speculation.room(model.batch_limit());
+        let room = speculation.config.room(model.batch_limit());
         let base = (due.len(), due.len() as f64);
         let mut expects = false;
         for active in standing(&mut self.active, due, failed) {
@@ -122,7 +117,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             .filter(|active| active.finished.is_none() && !active.ahead)
             .map(|active| active.id)
             .collect();
-        let mut room = speculation.room(model.batch_limit());
+        let mut room = speculation.config.room(model.batch_limit());
         let mut base = (due.len(), due.len() as f64);
         for active in standing(&mut self.active, &due, failed) {
             let most = active
