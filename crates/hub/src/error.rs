@@ -104,6 +104,15 @@ pub enum HubError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 
+    /// Who answers has no certificate that is believed.
+    #[error("{url} could not be reached safely")]
+    Untrusted {
+        /// The address, without its query.
+        url: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+
     /// Nothing came for a while.
     #[error("{url} sent nothing for {} s", limit.as_secs())]
     Stalled {
@@ -258,6 +267,19 @@ impl HubError {
         }
     }
 
+    /// Whether nobody could be asked, so that what is here is as good an answer as there is.
+    pub fn is_about_the_way(&self) -> bool {
+        match self {
+            Self::Offline { .. }
+            | Self::Untrusted { .. }
+            | Self::Transport { .. }
+            | Self::Stalled { .. }
+            | Self::RateLimited { .. } => true,
+            Self::Status { status, .. } => *status >= 500,
+            _ => false,
+        }
+    }
+
     /// How long the server wants to be left alone.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -294,6 +316,9 @@ impl HubError {
             Self::Status { status, .. } if *status >= 500 => "the server has a problem; try again later",
             Self::Transport { .. } | Self::Stalled { .. } => {
                 "look at the network, HTTPS_PROXY and HF_ENDPOINT; what has come is kept, and a new try goes on from there"
+            }
+            Self::Untrusted { .. } => {
+                "a proxy that reads along has an authority of its own: add that to the system's certificates, or name its file in SSL_CERT_FILE"
             }
             Self::Truncated { .. } => "try again: what has come is kept",
             Self::WrongContent { .. } => {

@@ -917,6 +917,149 @@ async fn a_repair_fetches_only_what_is_damaged() {
     assert!(hub.repair(&reference, &|_| {}).await.unwrap().found.is_sound());
 }
 
+#[tokio::test]
+async fn a_repair_takes_nothing_away_that_it_cannot_bring() {
+    let world = World::new();
+    let reference: HubReference = REPO.parse().unwrap();
+    let snapshot = world.fetch().await.unwrap();
+    fs::write(world.weights_blob(), "damaged").unwrap();
+    // As Python would have it: a pickle, damaged too, and a file that somebody put there.
+    let pickle = world
+        .blobs()
+        .join(world.server.hash(REPO, COMMIT, "pytorch_model.bin"));
+    fs::write(&pickle, "another").unwrap();
+    let link = Path::new("../../blobs").join(pickle.file_name().unwrap());
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(link, snapshot.path.join("pytorch_model.bin")).unwrap();
+    fs::write(snapshot.path.join("notes.json"), "{}").unwrap();
+
+    let mut options = world.options();
+    options.environment.offline = true;
+    let offline = Hub::with_options(options).unwrap();
+    let error = offline.repair(&reference, &|_| {}).await.unwrap_err();
+    says(&error, "the network is to be left alone", "unset HF_HUB_OFFLINE");
+    let refuse = Fault::Status(403, vec![], String::new());
+    world.server.fault("info", refuse);
+    assert!(world.hub().repair(&reference, &|_| {}).await.is_err());
+    assert_eq!(fs::read_to_string(world.weights_blob()).unwrap(), "damaged");
+
+    world.server.forget();
+    let told = Mutex::new(0);
+    let tell = |event| {
+        if let FetchEvent::Checking { file, done, bytes } = event {
+            assert!(file == REPO && done <= bytes);
+            *told.lock().unwrap() = done;
+        }
+    };
+    let repaired = world.hub().repair(&reference, &tell).await.unwrap();
+    assert_eq!(repaired.fetched_bytes, SIZE as u64);
+    assert!(*told.lock().unwrap() > 0, "reading is told");
+    world.check(&snapshot);
+    assert_eq!(fs::read_to_string(&pickle).unwrap(), "another");
+    assert_eq!(
+        fs::read_to_string(snapshot.path.join("notes.json")).unwrap(),
+        "{}"
+    );
+
+    // The one file that is named, and no other.
+    fs::write(world.weights_blob(), "damaged").unwrap();
+    let one: HubReference = "hf:owner/model/tokenizer.json".parse().unwrap();
+    assert!(world.hub().repair(&one, &|_| {}).await.unwrap().found.is_sound());
+}
+
+#[tokio::test]
+async fn what_is_removed_while_it_waits_comes_again() {
+    let world = World::new();
+    world.fetch().await.unwrap();
+    let locks = world.home.path().join("hub/.locks/models--owner--model");
+    let lock = fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(locks.join("repository.lock"))
+        .unwrap();
+    lock.lock().unwrap();
+    let blob = world.weights_blob();
+    let tell = |event| {
+        if matches!(event, FetchEvent::Waiting { .. }) {
+            fs::remove_file(&blob).unwrap();
+            lock.unlock().unwrap();
+        }
+    };
+    let request = SnapshotRequest::new(REPO.parse().unwrap());
+    let snapshot = world.hub().fetch(&request, &tell).await.unwrap();
+    assert_eq!(snapshot.fetched_bytes, SIZE as u64);
+    world.check(&snapshot);
+}
+
+#[tokio::test]
+async fn a_commit_whose_fetch_was_interrupted_is_not_whole() {
+    let world = World::new();
+    let mut options = world.options();
+    options.files_at_once = 1;
+    let hub = Hub::with_options(options).unwrap();
+    let pinned = format!("{REPO}@{COMMIT}");
+    // The weights are before it, and no branch has to be written down for a commit.
+    let refuse = Fault::Status(403, vec![], String::new());
+    world.server.fault("tokenizer.json", refuse);
+    assert!(world.fetch_with(&hub, &pinned).await.is_err());
+    assert_eq!(fs::read(world.weights_blob()).unwrap(), weights(SIZE));
+    assert!(hub.cache().find(&pinned.parse().unwrap()).is_err());
+    let snapshot = world.fetch_with(&hub, &pinned).await.unwrap();
+    assert_eq!(hub.cache().find(&pinned.parse().unwrap()).unwrap(), snapshot.path);
+    assert_eq!(world.requests("model.safetensors").len(), 1);
+}
+
+#[tokio::test]
+async fn a_small_file_is_read_without_the_cache() {
+    let world = World::new();
+    world
+        .server
+        .add(REPO, COMMIT, "large.json", vec![b' '; (4 << 20) + 1]);
+    let hub = world.hub();
+    let info = hub.info(&REPO.parse().unwrap()).await.unwrap();
+    let read = async |path: &str| hub.read(&info, &path.parse().unwrap()).await;
+    let unavailable = Fault::Status(503, vec![], String::new());
+    world.server.fault("config.json", unavailable);
+    assert_eq!(read("config.json").await.unwrap(), br#"{"model_type": "llama"}"#);
+    world.server.fault("config.json", Fault::WrongBytes);
+    says(
+        &read("config.json").await.unwrap_err(),
+        "has the wrong content",
+        "try again",
+    );
+    says(&read("other.json").await.unwrap_err(), "no such file", "spelling");
+    says(
+        &read("large.json").await.unwrap_err(),
+        "more than the 4194304 that are taken",
+        "",
+    );
+    world.server.fault("config.json", Fault::Long);
+    assert!(read("config.json").await.is_err());
+    assert!(!world.home.path().join("hub").exists(), "nothing is left of it");
+}
+
+#[tokio::test]
+async fn a_hub_that_has_to_be_asked_again_is_told_of() {
+    let world = World::new();
+    let unavailable = || Fault::Status(503, vec![], "busy".to_owned());
+    world.server.fault("info", unavailable());
+    world.fetch().await.unwrap();
+    let events = world.events.lock().unwrap().clone();
+    assert!(
+        matches!(&events[0], FetchEvent::Retrying { file, reason, .. } if file == REPO && reason.contains("503: busy")),
+        "{:?}",
+        events[0]
+    );
+    world.server.fault("search", unavailable());
+    let told = Arc::new(Mutex::new(0));
+    let heard = Arc::clone(&told);
+    let tell = move |_| *heard.lock().unwrap() += 1;
+    let found = world.hub().search_with(&HubQuery::default(), tell).unwrap();
+    assert_eq!(found.try_collect::<Vec<_>>().await.unwrap().len(), 1);
+    assert_eq!(*told.lock().unwrap(), 1);
+}
+
 #[test]
 fn what_it_does_can_be_spawned() {
     fn check(_: &(impl Send + 'static)) {}

@@ -90,8 +90,9 @@ impl HubCache {
         }
         let mut refs = BTreeMap::<String, Vec<String>>::new();
         for (name, path) in walk(&folder.refs())? {
-            let commit = fs::read_to_string(&path).context("read", &path)?;
-            refs.entry(commit.trim().to_owned())
+            // What is no commit leads nowhere, and text it need not be.
+            let commit = fs::read(&path).context("read", &path)?;
+            refs.entry(String::from_utf8_lossy(&commit).trim().to_owned())
                 .or_default()
                 .push(name.to_string());
         }
@@ -247,6 +248,7 @@ mod tests {
         let folder = cache.folder(&"a/b".parse().unwrap());
         fs::write(folder.blobs().join("abc.incomplete"), "1234567").unwrap();
         fs::write(folder.blobs().join("nobodys"), "12").unwrap();
+        fs::write(folder.refs().join("no-text"), [0xff, 0xfe]).unwrap();
         fs::create_dir_all(cache.root().join("datasets--a--b")).unwrap();
 
         let found = cache.repositories().unwrap();

@@ -7,12 +7,12 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::HubCache;
-use super::list::{CachedRepository, CachedRevision, blobs};
+use super::list::{CachedFile, CachedRepository, CachedRevision, blobs};
 use crate::HubError;
 use crate::error::{Context, Result};
 use crate::layout::{INCOMPLETE, RepoFolder};
 use crate::lock::{Attempt, Lock, held_below};
-use crate::names::{HubReference, RepoId};
+use crate::names::{HubReference, RepoId, RepoPath};
 
 /// What was removed, or would be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -46,8 +46,8 @@ impl PruneReport {
 }
 
 impl HubCache {
-    /// Removes a model, or, where `all_revisions` is false, the one revision of the reference. Blobs that another
-    /// revision has stay.
+    /// Removes a model, or, where `all_revisions` is false, the one revision of the reference, or the one file that it
+    /// names. Blobs that another file has stay.
     ///
     /// # Errors
     ///
@@ -63,6 +63,11 @@ impl HubCache {
         }
         let _alone = alone(&folder, &reference.repo)?;
         let cached = self.repository(&reference.repo)?.ok_or_else(not_cached)?;
+        if let Some(path) = &reference.file {
+            let commit = self.commit(reference).ok_or_else(not_cached)?;
+            let freed = remove_one(&folder, &cached, &commit, path)?;
+            return freed.ok_or_else(not_cached);
+        }
         let gone: Vec<CachedRevision> = if all_revisions {
             cached.revisions.clone()
         } else {
@@ -225,6 +230,44 @@ fn remove_some(
     Ok(freed)
 }
 
+/// Removes one file of a revision, and its blob where no other file has it; none where it is not there. The last file of a
+/// repository takes the rest with it.
+fn remove_one(
+    folder: &RepoFolder,
+    cached: &CachedRepository,
+    commit: &str,
+    path: &RepoPath,
+) -> Result<Option<Freed>> {
+    let all = cached
+        .revisions
+        .iter()
+        .flat_map(|revision| revision.files.iter().map(|file| (&*revision.commit, file)));
+    let is_it = |(at, file): &(&str, &CachedFile)| *at == commit && file.path == *path;
+    let (it, others): (Vec<_>, Vec<_>) = all.partition(is_it);
+    let Some((_, file)) = it.first() else {
+        return Ok(None);
+    };
+    if others.is_empty() {
+        return remove_all(folder, cached, false).map(Some);
+    }
+    let mut freed = Freed {
+        repo: cached.repo.clone(),
+        revisions: Vec::new(),
+        blobs: 0,
+        bytes: 0,
+    };
+    remove_file(&folder.snapshot(commit).join(path.to_path()))?;
+    if let Some(blob) = file.blob.as_ref()
+        && !others.iter().any(|(_, other)| other.blob.as_ref() == Some(blob))
+    {
+        remove_file(&folder.blobs().join(blob))?;
+        remove_file(&folder.locks.join(format!("{blob}.lock")))?;
+        freed.blobs = 1;
+        freed.bytes = file.bytes.unwrap_or_default();
+    }
+    Ok(Some(freed))
+}
+
 /// What is gone already is removed.
 fn remove_file(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
@@ -303,6 +346,34 @@ mod tests {
             cache.remove(&"a/b".parse().unwrap(), true),
             Err(HubError::NotCached { .. })
         ));
+    }
+
+    #[test]
+    fn one_file_goes_and_what_others_have_stays() {
+        let (_root, cache) = filled();
+        let remove = |reference: &str| cache.remove(&reference.parse().unwrap(), true);
+        let gone =
+            |freed: Result<Freed>| freed.map(|freed| (freed.revisions.len(), freed.blobs, freed.bytes));
+        assert!(matches!(
+            remove("hf:a/b/no.gguf"),
+            Err(HubError::NotCached { .. })
+        ));
+        assert_eq!(
+            gone(remove("hf:a/b/config.json")).unwrap(),
+            (0, 0, 0),
+            "the other revision has it"
+        );
+        assert_eq!(gone(remove("hf:a/b/model.safetensors")).unwrap(), (0, 1, 5));
+        assert!(matches!(
+            remove("hf:a/b/model.safetensors"),
+            Err(HubError::NotCached { .. })
+        ));
+        let of_old = |file: &str| format!("hf:a/b@{COMMIT}/{file}");
+        assert_eq!(reads(&cache, &format!("a/b@{COMMIT}")).as_deref(), Some("old"));
+        assert_eq!(gone(remove(&of_old("model.safetensors"))).unwrap(), (0, 1, 3));
+        // The last one takes the folder with it, and the download that was begun.
+        assert_eq!(gone(remove(&of_old("config.json"))).unwrap(), (2, 2, 6));
+        assert_eq!(cache.repositories().unwrap(), []);
     }
 
     #[test]

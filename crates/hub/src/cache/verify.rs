@@ -59,7 +59,8 @@ impl Verification {
 }
 
 impl HubCache {
-    /// Reads every file of a cached revision and compares it with the hash that its blob is named by. It blocks.
+    /// Reads every file of a cached revision, or the one that the reference names, and compares it with the hash that its
+    /// blob is named by. It blocks.
     ///
     /// `progress` is told the bytes read so far and those of all files, and ends the work with
     /// [`ControlFlow::Break`].
@@ -84,9 +85,15 @@ impl HubCache {
             .find(|revision| revision.commit == commit);
         let revision = revision.ok_or_else(not_cached)?;
         let folder = self.folder(&reference.repo);
+        let wanted = |path: &RepoPath| reference.file.as_ref().is_none_or(|file| file == path);
+        let all = revision.files.iter().filter(|file| wanted(&file.path));
+        let total: u64 = all.filter_map(|file| file.bytes).sum();
         let mut read = 0;
         let mut files = Vec::with_capacity(revision.files.len());
         for file in revision.files {
+            if !wanted(&file.path) {
+                continue;
+            }
             let expected = file
                 .blob
                 .as_deref()
@@ -97,7 +104,7 @@ impl HubCache {
                 (Some(_), Some(expected)) => {
                     let got = hash(&folder.blob(&expected), &expected, &mut |bytes| {
                         read += bytes;
-                        progress(read, revision.bytes)
+                        progress(read, total)
                     })?;
                     if got == expected {
                         FileState::Sound
@@ -114,9 +121,12 @@ impl HubCache {
             .and_then(|index| shards(&index))
             .unwrap_or_default()
         {
-            if !files.iter().any(|(path, _)| *path == shard) {
+            if wanted(&shard) && !files.iter().any(|(path, _)| *path == shard) {
                 files.push((shard, FileState::Missing));
             }
+        }
+        if files.is_empty() {
+            return Err(not_cached());
         }
         files.sort_by(|one, other| one.0.cmp(&other.0));
         Ok(Verification {
@@ -198,6 +208,25 @@ mod tests {
             seen.last(),
             Some(&(9 + index.len() as u64, 9 + index.len() as u64))
         );
+
+        let one: HubReference = "hf:a/b/model-1.safetensors".parse().unwrap();
+        let mut last = None;
+        let found = cache
+            .verify(&one, |done, total| {
+                last = Some((done, total));
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        assert_eq!(
+            (found.files.len(), last),
+            (1, Some((7, 7))),
+            "the one that is named"
+        );
+        let none: HubReference = "hf:a/b/other.gguf".parse().unwrap();
+        assert!(matches!(
+            cache.verify(&none, |_, _| ControlFlow::Continue(())),
+            Err(HubError::NotCached { .. })
+        ));
 
         let stopped = cache.verify(&reference, |_, _| ControlFlow::Break(()));
         assert!(matches!(stopped, Err(HubError::Cancelled)));

@@ -82,7 +82,14 @@ impl Job<'_> {
             return Ok(0);
         }
         let half = self.folder.incomplete(&self.file.hash);
-        let mut sink = Sink::open(half.clone(), self.file.hash, self.file.bytes, lock).await?;
+        let told = |done, bytes| {
+            self.meter.tell(FetchEvent::Checking {
+                file: name.to_owned(),
+                done,
+                bytes,
+            });
+        };
+        let mut sink = Sink::open(half.clone(), self.file.hash, self.file.bytes, lock, told).await?;
         self.meter.correct(sink.length() as i64 - self.present as i64);
         let mut taken_up = sink.length() > 0;
         let mut received = 0;
@@ -104,7 +111,7 @@ impl Job<'_> {
                 file = name,
                 "what was left of an earlier download is not of this file"
             );
-            sink = Sink::open(half.clone(), self.file.hash, self.file.bytes, written.lock).await?;
+            sink = Sink::open(half.clone(), self.file.hash, self.file.bytes, written.lock, told).await?;
         }
     }
 

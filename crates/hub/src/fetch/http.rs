@@ -1,5 +1,6 @@
 //! Requests: redirects followed by hand, the token kept at home, every status looked at, every answer bounded.
 
+use std::error::Error;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use reqwest::{Response, StatusCode, Url};
 use rustls_platform_verifier::BuilderVerifierExt;
 use serde::de::DeserializeOwned;
 
+use super::progress::{FetchEvent, Listener};
 use super::retry::Backoff;
 use super::{HubOptions, HubSystem};
 use crate::error::Result;
@@ -144,38 +146,60 @@ impl Http {
     }
 
     /// Asks for JSON, trying again what may pass. Returns the headers too.
-    pub(super) async fn json<T: DeserializeOwned>(&self, url: &Url, what: &str) -> Result<(T, HeaderMap)> {
-        let mut backoff = self.backoff();
-        loop {
-            let error = match self.json_once(url, what).await {
-                Ok(answer) => return Ok(answer),
-                Err(error) => error,
-            };
-            let Some(delay) = backoff.next(&error) else {
-                return Err(error);
-            };
-            tracing::info!(what, %error, ?delay, "asking the hub again");
-            self.system.sleep(delay).await;
-        }
-    }
-
-    async fn json_once<T: DeserializeOwned>(&self, url: &Url, what: &str) -> Result<(T, HeaderMap)> {
-        let Answer { mut response, .. } = self.get(url, 0, what).await?;
-        let mut body = Vec::new();
-        while let Some(chunk) = self.chunk(url, &mut response).await? {
-            if body.len() + chunk.len() > MAX_ANSWER {
-                return Err(HubError::Answer {
-                    url: spoken(url),
-                    why: format!("it is longer than {MAX_ANSWER} bytes"),
-                });
-            }
-            body.extend_from_slice(&chunk);
-        }
+    pub(super) async fn json<T: DeserializeOwned>(
+        &self,
+        url: &Url,
+        what: &str,
+        tell: Listener<'_>,
+    ) -> Result<(T, HeaderMap)> {
+        let (body, headers) = self.body(url, what, MAX_ANSWER, tell).await?;
         let value = serde_json::from_slice(&body).map_err(|error| HubError::Answer {
             url: spoken(url),
             why: error.to_string(),
         })?;
-        Ok((value, std::mem::take(response.headers_mut())))
+        Ok((value, headers))
+    }
+
+    /// Asks for a short answer, trying again what may pass. Returns the headers too.
+    pub(super) async fn body(
+        &self,
+        url: &Url,
+        what: &str,
+        most: usize,
+        tell: Listener<'_>,
+    ) -> Result<(Vec<u8>, HeaderMap)> {
+        let mut backoff = self.backoff();
+        loop {
+            let error = match self.body_once(url, what, most).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let Some(after) = backoff.next(&error) else {
+                return Err(error);
+            };
+            tracing::info!(what, %error, ?after, "asking the hub again");
+            tell(FetchEvent::Retrying {
+                file: what.to_owned(),
+                reason: error.to_string(),
+                after,
+            });
+            self.system.sleep(after).await;
+        }
+    }
+
+    async fn body_once(&self, url: &Url, what: &str, most: usize) -> Result<(Vec<u8>, HeaderMap)> {
+        let Answer { mut response, .. } = self.get(url, 0, what).await?;
+        let mut body = Vec::new();
+        while let Some(chunk) = self.chunk(url, &mut response).await? {
+            if body.len() + chunk.len() > most {
+                return Err(HubError::Answer {
+                    url: spoken(url),
+                    why: format!("it is longer than {most} bytes"),
+                });
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok((body, std::mem::take(response.headers_mut())))
     }
 
     pub(super) fn backoff(&self) -> Backoff {
@@ -191,11 +215,8 @@ impl Http {
     async fn in_time<T>(&self, url: &Url, work: impl Future<Output = reqwest::Result<T>>) -> Result<T> {
         tokio::select! {
             biased;
-            done = work => done.map_err(|error| HubError::Transport {
-                url: spoken(url),
-                // The address in it may hold what grants access.
-                source: error.without_url().into(),
-            }),
+            // The address in it may hold what grants access.
+            done = work => done.map_err(|error| failed(url, error.without_url())),
             () = self.system.sleep(self.idle) => Err(HubError::Stalled { url: spoken(url), limit: self.idle }),
         }
     }
@@ -263,6 +284,36 @@ impl Http {
         let date = httpdate::parse_http_date(text.trim()).ok()?;
         Some(date.duration_since(self.system.time_of_day()).unwrap_or_default())
     }
+}
+
+/// Why a request failed: a certificate that is not believed is not believed the next time.
+fn failed(url: &Url, error: reqwest::Error) -> HubError {
+    let url = spoken(url);
+    if is_about_a_certificate(&error) {
+        let source = error.into();
+        return HubError::Untrusted { url, source };
+    }
+    HubError::Transport {
+        url,
+        source: error.into(),
+    }
+}
+
+fn is_about_a_certificate(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<rustls::Error>() {
+            return matches!(error, rustls::Error::InvalidCertificate(_));
+        }
+        // An error of input and output has for its source that of what it holds.
+        let held = error
+            .downcast_ref::<std::io::Error>()
+            .and_then(std::io::Error::get_ref);
+        next = held
+            .map(|held| held as &(dyn Error + 'static))
+            .or_else(|| error.source());
+    }
+    false
 }
 
 /// Where a redirect leads.

@@ -4,9 +4,13 @@ use serde::{Deserialize, Serialize};
 
 use super::Hub;
 use super::http::spoken;
+use super::progress::Listener;
 use crate::error::Result;
 use crate::names::{RepoId, RepoPath, Revision, is_commit, shown};
 use crate::{BlobHash, HubError, HubReference};
+
+/// The largest file that is read into memory.
+const MAX_READ: usize = 4 << 20;
 
 /// A repository at one commit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -129,6 +133,11 @@ impl Hub {
     /// [`HubError::Offline`], [`HubError::NotFound`], [`HubError::Denied`], what the network says, and
     /// [`HubError::InvalidName`] for a repository with a file that would lead out of its folder.
     pub async fn info(&self, reference: &HubReference) -> Result<ModelInfo> {
+        self.info_with(reference, &|_| {}).await
+    }
+
+    /// As [`info`](Self::info), and tells of tries that fail.
+    pub(super) async fn info_with(&self, reference: &HubReference, tell: Listener<'_>) -> Result<ModelInfo> {
         let what = HubReference {
             file: None,
             ..reference.clone()
@@ -140,7 +149,7 @@ impl Hub {
             .chain(reference.repo.as_str().split('/'));
         let mut url = http.url(parts.chain(["revision", reference.revision.as_str()]));
         url.set_query(Some("blobs=true"));
-        let (raw, _) = http.json::<RawInfo>(&url, &what).await?;
+        let (raw, _) = http.json::<RawInfo>(&url, &what, tell).await?;
         let nonsense = |why: String| HubError::Answer {
             url: spoken(&url),
             why,
@@ -173,6 +182,48 @@ impl Hub {
             downloads: raw.downloads,
             likes: raw.likes,
             last_modified: raw.last_modified,
+        })
+    }
+}
+
+impl Hub {
+    /// The content of a small file of a repository, such as its `config.json`, without a trace in the cache. `info` says
+    /// what the file is; it is compared with the length and the hash there.
+    ///
+    /// # Errors
+    ///
+    /// [`HubError::NotFound`] where `info` has no such file, [`HubError::TooLarge`] for one of more than 4 MiB,
+    /// [`HubError::WrongContent`], and what the network says.
+    pub async fn read(&self, info: &ModelInfo, path: &RepoPath) -> Result<Vec<u8>> {
+        let what = format!("{}/{path}", info.id);
+        let Some(file) = info.files.iter().find(|file| file.path == *path) else {
+            return Err(HubError::NotFound {
+                what,
+                message: "the repository has no such file".to_owned(),
+            });
+        };
+        if file.bytes > MAX_READ as u64 {
+            return Err(HubError::TooLarge {
+                repo: what,
+                what: "bytes",
+                found: file.bytes,
+                limit: MAX_READ as u64,
+            });
+        }
+        let http = self.http(&what)?;
+        let parts = info.id.as_str().split('/').chain(["resolve", &info.commit]);
+        let url = http.url(parts.chain(path.components()));
+        let (body, _) = http.body(&url, &what, MAX_READ, &|_| {}).await?;
+        let mut hasher = file.hash.hasher(file.bytes);
+        hasher.update(&body);
+        let got = hasher.finish();
+        if got == file.hash {
+            return Ok(body);
+        }
+        Err(HubError::WrongContent {
+            file: what,
+            expected: file.hash.to_string(),
+            got: got.to_string(),
         })
     }
 }

@@ -25,6 +25,15 @@ pub enum FetchEvent {
     },
     /// Bytes have come.
     Progress(FetchProgress),
+    /// Bytes that are here already are compared with their hash.
+    Checking {
+        /// The file, or the repository where all its files are compared.
+        file: String,
+        /// Bytes that were read.
+        done: u64,
+        /// Bytes to read.
+        bytes: u64,
+    },
     /// Another program is at the same file.
     Waiting {
         /// What it is at.
@@ -101,10 +110,10 @@ struct State {
 }
 
 impl<'a> Meter<'a> {
-    /// A meter of files with `total` bytes, of which `done` are here.
-    pub(super) fn new(tell: Listener<'a>, system: Arc<dyn HubSystem>, done: u64, total: u64) -> Self {
+    /// A meter of files with `total` bytes, of which none is here until [`correct`](Self::correct) says so.
+    pub(super) fn new(tell: Listener<'a>, system: Arc<dyn HubSystem>, total: u64) -> Self {
         let state = State {
-            done,
+            done: 0,
             total,
             received: 0,
             window: VecDeque::from([(system.now(), 0)]),
@@ -220,12 +229,8 @@ mod tests {
                 told.lock().unwrap().push(progress);
             }
         };
-        let meter = Meter::new(
-            &listen,
-            Arc::clone(&system) as Arc<dyn HubSystem>,
-            1_000_000,
-            2_000_000,
-        );
+        let meter = Meter::new(&listen, Arc::clone(&system) as Arc<dyn HubSystem>, 2_000_000);
+        meter.correct(1_000_000);
         let file: RepoPath = "x".parse().unwrap();
         // 10 kB each 100 ms, then 1 kB each.
         for step in 1..=300 {
@@ -248,7 +253,7 @@ mod tests {
         let system = Arc::new(ByHand::default());
         let told = Mutex::new(0);
         let listen = |_| *told.lock().unwrap() += 1;
-        let meter = Meter::new(&listen, system, 0, 100);
+        let meter = Meter::new(&listen, system, 100);
         let file: RepoPath = "x".parse().unwrap();
         for done in 1..=10 {
             meter.add(&file, done, 10, 1);

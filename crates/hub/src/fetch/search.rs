@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Hub;
 use super::http::{Http, header, spoken};
 use super::info::Gated;
+use super::progress::FetchEvent;
 use crate::HubError;
 use crate::error::Result;
 
@@ -126,6 +127,7 @@ struct Pages {
     next: Option<Url>,
     page: VecDeque<RawSummary>,
     left: usize,
+    tell: Box<dyn Fn(FetchEvent) + Send + Sync>,
 }
 
 impl Hub {
@@ -135,6 +137,19 @@ impl Hub {
     ///
     /// [`HubError::Offline`] and [`HubError::NoRuntime`]; the stream's are what the network says.
     pub fn search(&self, query: &HubQuery) -> Result<BoxStream<'static, Result<ModelSummary>>> {
+        self.search_with(query, |_| {})
+    }
+
+    /// As [`search`](Self::search); `tell` hears of tries that fail ([`FetchEvent::Retrying`]).
+    ///
+    /// # Errors
+    ///
+    /// As [`search`](Self::search).
+    pub fn search_with(
+        &self,
+        query: &HubQuery,
+        tell: impl Fn(FetchEvent) + Send + Sync + 'static,
+    ) -> Result<BoxStream<'static, Result<ModelSummary>>> {
         let mut url = self.http("search")?.url(["api", "models"]);
         let limit = query.limit.unwrap_or(usize::MAX);
         {
@@ -159,6 +174,7 @@ impl Hub {
             next: Some(url),
             page: VecDeque::new(),
             left: limit,
+            tell: Box::new(tell),
         };
         Ok(futures::stream::try_unfold(pages, |mut pages| async move {
             let next = pages.step().await?;
@@ -182,7 +198,9 @@ impl Pages {
                 return Ok(None);
             };
             let http = self.hub.http("search")?;
-            let (page, headers) = http.json::<VecDeque<RawSummary>>(&url, "search").await?;
+            let (page, headers) = http
+                .json::<VecDeque<RawSummary>>(&url, "search", &*self.tell)
+                .await?;
             // An empty page that names another could go on for ever.
             if !page.is_empty() {
                 self.next = next_page(http, &url, &headers)?;

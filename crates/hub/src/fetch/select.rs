@@ -58,7 +58,6 @@ impl FileSelection {
             }
             Self::All => Box::new(|_| true),
         };
-        let is_pickle = |path: &RepoPath| PICKLES.iter().any(|pickle| path.has_extension(pickle));
         let wanted = files.iter().filter(|file| chosen(&file.path)).cloned();
         let (pickles, wanted): (Vec<_>, Vec<_>) = wanted.partition(|file| is_pickle(&file.path));
         if wanted.is_empty() {
@@ -88,6 +87,11 @@ impl FileSelection {
             _ => "matches and is no pickle".to_owned(),
         }
     }
+}
+
+/// Whether Python would run what the file holds.
+pub(super) fn is_pickle(path: &RepoPath) -> bool {
+    PICKLES.iter().any(|pickle| path.has_extension(pickle))
 }
 
 /// Patterns in the manner of Python's `fnmatch`.

@@ -4,7 +4,7 @@
 //! given up is not begun by someone else before its last byte is on the disk.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -18,6 +18,8 @@ use crate::{BlobHash, HubError};
 
 /// So many pieces wait to be written.
 const WAITING: usize = 32;
+/// So much of what is here is hashed before anybody may give it up.
+const STRETCH: u64 = 64 << 20;
 
 enum Piece {
     Data(Bytes),
@@ -47,9 +49,32 @@ struct Writer {
 }
 
 impl Sink {
-    /// Opens the half-made file of a blob with `size` bytes, and takes in what is there of it.
-    pub(super) async fn open(path: PathBuf, like: BlobHash, size: u64, lock: Lock) -> Result<Self> {
-        let (writer, length) = blocking(move || Writer::open(path, like, size)).await??;
+    /// Opens the half-made file of a blob with `size` bytes, and takes in what is there of it. `told` hears how much was
+    /// taken in, of how much, where that takes a while.
+    pub(super) async fn open(
+        path: PathBuf,
+        like: BlobHash,
+        size: u64,
+        lock: Lock,
+        told: impl Fn(u64, u64),
+    ) -> Result<Self> {
+        // The lock is wherever something happens to the file.
+        let opened = blocking(move || Ok((Writer::open(path, like, size)?, lock))).await?;
+        let ((mut writer, found), mut lock) = opened?;
+        let mut length = 0;
+        while length < found {
+            let taken =
+                blocking(move || Ok((writer.take_in(STRETCH.min(found - length))?, writer, lock))).await?;
+            let count;
+            (count, writer, lock) = taken?;
+            if count == 0 {
+                break;
+            }
+            length += count;
+            if found > STRETCH {
+                told(length, found);
+            }
+        }
         let (pieces, waiting) = mpsc::channel(WAITING);
         let writer = tokio::task::spawn_blocking(move || writer.run(waiting, lock));
         Ok(Self {
@@ -102,7 +127,7 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
 }
 
 /// The runtime is being taken down, or our own code panicked.
-fn panicked(error: JoinError) -> HubError {
+pub(super) fn panicked(error: JoinError) -> HubError {
     if error.is_panic() {
         std::panic::resume_unwind(error.into_panic());
     }
@@ -113,31 +138,33 @@ impl Writer {
     fn open(path: PathBuf, like: BlobHash, size: u64) -> Result<(Self, u64)> {
         let folder = path.parent().unwrap_or(&path);
         std::fs::create_dir_all(folder).context("make the folder", folder)?;
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(&path)
             .context("open", &path)?;
-        let mut hasher = like.hasher(size);
-        let found = file.metadata().context("read", &path)?.len();
-        let length = if found > size {
+        let mut found = file.metadata().context("read", &path)?.len();
+        if found > size {
             // It is of no file with this hash.
             file.set_len(0).context("write", &path)?;
-            0
-        } else {
-            hasher.read(&mut (&mut file).take(found)).context("read", &path)?
-        };
-        file.seek(SeekFrom::Start(length)).context("write", &path)?;
+            found = 0;
+        }
         let writer = Self {
             file,
             path,
-            hasher,
+            hasher: like.hasher(size),
             like,
             size,
         };
-        Ok((writer, length))
+        Ok((writer, found))
+    }
+
+    /// Hashes the next bytes that are in the file, and stands behind them. Returns their number.
+    fn take_in(&mut self, most: u64) -> Result<u64> {
+        let mut part = (&mut self.file).take(most);
+        self.hasher.read(&mut part).context("read", &self.path)
     }
 
     fn run(mut self, mut pieces: mpsc::Receiver<Piece>, lock: Lock) -> Result<Option<Written>> {
@@ -221,7 +248,7 @@ mod tests {
                 let mut cuts: Vec<usize> = cuts.iter().map(|cut| cut.index(content.len() + 1)).collect();
                 cuts.sort_unstable();
                 for cut in cuts {
-                    let mut sink = Sink::open(path.clone(), expected, bytes, lock(folder.path())).await.unwrap();
+                    let mut sink = Sink::open(path.clone(), expected, bytes, lock(folder.path()), |_, _| {}).await.unwrap();
                     let start = sink.length() as usize;
                     assert!(start <= cut, "no more is there than was written");
                     for piece in content[start..cut].chunks(size) {
@@ -232,7 +259,7 @@ mod tests {
                     drop(pieces);
                     assert!(writer.await.unwrap().unwrap().is_none());
                 }
-                let mut sink = Sink::open(path.clone(), expected, bytes, lock(folder.path())).await.unwrap();
+                let mut sink = Sink::open(path.clone(), expected, bytes, lock(folder.path()), |_, _| {}).await.unwrap();
                 if begin_anew {
                     sink.write(Bytes::from_static(b"wrong")).await.unwrap();
                     sink.restart().await.unwrap();
@@ -265,7 +292,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
         std::fs::write(&path, "too much").unwrap();
-        let sink = Sink::open(path.clone(), hash(b"abc"), 3, lock(folder.path()))
+        let sink = Sink::open(path.clone(), hash(b"abc"), 3, lock(folder.path()), |_, _| {})
             .await
             .unwrap();
         assert_eq!((sink.length(), std::fs::metadata(&path).unwrap().len()), (0, 0));

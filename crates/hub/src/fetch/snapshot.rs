@@ -11,7 +11,8 @@ use serde::Serialize;
 use super::file::{Job, half_made, is_here, wait_for};
 use super::http::Http;
 use super::progress::{FetchEvent, Listener, Meter};
-use super::sink::blocking;
+use super::select::is_pickle;
+use super::sink::{blocking, panicked};
 use super::{FileSelection, Hub, ModelInfo, RepoFile};
 use crate::error::{Context, Result};
 use crate::layout::RepoFolder;
@@ -113,29 +114,30 @@ impl Hub {
 
     async fn fetch_now(&self, request: &SnapshotRequest, tell: Listener<'_>) -> Result<Snapshot> {
         let reference = &request.reference;
-        let info = match self.info(reference).await {
+        let info = match self.info_with(reference, tell).await {
             Ok(info) => info,
             Err(error) => return self.cached_instead(request, error, tell),
         };
         let http = self.http(reference.repo.as_str())?;
         let plan = self.plan(request, info)?;
         let total: u64 = plan.files.iter().map(|file| file.bytes).sum();
+        let meter = Meter::new(tell, self.options().system.clone(), total);
+        let shared = plan.folder.lock();
+        // Whoever removes models waits for us, and we for them: what is here is looked up when nobody takes it away.
+        let repo = reference.repo.as_str();
+        let lock = wait_for(&*self.options().system, &meter, repo, || {
+            Lock::try_shared(&shared)
+        })
+        .await?;
         let missing = plan.missing();
         let present: u64 = total - missing.iter().map(|(file, half)| file.bytes - half).sum::<u64>();
+        meter.correct(present as i64);
         tell(FetchEvent::Planned {
             files: plan.files.len(),
             bytes: total,
             present,
         });
         self.check_room(total - present)?;
-        let meter = Meter::new(tell, self.options().system.clone(), present, total);
-        let shared = plan.folder.lock();
-        // Whoever removes models waits for us, and we for them.
-        let repo = reference.repo.as_str();
-        let lock = wait_for(&*self.options().system, &meter, repo, || {
-            Lock::try_shared(&shared)
-        })
-        .await?;
         let fetched_bytes = self.fetch_files(http, reference, &plan, missing, &meter).await?;
         let snapshot = plan.folder.snapshot(&plan.commit);
         let (folder, revision, commit) = (plan.folder, reference.revision.clone(), plan.commit.clone());
@@ -162,14 +164,7 @@ impl Hub {
         error: HubError,
         tell: Listener<'_>,
     ) -> Result<Snapshot> {
-        let unreachable = matches!(
-            error,
-            HubError::Offline { .. }
-                | HubError::Transport { .. }
-                | HubError::Stalled { .. }
-                | HubError::RateLimited { .. }
-        ) || matches!(&error, HubError::Status { status, .. } if *status >= 500);
-        if !unreachable {
+        if !error.is_about_the_way() {
             return Err(error);
         }
         let reference = &request.reference;
@@ -269,7 +264,7 @@ impl Hub {
     ) -> Result<u64> {
         // Files of one content have one blob.
         let mut places = BTreeMap::<_, Vec<&RepoPath>>::new();
-        for file in &plan.files {
+        for file in plan.files.iter().filter(|file| !is_last(&file.path)) {
             places.entry(file.hash).or_default().push(&file.path);
         }
         let absent: BTreeSet<_> = missing.iter().map(|(file, _)| file.hash).collect();
@@ -301,12 +296,18 @@ impl Hub {
             }
             match running.next().await {
                 Some(done) => received += done?,
-                None => return Ok(received),
+                None => break,
             }
         }
+        plan.files
+            .iter()
+            .filter(|file| is_last(&file.path))
+            .try_for_each(|file| plan.folder.link(&plan.commit, &file.path, &file.hash))?;
+        Ok(received)
     }
 
-    /// Compares every file of a cached model with its hash, and fetches those that are damaged or missing.
+    /// Compares every file of a cached model with its hash, or the one that the reference names, and fetches those that are
+    /// damaged or missing. Pickles, which Python may have fetched, are not.
     ///
     /// # Errors
     ///
@@ -317,29 +318,59 @@ impl Hub {
         reference: &HubReference,
         tell: &(dyn Fn(FetchEvent) + Send + Sync),
     ) -> Result<Repaired> {
-        let (cache, whole) = (self.cache().clone(), reference.clone());
-        let found = blocking(move || cache.verify(&whole, |_, _| ControlFlow::Continue(()))).await??;
-        if found.is_sound() {
-            return Ok(Repaired {
-                found,
-                fetched_bytes: 0,
-            });
-        }
-        let (cache, repo, report) = (self.cache().clone(), reference.repo.clone(), found.clone());
-        blocking(move || discard(&cache, &repo, &report)).await??;
-        let wanted: BTreeSet<RepoPath> = found.files.iter().map(|(path, _)| path.clone()).collect();
+        let found = self.compare(reference, tell).await?;
+        let broken: BTreeSet<RepoPath> = found.broken().filter(|path| !is_pickle(path)).cloned().collect();
         let pinned = HubReference {
             file: None,
             revision: found.commit.parse::<Revision>()?,
             ..reference.clone()
         };
-        let request = SnapshotRequest::new(pinned).with_files(FileSelection::Files(wanted));
+        if broken.is_empty() {
+            return Ok(Repaired {
+                found,
+                fetched_bytes: 0,
+            });
+        }
+        // Nothing is thrown away while the hub does not say that it has it.
+        let info = self.info_with(&pinned, tell).await?;
+        let request = SnapshotRequest::new(pinned).with_files(FileSelection::Files(broken));
+        request.files.apply(&reference.repo, &info.files)?;
+        let (cache, repo, report) = (self.cache().clone(), reference.repo.clone(), found.clone());
+        blocking(move || discard(&cache, &repo, &report)).await??;
         let snapshot = self.fetch(&request, tell).await?;
         Ok(Repaired {
             found,
             fetched_bytes: snapshot.fetched_bytes,
         })
     }
+
+    /// As [`HubCache::verify`](crate::HubCache::verify), on a thread of its own that ends when nobody waits for it.
+    async fn compare(&self, reference: &HubReference, tell: Listener<'_>) -> Result<Verification> {
+        let (cache, whole) = (self.cache().clone(), reference.clone());
+        let (read, mut reads) = tokio::sync::watch::channel((0, 0));
+        let mut work = tokio::task::spawn_blocking(move || {
+            cache.verify(&whole, |done, bytes| match read.send((done, bytes)) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            })
+        });
+        loop {
+            tokio::select! {
+                biased;
+                Ok(()) = reads.changed() => {
+                    let (done, bytes) = *reads.borrow_and_update();
+                    tell(FetchEvent::Checking { file: reference.repo.to_string(), done, bytes });
+                }
+                found = &mut work => return found.map_err(panicked)?,
+            }
+        }
+    }
+}
+
+/// Without its configuration a snapshot is no model. So it comes last into its place: a commit that was named is found
+/// without a ref, and must not be taken for whole where its fetch was interrupted.
+fn is_last(path: &RepoPath) -> bool {
+    path.as_str() == "config.json"
 }
 
 /// The address of a repository's files at a commit, in parts.
@@ -370,7 +401,7 @@ fn discard(cache: &crate::HubCache, repo: &RepoId, report: &Verification) -> Res
     let damaged: BTreeSet<&RepoPath> = report
         .files
         .iter()
-        .filter(|(_, state)| matches!(state, FileState::Damaged { .. }))
+        .filter(|(path, state)| matches!(state, FileState::Damaged { .. }) && !is_pickle(path))
         .map(|(path, _)| path)
         .collect();
     let files = revision.into_iter().flat_map(|revision| revision.files);
