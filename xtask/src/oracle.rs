@@ -12,7 +12,7 @@ use crate::fetch::BY_HAND;
 use crate::staging::{Staging, place};
 use crate::workspace::{PYTHON, output, run as go};
 
-/// Every package with its version; nothing beside them is looked for.
+/// Every package with its version and the hashes of its wheels; nothing beside them is looked for.
 const REQUIREMENTS: &str = include_str!("../oracle-requirements.txt");
 
 /// Puts the packages into the cache, unless they are there, and returns their folder, which is a `PYTHONPATH`.
@@ -28,7 +28,7 @@ pub(crate) fn bring(cache: &Path) -> Result<PathBuf> {
     let packages = staging.path().join("packages");
     let mut pip = Command::new(PYTHON);
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
-        .args(["--no-deps", "--only-binary=:all:", "--target"])
+        .args(["--no-deps", "--only-binary=:all:", "--require-hashes", "--target"])
         .arg(&packages)
         .arg("-r")
         .arg(&requirements);
@@ -84,10 +84,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_package_has_one_version() {
-        let lines = REQUIREMENTS
+    fn every_package_has_one_version_and_hashes() {
+        let whole = REQUIREMENTS.replace("\\\n", "");
+        let lines = whole
             .lines()
             .filter(|line| !line.is_empty() && !line.starts_with('#'));
+        for line in lines.clone() {
+            let hashes: Vec<_> = line.split("--hash=sha256:").skip(1).map(str::trim).collect();
+            let is_hash = |hash: &&str| hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+            assert!(!hashes.is_empty() && hashes.iter().all(is_hash), "{line}");
+        }
         let mut names: Vec<_> = lines
             .map(|line| line.split_once("==").expect(line).0.to_lowercase())
             .collect();
