@@ -8,6 +8,7 @@ use mlx_engine::{
     UseCase,
 };
 
+use crate::criteria::{Ability, Order, Type, amount};
 use crate::failure::Failure;
 
 /// Runs language models on Apple's MLX.
@@ -357,7 +358,10 @@ pub(crate) enum ModelsCommand {
     Search {
         /// Search the hub: words in the id, the most downloaded first
         #[cfg(feature = "hub")]
-        #[arg(long, conflicts_with_all = ["family", "max_size", "min_context"])]
+        #[arg(long, conflicts_with_all = [
+            "family", "model_type", "capability", "min_parameters", "max_parameters", "max_size", "bits", "min_context",
+            "licence", "fits",
+        ])]
         hub: bool,
         /// Only models of this owner, with --hub
         #[cfg(feature = "hub")]
@@ -372,12 +376,36 @@ pub(crate) enum ModelsCommand {
         /// Only this family
         #[arg(long, value_name = "NAME")]
         family: Option<String>,
-        /// Only weights of at most so many bytes
-        #[arg(long, value_name = "BYTES")]
+        /// Only models for this
+        #[arg(long = "type", value_enum, value_name = "TYPE")]
+        model_type: Option<Type>,
+        /// Only models that can do this
+        #[arg(long, value_enum, value_name = "NAME")]
+        capability: Option<Ability>,
+        /// Only so many parameters or more, such as 3B
+        #[arg(long, value_name = "N", value_parser = amount)]
+        min_parameters: Option<u64>,
+        /// Only so many parameters or fewer
+        #[arg(long, value_name = "N", value_parser = amount)]
+        max_parameters: Option<u64>,
+        /// Only weights of at most so many bytes, such as 4GB
+        #[arg(long, value_name = "SIZE", value_parser = amount)]
         max_size: Option<u64>,
+        /// Only weights of so many bits; 0 stands for those that are not quantized
+        #[arg(long, value_name = "N")]
+        bits: Option<u8>,
         /// Only contexts of at least so many tokens
         #[arg(long, value_name = "TOKENS")]
         min_context: Option<u32>,
+        /// Only this licence
+        #[arg(long, value_name = "NAME")]
+        licence: Option<String>,
+        /// Only models that run in so many bytes of memory, with 8192 tokens
+        #[arg(long, value_name = "SIZE", value_parser = amount)]
+        fits: Option<u64>,
+        /// The order; of the hub's models by downloads unless told
+        #[arg(long, value_enum, value_name = "ORDER")]
+        sort: Option<Order>,
         /// At most so many models
         #[arg(long, value_name = "N")]
         limit: Option<usize>,
@@ -403,7 +431,7 @@ pub(crate) enum ModelsCommand {
     },
     /// Compare the files of a cached model with their hashes
     Verify {
-        /// A name of the registry, or owner/name, either with @revision
+        /// A name of the registry, owner/name, either with @revision, or hf:owner/name/FILE
         #[arg(value_name = "REF")]
         model: String,
         /// Fetch what is damaged or missing
@@ -414,9 +442,9 @@ pub(crate) enum ModelsCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Remove a model from the local cache, or one revision of it
+    /// Remove a model from the local cache, or one revision or file of it
     Rm {
-        /// A name of the registry, or owner/name; with @revision that revision alone
+        /// A name of the registry, or owner/name; with @revision that revision alone, hf:owner/name/FILE that file alone
         #[arg(value_name = "REF")]
         model: String,
         /// Print one JSON object
@@ -444,11 +472,11 @@ pub(crate) enum ModelsCommand {
         /// What they are for
         #[arg(value_enum)]
         use_case: Purpose,
-        /// Memory of the device in bytes; this machine's unless told
-        #[arg(long, value_name = "BYTES")]
+        /// Memory of the device, such as 16GiB; this machine's unless told
+        #[arg(long, value_name = "SIZE", value_parser = amount)]
         memory: Option<u64>,
         /// Bytes a second that the device reads from memory, which sets the speed
-        #[arg(long, value_name = "BYTES", default_value_t = 100_000_000_000)]
+        #[arg(long, value_name = "SIZE", default_value = "100GB", value_parser = amount)]
         bandwidth: u64,
         /// At most so many models
         #[arg(long, value_name = "N", default_value_t = 5)]
@@ -457,9 +485,10 @@ pub(crate) enum ModelsCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Show one model
+    /// Show what is known of a model: of the registry, of the hub, or on this machine
     Show {
-        /// Its id, alias or name
+        /// A name of the registry, owner/name[@revision], hf:owner/name/FILE, a folder or a .gguf file
+        #[arg(value_name = "REF")]
         name: String,
         /// Print one JSON object
         #[arg(long)]

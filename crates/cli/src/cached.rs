@@ -5,17 +5,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use mlx_engine::ModelReference;
 use mlx_engine::hub::{CachedRepository, FileState, HubCache, HubReference, Verification};
-use mlx_engine::{ModelReference, ModelRegistry};
 use serde_json::json;
 
 use crate::failure::Failure;
 use crate::output::{errln, outln, print_json};
+use crate::registry::registry;
 use crate::table;
 
 /// What a name means on the hub.
 pub(crate) fn reference(model: &str) -> Result<HubReference, Failure> {
-    match ModelReference::parse(model, ModelRegistry::builtin())? {
+    match ModelReference::parse(model, registry()?)? {
         ModelReference::Hub(reference, _) => Ok(reference),
         _ => Err(Failure::usage(format!(
             "`{model}` is a path; this command is for models of the hub (`hf:owner/name` where a folder has the same name)"

@@ -15,11 +15,12 @@ use serde_json::json;
 
 use crate::failure::Failure;
 use crate::output::{errln, outln};
+use crate::registry::registry;
 
 #[derive(Clone, Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A model folder in Hugging Face's or MLX's layout, a .gguf file, a name of the registry, or a hub id that is in the
-    /// local cache
+    /// A model folder in Hugging Face's or MLX's layout, a .gguf file, a name of the registry, owner/name[@revision] or
+    /// hf:owner/name/FILE.gguf; what is not here is fetched
     #[arg(long, value_name = "REF")]
     model: String,
     /// The folder to write, which must not be there yet or be empty
@@ -72,6 +73,9 @@ impl Args {
 
 pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let print_json = args.json;
+    let registry = registry()?;
+    #[cfg(feature = "hub")]
+    crate::pull::bring(&args.model).await?;
     // indicatif draws on a terminal alone.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     if let Ok(style) =
@@ -86,7 +90,7 @@ pub(crate) async fn run(args: Args) -> Result<(), Failure> {
     let (seen, given_up) = (bar.clone(), Arc::new(AtomicBool::new(interrupted)));
     let stop = Arc::clone(&given_up);
     let mut work = tokio::task::spawn_blocking(move || {
-        convert(&args.model, &args.out, &args.options(), &mut |stage| {
+        convert(&args.model, registry, &args.out, &args.options(), &mut |stage| {
             seen.set_length(stage.total);
             seen.set_position(stage.done);
             seen.set_message(stage.tensor.to_owned());

@@ -71,7 +71,13 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
 
 /// The health of a model, by a token of it.
 async fn examined(model: &str) -> Result<HealthReport, Failure> {
-    let engine = InferenceEngine::new().with_fallback(FallbackPolicy::Never);
+    #[cfg(feature = "hub")]
+    if crate::load::fetches(crate::args::Backend::Auto) {
+        crate::pull::bring(model).await?;
+    }
+    let engine = InferenceEngine::new()
+        .with_registry(crate::registry::registry()?.clone())
+        .with_fallback(FallbackPolicy::Never);
     engine.load_model(model).await?;
     Ok(engine.check_health().await)
 }

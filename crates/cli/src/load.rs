@@ -5,10 +5,13 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mlx_engine::{EngineConfig, InferenceEngine, LoadProgress, ProgressFn};
 
+#[cfg(feature = "hub")]
+use crate::args::Backend;
 use crate::args::Model;
 use crate::failure::Failure;
 use crate::input;
 use crate::output::errln;
+use crate::registry::registry;
 use crate::table;
 
 /// Loads a model. Ctrl-C gives the load up.
@@ -25,6 +28,17 @@ fn isolated(engine: InferenceEngine) -> Result<InferenceEngine, Failure> {
         program.arg("serve-engine"),
         mlx_engine::SupervisorConfiguration::default(),
     ))
+}
+
+/// Whether a model that is not here is fetched: what cannot run here is not. The engine would fetch it too, without a word
+/// on whom it waits for.
+#[cfg(feature = "hub")]
+pub(crate) fn fetches(backend: Backend) -> bool {
+    #[cfg(feature = "mlx")]
+    let opens = mlx_engine::platform().require_mlx().is_ok() && mlx_engine::mlx_device().is_ok();
+    #[cfg(not(feature = "mlx"))]
+    let opens = false;
+    opens && !matches!(backend, Backend::Mock)
 }
 
 /// The configuration that the command line names.
@@ -47,7 +61,12 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
         speculation: model.speculation(&config.speculation),
         ..config
     };
+    #[cfg(feature = "hub")]
+    if fetches(model.backend) {
+        crate::pull::bring(&model.model).await?;
+    }
     let engine = InferenceEngine::new()
+        .with_registry(registry()?.clone())
         .with_backend(model.backend.into())
         .with_config(config);
     #[cfg(unix)]

@@ -8,6 +8,7 @@ mod cached;
 mod chat;
 #[cfg(feature = "mlx")]
 mod convert;
+mod criteria;
 mod doctor;
 mod failure;
 mod generate;
@@ -18,7 +19,9 @@ mod optimize;
 mod output;
 #[cfg(feature = "hub")]
 mod pull;
+mod registry;
 mod score;
+mod show;
 mod stats;
 mod table;
 mod tokenize;
@@ -57,7 +60,7 @@ fn main() -> ExitCode {
             Command::Generate(args) => generate::run(args).await,
             Command::Chat(args) => chat::run(args).await,
             Command::Score(args) => score::run(args).await,
-            Command::Tokenize(args) => tokenize::run(&args),
+            Command::Tokenize(args) => tokenize::run(&args).await,
             Command::Bench(args) => bench::run(args).await,
             #[cfg(feature = "mlx")]
             Command::Convert(args) => convert::run(args).await,

@@ -1,26 +1,27 @@
 //! `mlx-engine models`.
 
-use mlx_engine::{
-    DeviceDescription, EngineError, ModelConfiguration, ModelEntry, ModelRegistry, SearchCriteria, platform,
-};
+use mlx_engine::{DeviceDescription, ModelConfiguration, Recommendation, SearchCriteria, Weights, platform};
 use serde_json::json;
 
 use crate::args::{Models, ModelsCommand};
 use crate::cached;
+use crate::criteria::Order;
 use crate::failure::Failure;
-use crate::output::{outln, print_json};
+use crate::output::print_json;
 #[cfg(feature = "hub")]
 use crate::pull;
+use crate::registry::registry;
+use crate::{show, table};
 
 pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
-    let registry = ModelRegistry::builtin();
+    let registry = registry()?;
     match &args.command {
         ModelsCommand::List { cached: true, json } => cached::list(*json)?,
         ModelsCommand::List { json, .. } => {
             if *json {
                 return print_json(&registry.entries().collect::<Vec<_>>());
             }
-            registry.models().try_for_each(print_line)?;
+            print_table(registry.models())?;
         }
         #[cfg(feature = "hub")]
         ModelsCommand::Search {
@@ -28,15 +29,17 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
             words,
             author,
             tag,
+            sort,
             limit,
             json,
             ..
         } => {
+            let sort = sort.map_or(Ok(mlx_engine::hub::HubSort::Downloads), Order::of_hub)?;
             let query = mlx_engine::hub::HubQuery {
                 text: (!words.is_empty()).then(|| words.join(" ")),
                 author: author.clone(),
                 tags: tag.clone(),
-                sort: Some(mlx_engine::hub::HubSort::Downloads),
+                sort: Some(sort),
                 limit: Some(limit.unwrap_or(20)),
             };
             pull::search(&query, *json).await?;
@@ -61,8 +64,16 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
         ModelsCommand::Search {
             words,
             family,
+            model_type,
+            capability,
+            min_parameters,
+            max_parameters,
             max_size,
+            bits,
             min_context,
+            licence,
+            fits,
+            sort,
             limit,
             json,
             ..
@@ -70,10 +81,20 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
             let criteria = SearchCriteria {
                 query: words.join(" "),
                 family: family.clone(),
+                model_type: model_type.map(Into::into),
+                capability: capability.map(Into::into),
+                min_parameters: *min_parameters,
+                max_parameters: *max_parameters,
                 max_size_bytes: *max_size,
+                quantization: bits.map(|bits| match bits {
+                    0 => Weights::FloatingPoint,
+                    bits => Weights::Bits(bits),
+                }),
                 min_context: *min_context,
+                licence: licence.clone(),
+                fits_memory: *fits,
                 limit: *limit,
-                ..SearchCriteria::default()
+                sort: sort.map(Order::of_registry).transpose()?.unwrap_or_default(),
             };
             let found = registry.search_models(&criteria);
             if *json {
@@ -84,7 +105,7 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
                     "no model is like that; ask for less, or see `models list`",
                 ));
             }
-            found.into_iter().try_for_each(|model| print_line(model))?;
+            print_table(found.into_iter().map(|entry| &entry.model))?;
         }
         ModelsCommand::Recommend {
             use_case,
@@ -112,71 +133,27 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
                     "no model of the registry suits this use on a device with {memory:.1} GB"
                 )));
             }
-            for pick in picks {
-                outln!("{:55} {}", pick.model.id, pick.reason);
-            }
+            let row = |pick: &Recommendation<'_>| vec![pick.model.id.clone(), pick.reason.clone()];
+            table::print(&["MODEL", "REASON"], &[], picks.iter().map(row).collect())?;
         }
-        ModelsCommand::Show { name, json } => {
-            let model = registry.entry(name).map_err(EngineError::from)?;
-            if *json {
-                return print_json(model);
-            }
-            print_page(model)?;
-        }
+        ModelsCommand::Show { name, json } => show::run(name, *json).await?,
     }
     Ok(())
 }
 
-/// All that is known of a model.
-fn print_page(entry: &ModelEntry) -> Result<(), Failure> {
-    let model = &entry.model;
-    outln!("{} ({})", model.name, model.id);
-    outln!("{}", model.description);
-    outln!("family        {}", model.family);
-    outln!("type          {}", model.model_type);
-    outln!("parameters    {}", model.parameters);
-    if let Some(active) = model.active_parameters {
-        outln!("active        {active} for a token");
-    }
-    match &model.quantization {
-        Some(quantization) => {
-            let (bits, group_size) = (quantization.bits(), quantization.group_size());
-            outln!("weights       {bits} bits, groups of {group_size}");
-        }
-        None => outln!("weights       floating point"),
-    }
-    outln!("context       {} tokens", model.context_length);
-    outln!("size          {} bytes", model.size_bytes);
-    let capabilities: Vec<String> = entry.capabilities.iter().map(ToString::to_string).collect();
-    let sampling = match &entry.sampling {
-        Some(sampling) => {
-            serde_json::to_string(sampling).map_err(|error| Failure::other(error.to_string()))?
-        }
-        None => String::new(),
+/// Models in a table.
+fn print_table<'a>(models: impl Iterator<Item = &'a ModelConfiguration>) -> Result<(), Failure> {
+    let row = |model: &ModelConfiguration| {
+        vec![
+            model.id.clone(),
+            format!("{:.2} B", model.parameters as f64 / 1e9),
+            format!("{:.2} GB", model.size_bytes as f64 / 1e9),
+            model.description.clone(),
+        ]
     };
-    for (name, value) in [
-        ("licence", &entry.licence),
-        ("released", &entry.released),
-        ("capabilities", &capabilities.join(", ")),
-        ("languages", &entry.languages.join(", ")),
-        ("sampling", &sampling),
-        ("aliases", &model.aliases.join(", ")),
-    ] {
-        if !value.is_empty() {
-            outln!("{name:13} {value}");
-        }
-    }
-    Ok(())
-}
-
-/// One model in one line.
-fn print_line(model: &ModelConfiguration) -> Result<(), Failure> {
-    let size = model.size_bytes as f64 / 1e9;
-    let parameters = model.parameters as f64 / 1e9;
-    outln!(
-        "{:55} {parameters:7.2} B {size:7.2} GB  {}",
-        model.id,
-        model.description
-    );
-    Ok(())
+    table::print(
+        &["MODEL", "PARAMETERS", "SIZE", "DESCRIPTION"],
+        &[1, 2],
+        models.map(row).collect(),
+    )
 }

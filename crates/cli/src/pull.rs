@@ -1,15 +1,16 @@
 //! `mlx-engine models` on the hub.
 
 use std::future::Future;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use futures::TryStreamExt;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use mlx_engine::hub::{FetchEvent, FileSelection, Hub, HubError, HubQuery, ModelSummary, SnapshotRequest};
+use mlx_engine::hub::{FetchEvent, FileSelection, Hub, HubQuery, ModelSummary, SnapshotRequest};
 
 use crate::cached::{reference, tell};
 use crate::failure::Failure;
 use crate::output::{errln, outln, print_json};
+use crate::registry::registry;
 use crate::table;
 
 /// `models pull`.
@@ -49,6 +50,31 @@ pub(crate) async fn pull(
     Ok(())
 }
 
+/// Brings a model that is not on this machine into the cache, whatever command asks for it; a path is nobody's to fetch.
+/// What comes of it is found by the same reference.
+pub(crate) async fn bring(model: &str) -> Result<(), Failure> {
+    let hub = Hub::from_env()?;
+    let bar = Bar::new();
+    let registry = registry()?;
+    let tell = |event| bar.take(event);
+    or_interrupt(&bar, mlx_engine::find_or_fetch(model, registry, &hub, &tell)).await?;
+    Ok(())
+}
+
+/// As [`bring`], of no more than the tokenizer, and says where it is.
+#[cfg(feature = "mlx")]
+pub(crate) async fn bring_tokenizer(model: &str) -> Result<mlx_engine::ModelLocation, Failure> {
+    let hub = Hub::from_env()?;
+    let bar = Bar::new();
+    let registry = registry()?;
+    let tell = |event| bar.take(event);
+    or_interrupt(
+        &bar,
+        mlx_engine::find_or_fetch_tokenizer(model, registry, &hub, &tell),
+    )
+    .await
+}
+
 /// `models verify --repair`.
 pub(crate) async fn repair(model: &str, json: bool) -> Result<(), Failure> {
     let reference = reference(model)?;
@@ -68,7 +94,10 @@ pub(crate) async fn repair(model: &str, json: bool) -> Result<(), Failure> {
 /// `models search --hub`.
 pub(crate) async fn search(query: &HubQuery, json: bool) -> Result<(), Failure> {
     let hub = Hub::from_env()?;
-    let search = hub.search(query)?.try_collect::<Vec<ModelSummary>>();
+    let bar = Arc::new(Bar::new());
+    let told = Arc::clone(&bar);
+    let search = hub.search_with(query, move |event| told.take(event))?;
+    let search = search.try_collect::<Vec<ModelSummary>>();
     let found = tokio::select! {
         found = search => found?,
         _ = tokio::signal::ctrl_c() => return Err(Failure::Interrupted),
@@ -94,7 +123,10 @@ pub(crate) async fn search(query: &HubQuery, json: bool) -> Result<(), Failure> 
 }
 
 /// Fetches until it is done or Ctrl-C comes. What has come by then is kept.
-async fn or_interrupt<T>(bar: &Bar, work: impl Future<Output = Result<T, HubError>>) -> Result<T, Failure> {
+async fn or_interrupt<T, E: Into<Failure>>(
+    bar: &Bar,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, Failure> {
     let done = tokio::select! {
         done = work => done,
         _ = tokio::signal::ctrl_c() => {
@@ -104,7 +136,7 @@ async fn or_interrupt<T>(bar: &Bar, work: impl Future<Output = Result<T, HubErro
         }
     };
     bar.clear();
-    Ok(done?)
+    done.map_err(Into::into)
 }
 
 /// The progress on stderr: a bar on a terminal, and lines for what happens now and then.
@@ -152,6 +184,11 @@ impl Bar {
                 });
                 let rate = table::size(step.bytes_per_second);
                 self.bar.set_message(format!("{rate}/s{left}  {}", step.file));
+            }
+            FetchEvent::Checking { done, bytes, .. } => {
+                self.bar.set_length(bytes);
+                self.bar.set_position(done);
+                self.bar.set_message("comparing what is here");
             }
             FetchEvent::Waiting { file, holder } => {
                 self.say(format!("waiting for {holder}, which is at {file}"));

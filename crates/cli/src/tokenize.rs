@@ -8,10 +8,10 @@ use crate::failure::Failure;
 use crate::input;
 use crate::output::outln;
 
-pub(crate) fn run(args: &Tokenize) -> Result<(), Failure> {
+pub(crate) async fn run(args: &Tokenize) -> Result<(), Failure> {
     let text = input::stdin()?;
     let messages = args.chat.then(|| messages(&text)).transpose()?;
-    let encoder = encoder(&args.model)?;
+    let encoder = encoder(&args.model).await?;
     let (rendered, ids) = if let Some(messages) = messages {
         let rendered = encoder.chat_text(messages, &[], &Map::new())?;
         let ids = encoder.tokenizer().encode(&rendered, false);
@@ -43,13 +43,23 @@ fn messages(text: &str) -> Result<Vec<Value>, Failure> {
     }
 }
 
-#[cfg(feature = "mlx")]
-fn encoder(model: &str) -> Result<PromptEncoder, EngineError> {
-    mlx_engine::InferenceEngine::new().load_encoder(model)
+/// The tokenizer and the template of a model; of one that is not here they are all that is fetched.
+#[cfg(all(feature = "mlx", feature = "hub"))]
+async fn encoder(model: &str) -> Result<PromptEncoder, Failure> {
+    let location = crate::pull::bring_tokenizer(model).await?;
+    Ok(mlx_engine::InferenceEngine::load_encoder_at(&location)?)
+}
+
+#[cfg(all(feature = "mlx", not(feature = "hub")))]
+#[expect(clippy::unused_async, reason = "it stands for the one that fetches")]
+async fn encoder(model: &str) -> Result<PromptEncoder, Failure> {
+    let engine = mlx_engine::InferenceEngine::new().with_registry(crate::registry::registry()?.clone());
+    Ok(engine.load_encoder(model)?)
 }
 
 #[cfg(not(feature = "mlx"))]
-fn encoder(model: &str) -> Result<PromptEncoder, EngineError> {
+#[expect(clippy::unused_async, reason = "it stands for the one that fetches")]
+async fn encoder(model: &str) -> Result<PromptEncoder, Failure> {
     let reason = format!("this build reads no model files, and `{model}` has the tokenizer in one");
-    Err(EngineError::MlxUnavailable { reason })
+    Err(EngineError::MlxUnavailable { reason }.into())
 }

@@ -681,6 +681,70 @@ mod real {
         }
     }
 
+    /// The weights are 269 MB then and the largest matrix of them 57 MB, 113 MB as the floats that it is made from.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_conversion_takes_no_memory_for_the_whole_model() {
+        let place = tempfile::tempdir().expect("a folder");
+        let folder = place.path().join("model");
+        // In KiB, of all memory that is no file's: who takes more is refused it, and ends.
+        let output = std::process::Command::new("sh")
+            .args(["-c", r#"ulimit -d 163840; exec "$0" "$@""#])
+            .arg(assert_cmd::cargo::cargo_bin("mlx-engine"))
+            .args([
+                "convert",
+                "--model",
+                &model(),
+                "--dequantize",
+                "--dtype",
+                "float16",
+                "--out",
+            ])
+            .arg(&folder)
+            .output()
+            .expect("the shell runs");
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let written = std::fs::metadata(folder.join("model.safetensors")).expect("the weights");
+        assert!(written.len() > 163_840 << 10, "more than it could have held");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_conversion_that_is_killed_leaves_no_folder_and_is_in_nobodys_way() {
+        use std::process::{Command, Stdio};
+
+        let place = tempfile::tempdir().expect("a folder");
+        let folder = place.path().join("model");
+        let convert = [
+            "convert",
+            "--model",
+            &model(),
+            "--out",
+            folder.to_str().expect("UTF-8"),
+        ];
+        let mut child = Command::new(assert_cmd::cargo::cargo_bin("mlx-engine"))
+            .args(convert)
+            .args(["--dequantize", "--dtype", "float32"])
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the command runs");
+        while !place.path().join(".model.converting/model.safetensors").exists() {
+            assert!(child.try_wait().expect("it can be asked").is_none());
+            std::thread::yield_now();
+        }
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+        assert!(!folder.exists());
+        let (code, _, err) = run(&convert, "");
+        assert_eq!(code, 0, "{err}");
+        let left = std::fs::read_dir(place.path()).expect("the folder").count();
+        assert_eq!(left, 1, "what the killed one left is gone");
+    }
+
     #[cfg(unix)]
     #[test]
     fn ctrl_c_ends_a_conversion_with_130_and_leaves_nothing() {

@@ -222,7 +222,16 @@ impl InferenceEngine {
     /// As [`load_model`](Self::load_model).
     #[cfg(feature = "mlx")]
     pub fn load_encoder(&self, model: &str) -> Result<PromptEncoder, EngineError> {
-        let location = crate::locate(model, self.registry())?;
+        Self::load_encoder_at(&crate::locate(model, self.registry())?)
+    }
+
+    /// As [`load_encoder`](Self::load_encoder), of a model that was found.
+    ///
+    /// # Errors
+    ///
+    /// As [`load_model`](Self::load_model).
+    #[cfg(feature = "mlx")]
+    pub fn load_encoder_at(location: &crate::ModelLocation) -> Result<PromptEncoder, EngineError> {
         mlx_engine_engine::load_encoder(&location.path, location.configuration.as_ref())
     }
 

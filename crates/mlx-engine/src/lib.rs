@@ -39,6 +39,7 @@ mod book;
 mod chat;
 #[cfg(feature = "mlx")]
 mod convert;
+mod describe;
 #[cfg(feature = "hub")]
 mod fetch;
 mod inference;
@@ -55,10 +56,13 @@ pub use apart::serve_child;
 pub use chat::{ChatSession, ChatStream};
 #[cfg(feature = "mlx")]
 pub use convert::convert;
+#[cfg(feature = "hub")]
+pub use describe::describe;
+pub use describe::{DescribedFile, ModelDescription, describe_local};
 #[cfg(all(feature = "hub", feature = "mlx"))]
 pub use fetch::FetchPolicy;
 #[cfg(feature = "hub")]
-pub use fetch::fetch;
+pub use fetch::{fetch, find_or_fetch, find_or_fetch_tokenizer};
 pub use inference::InferenceEngine;
 pub use mlx_engine_core::*;
 #[cfg(feature = "mlx")]
@@ -78,8 +82,8 @@ pub use mlx_engine_monitor::{
     HealthReport, InferenceMetrics,
 };
 pub use mlx_engine_registry::{
-    Capability, Compatibility, DeviceDescription, Fit, ModelEntry, ModelEstimate, ModelQuery, ModelRegistry,
-    Recommendation, RegistryError, SearchCriteria, SortBy, UseCase,
+    CacheShape, Capability, Compatibility, DeviceDescription, Fit, MemoryEstimate, ModelEntry, ModelEstimate,
+    ModelQuery, ModelRegistry, Recommendation, RegistryError, SearchCriteria, SortBy, UseCase, Weights,
 };
 pub use mlx_engine_resilience::{
     BulkheadConfiguration, RecoveryConfiguration, RecoveryReport, RecoveryStep, ResilienceConfiguration,
@@ -89,7 +93,7 @@ pub use mlx_engine_resilience::{
 pub use mlx_engine_resilience::{ChildState, Program, SupervisedStatus, SupervisorConfiguration};
 pub use optimize::{Measured, OptimizeGoal, OptimizeOptions, OptimizeOutcome, OptimizeReport, Trial};
 pub use platform::platform;
-pub use resolve::{ModelLocation, ModelReference, hub_cache, locate};
+pub use resolve::{MODELS_VARIABLE, ModelLocation, ModelReference, hub_cache, locate, user_registry};
 pub use slot::BackendChoice;
 #[cfg(feature = "schemars")]
 pub use typed::{TypedError, schema_of};

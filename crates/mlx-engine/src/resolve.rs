@@ -137,6 +137,22 @@ fn locate_in(
     }
 }
 
+/// The variable that names a user's own list of models.
+pub const MODELS_VARIABLE: &str = "MLX_ENGINE_MODELS";
+
+/// The built-in registry, and over it the list of the file that the variable [`MODELS_VARIABLE`] names, where it does.
+///
+/// # Errors
+///
+/// [`RegistryError::Unreadable`] and what [`ModelRegistry::layer`] refuses.
+pub fn user_registry() -> Result<ModelRegistry, RegistryError> {
+    let mut registry = ModelRegistry::builtin().clone();
+    if let Some(path) = std::env::var_os(MODELS_VARIABLE).filter(|path| !path.is_empty()) {
+        registry.layer_file(Path::new(&path))?;
+    }
+    Ok(registry)
+}
+
 /// The hub's cache, by the variables that Python's `huggingface_hub` reads.
 pub fn hub_cache() -> Option<PathBuf> {
     Environment::read().cache

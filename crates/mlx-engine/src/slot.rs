@@ -176,7 +176,7 @@ impl Settings {
         if self.fetch == crate::FetchPolicy::Never || !runs {
             return crate::locate(model, self.registry());
         }
-        crate::fetch::find_or_fetch(model, self.registry(), self.hub.as_ref(), progress).await
+        crate::fetch::find_or_fetch_with_progress(model, self.registry(), self.hub.as_ref(), progress).await
     }
 
     /// The registry that names are looked up in.
