@@ -4,8 +4,8 @@
 
 use crate::packages::{Kind, Package};
 
-/// From the bottom up: a crate may depend on what comes before it.
-const ORDER: [&str; 14] = [
+/// From the bottom up: a crate may depend on what comes before it. They are published in this order too.
+pub(crate) const ORDER: [&str; 14] = [
     "mlx-engine-core",
     "mlx-engine-registry",
     "mlx-engine-hub",

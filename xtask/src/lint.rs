@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::workspace::{cargo, run as go};
-use crate::{layers, packages, tidy};
+use crate::{docs, layers, packages, tidy};
 
 pub(crate) fn run() -> Result<()> {
     println!("lint: format");
@@ -22,6 +22,9 @@ pub(crate) fn run() -> Result<()> {
 
     println!("lint: clippy");
     go(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+
+    println!("lint: the book");
+    docs::run(&docs::Args { check: true })?;
 
     println!("lint: documentation");
     go(cargo()

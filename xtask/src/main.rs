@@ -1,4 +1,5 @@
-//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `fixtures`, `bench`, `sanitize`.
+//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `docs`, `fixtures`, `coverage`, `fuzz`,
+//! `bench`, `sanitize`, `publish`.
 
 mod bench;
 #[path = "../../crates/mlx-sys/build/cache.rs"]
@@ -7,17 +8,21 @@ mod bench;
     reason = "the file is shared with the build script of mlx-sys"
 )]
 mod cache;
+mod coverage;
 mod demo;
+mod docs;
 mod downloads;
 mod error;
 mod fetch;
 mod fixtures;
+mod fuzz;
 mod gemma;
 mod layers;
 mod lint;
 mod oracle;
 mod packages;
 mod progress;
+mod publish;
 mod sanitize;
 mod setup;
 mod staging;
@@ -51,12 +56,20 @@ enum Command {
     Demo,
     /// Check formatting, clippy, the layers, house rules and the documentation
     Lint,
+    /// Write what the documentation takes from the code
+    Docs(docs::Args),
     /// Make the oracle fixtures again with mlx-lm
     Fixtures(fixtures::Args),
+    /// Say how many of each crate's lines the tests run
+    Coverage(coverage::Args),
+    /// Run the fuzz targets, each for a while
+    Fuzz(fuzz::Args),
     /// Run the benches, or the peers in turn with ours
     Bench(bench::Args),
     /// Run the tests of the kernels under valgrind
     Sanitize(sanitize::Args),
+    /// List the crates in the order in which they are published, or publish them
+    Publish(publish::Args),
 }
 
 fn main() -> ExitCode {
@@ -65,9 +78,13 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Demo => demo::run(),
         Command::Lint => lint::run(),
+        Command::Docs(args) => docs::run(&args),
         Command::Fixtures(args) => fixtures::run(&args),
+        Command::Coverage(args) => coverage::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Sanitize(args) => sanitize::run(&args),
+        Command::Publish(args) => publish::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,6 +14,8 @@ pub(crate) struct Package {
     pub(crate) name: String,
     pub(crate) manifest: PathBuf,
     pub(crate) features: Vec<String>,
+    /// Whether a registry may have it.
+    pub(crate) published: bool,
     pub(crate) dependencies: Vec<Dependency>,
     pub(crate) targets: Vec<Target>,
 }
@@ -24,6 +26,8 @@ pub(crate) struct Dependency {
     pub(crate) name: String,
     pub(crate) kind: Kind,
     pub(crate) optional: bool,
+    /// Whether a path is all that says where it is.
+    pub(crate) unversioned: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +66,7 @@ fn package(value: &Value) -> Package {
     Package {
         name: text(&value["name"]),
         manifest: path(&value["manifest_path"]),
+        published: value["publish"].is_null(),
         features: value["features"]
             .as_object()
             .into_iter()
@@ -81,6 +86,7 @@ fn dependency(value: &Value) -> Dependency {
             _ => Kind::Normal,
         },
         optional: value["optional"] == true,
+        unversioned: value["path"].is_string() && value["req"] == "*",
     }
 }
 
@@ -147,6 +153,7 @@ pub(crate) mod tests {
                     name: text.trim_start_matches('?').to_owned(),
                     kind,
                     optional,
+                    unversioned: false,
                 }
             })
             .collect();

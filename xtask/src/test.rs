@@ -138,7 +138,7 @@ fn selects_all(selected: &[String]) -> bool {
 }
 
 /// Turns the oracle tests on where there are some. `--all-features` would ask for Metal and CUDA at once.
-fn oracles(packages: &[Package], selection: &[String]) -> Vec<String> {
+pub(crate) fn oracles(packages: &[Package], selection: &[String]) -> Vec<String> {
     with(ORACLE, packages, selection)
 }
 

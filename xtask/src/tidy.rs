@@ -34,6 +34,7 @@ pub(crate) fn untidy(workspace: &Workspace) -> Result<Vec<String>> {
             found.extend(banned(&text).map(|(line, what)| format!("{}:{line}: {what}", file.display())));
         }
     }
+    found.extend(unpinned(&root.join(".github/workflows"))?);
     for package in &workspace.packages {
         let text = fs::read_to_string(&package.manifest).context("read", &package.manifest)?;
         if package.name != OWN_LINTS && !inherits_lints(&text) {
@@ -52,6 +53,24 @@ pub(crate) fn untidy(workspace: &Workspace) -> Result<Vec<String>> {
                     "{}: say with //! what the crate is for",
                     target.source.display()
                 ));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The actions of workflows that are named by a tag, which its owner can move, and not by a commit.
+fn unpinned(workflows: &Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(workflows).context("list", workflows)? {
+        let path = entry.context("list", workflows)?.path();
+        let text = fs::read_to_string(&path).context("read", &path)?;
+        let actions = text.lines().filter_map(|line| line.split_once("uses: "));
+        for (_, action) in actions {
+            let commit = action.split_once('@').map_or("", |(_, commit)| commit);
+            let commit = commit.split_whitespace().next().unwrap_or_default();
+            if commit.len() != 40 || !commit.chars().all(|c| c.is_ascii_hexdigit()) {
+                found.push(format!("{}: `{action}`: name the commit", path.display()));
             }
         }
     }
@@ -138,6 +157,17 @@ mod tests {
         assert!(inherits_lints("lints.workspace = true\n"));
         assert!(!inherits_lints("[package]\nname = \"x\"\n"));
         assert!(!inherits_lints("[lints]\nworkspace = false\n"));
+    }
+
+    #[test]
+    fn an_action_by_a_tag_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let pinned = "0123456789abcdef0123456789abcdef01234567";
+        let text = format!("      - uses: a/b@{pinned} # v1.2.3\n      - uses: c/d@v4\n");
+        fs::write(folder.path().join("ci.yml"), text).unwrap();
+        let found = unpinned(folder.path()).unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].contains("c/d@v4"), "{found:?}");
     }
 
     #[test]

@@ -19,6 +19,8 @@ mod optimize;
 mod output;
 #[cfg(feature = "hub")]
 mod pull;
+#[cfg(all(test, unix, feature = "hub", feature = "mlx"))]
+mod reference;
 mod registry;
 mod score;
 mod show;

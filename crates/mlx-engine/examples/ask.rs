@@ -1,4 +1,4 @@
-//! Asks a model one question: `cargo run --release --example ask -- MODEL QUESTION`.
+//! A question and its answer: `cargo run --example ask -- MODEL QUESTION`.
 
 use mlx_engine::prelude::*;
 
@@ -11,7 +11,14 @@ async fn main() -> Result<(), EngineError> {
     };
     let engine = InferenceEngine::new();
     engine.load_model(&model).await?;
-    let output = engine.generate(question, GenerateParams::default()).await?;
-    println!("{} (by {} on {})", output.text, output.backend, output.device);
+    let params = GenerateParams::default()
+        .with_temperature(0.0)
+        .with_max_tokens(64);
+    let output = engine.generate(question, params).await?;
+    println!("{}", output.text);
+    eprintln!(
+        "{} tokens by {} on {}",
+        output.usage.completion_tokens, output.backend, output.device
+    );
     Ok(())
 }

@@ -16,12 +16,22 @@ pages! {
     Choosing = "docs/guide/choosing.md";
     Monitoring = "docs/guide/monitoring.md";
     Recovery = "docs/guide/recovery.md";
+    Caching = "docs/guide/caching.md";
+    Optimize = "docs/guide/optimize.md";
     Service = "docs/guide/service.md";
+    Desktop = "docs/guide/desktop.md";
+    CommandLine = "docs/guide/command-line.md";
     Mock = "docs/guide/mock.md";
     Linux = "docs/guide/linux.md";
+    Apple = "docs/guide/apple.md";
 }
 
 #[cfg(feature = "grammar")]
+pages! {
+    Tools = "docs/guide/tools.md";
+}
+
+#[cfg(feature = "schemars")]
 pages! {
     Structured = "docs/guide/structured.md";
 }

@@ -29,8 +29,8 @@
 //!
 //! `schemars` (default) brings `InferenceEngine::generate_as`, which answers with a value of a type that has a JSON schema.
 //!
-//! `mlx` (default) brings MLX. Without it everything builds and runs on the mock alone, with no other dependency than
-//! Rust itself.
+//! `mlx` (default) brings MLX. Without it everything builds and runs on the mock alone, with nothing else than
+//! Rust and a C compiler.
 
 #[cfg(unix)]
 mod apart;
@@ -40,6 +40,7 @@ mod chat;
 #[cfg(feature = "mlx")]
 mod convert;
 mod describe;
+pub mod environment;
 #[cfg(feature = "hub")]
 mod fetch;
 mod inference;
@@ -86,8 +87,8 @@ pub use mlx_engine_registry::{
     ModelQuery, ModelRegistry, Recommendation, RegistryError, SearchCriteria, SortBy, UseCase, Weights,
 };
 pub use mlx_engine_resilience::{
-    BulkheadConfiguration, RecoveryConfiguration, RecoveryReport, RecoveryStep, ResilienceConfiguration,
-    ResilienceStatus, RetryConfiguration,
+    BreakerConfiguration, BudgetConfiguration, BulkheadConfiguration, RecoveryConfiguration, RecoveryReport,
+    RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration, TimeoutConfiguration,
 };
 #[cfg(unix)]
 pub use mlx_engine_resilience::{ChildState, Program, SupervisedStatus, SupervisorConfiguration};
