@@ -233,7 +233,7 @@ impl Tokenizer {
         }
     }
 
-    /// Tokens of the vocabulary.
+    /// How many different tokens the vocabulary has. Ids may be larger, where it has gaps or a token twice.
     pub fn vocab_size(&self) -> usize {
         match &self.inner.kind {
             Kind::HuggingFace(tokenizer) => tokenizer.get_vocab_size(true),
