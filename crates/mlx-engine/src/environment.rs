@@ -54,6 +54,11 @@ pub const VARIABLES: &[Variable] = &[
         "The library with MLX that is opened when a program starts, on Linux. The one that the build made unless set",
     ),
     variable(
+        crate::resolve::MODELS_VARIABLE,
+        Reader::Program,
+        "A TOML file with models of your own, laid over the built-in registry. None unless set",
+    ),
+    variable(
         hub::HF_HUB_CACHE,
         Reader::Program,
         "The folder of the models that were fetched. `$HF_HOME/hub` unless set",
