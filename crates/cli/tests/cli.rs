@@ -368,7 +368,6 @@ mod real {
             question,
             "--temperature",
             "0",
-            "--exact",
             "--json",
             "--logprobs",
             "1",

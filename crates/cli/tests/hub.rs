@@ -674,7 +674,6 @@ fn a_model_that_is_not_here_is_fetched_when_it_is_loaded() {
         "0",
         "--max-tokens",
         "8",
-        "--exact",
         "--json",
     ];
     let answer = world.json(&generate);

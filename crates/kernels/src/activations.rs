@@ -13,7 +13,8 @@ pub enum Precision {
     /// Weights become float32 and everything is summed in float32.
     Exact,
     /// Activations become integers of 8 bits with a scale for each 32 of a row, and integers are summed within these.
-    /// The error of an activation is at most 1/254 of the largest of its 32.
+    /// The error of an activation is at most 1/254 of the largest of its 32, and where that is large for its row, at most
+    /// 1/64,000 of it: such 32 have 8 bits more.
     Integer,
 }
 
@@ -21,6 +22,10 @@ pub enum Precision {
 ///
 /// Rows are in strips, and within a strip lie block by block: the rows of a strip are multiplied together. Rows that
 /// fill up the last strip are zeros.
+///
+/// What a norm gives has a few channels that are many times as large as the others. In their blocks the steps between
+/// integers are as much larger, and nearly all of a product's error is theirs. So a block that is [`OUTLIER`] times as large
+/// as its row's blocks are has a rest too, of 8 further bits: `x = scale * q + rest.scale * rest.q`.
 #[derive(Debug, Default)]
 pub(crate) struct Integers {
     /// Rows of a strip.
@@ -29,27 +34,53 @@ pub(crate) struct Integers {
     pub(crate) bytes: Vec<Bytes>,
     /// Of each block.
     pub(crate) factors: Vec<Factors>,
+    /// Of each block of a strip, the rows that have a rest, the first of the strip in the lowest bit.
+    refined: Vec<u16>,
+    /// Laid out as `bytes`; what is no rest of a row that has one is arbitrary.
+    rests: Vec<Rest>,
 }
 
 /// What a block of activations is multiplied with.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Factors {
     pub(crate) scale: f32,
-    /// The scale times the sum of `q`, which the bias of the weights multiplies.
+    /// The sum of the block as its integers have it, which the bias of the weights multiplies.
     pub(crate) sum: f32,
     /// The sum of `-q`: the products of weights without a bias start from it, times half the range of their numbers.
     pub(crate) negated: i32,
 }
 
+/// The rest of a block.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Rest {
+    /// 32 integers of -127 to 127.
+    pub(crate) bytes: Bytes,
+    pub(crate) scale: f32,
+    /// The sum of `-q`.
+    pub(crate) negated: i32,
+}
+
+/// A strip.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Strip<'a> {
+    /// Row by row within a block.
+    pub(crate) bytes: &'a [Bytes],
+    pub(crate) factors: &'a [Factors],
+    /// One for each block.
+    pub(crate) refined: &'a [u16],
+    pub(crate) rests: &'a [Rest],
+}
+
 impl Integers {
-    /// The blocks of a strip, row by row within a block.
     #[inline(always)]
-    pub(crate) fn strip(&self, strip: usize, blocks: usize) -> (&[Bytes], &[Factors]) {
+    pub(crate) fn strip(&self, strip: usize, blocks: usize) -> Strip<'_> {
         let len = self.strip * blocks;
-        (
-            &self.bytes[strip * len..][..len],
-            &self.factors[strip * len..][..len],
-        )
+        Strip {
+            bytes: &self.bytes[strip * len..][..len],
+            factors: &self.factors[strip * len..][..len],
+            refined: &self.refined[strip * blocks..][..blocks],
+            rests: &self.rests[strip * len..][..len],
+        }
     }
 }
 
@@ -61,6 +92,13 @@ pub(crate) const HALF_STRIP: usize = 8;
 
 /// The largest integer.
 const LARGEST: f32 = 127.0;
+
+/// A block has a rest where it is so many times as large as the harmonic mean of its row's blocks, which a few large ones
+/// hardly move.
+const OUTLIER: f32 = 2.0;
+
+/// The part of a step that the step of a rest is.
+const FINER: f32 = 1.0 / 256.0;
 
 /// Rows of activations `[rows, columns]` that go into projections.
 #[derive(Debug, Default)]
@@ -111,7 +149,7 @@ impl Activations {
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
         self.floats.capacity() * size_of::<f32>()
-            + self.integers.bytes.capacity() * (size_of::<Bytes>() + size_of::<Factors>())
+            + self.integers.bytes.capacity() * (size_of::<Bytes>() + size_of::<Factors>() + size_of::<Rest>())
     }
 
     /// Makes the rows ready for products of this precision. Columns that are not whole blocks of 32 are left to the
@@ -130,33 +168,55 @@ impl Activations {
             FEW..=HALF_STRIP => HALF_STRIP,
             _ => LANES,
         };
-        let count = rows.next_multiple_of(integers.strip) * blocks;
+        let strip = integers.strip;
+        let strips = rows.div_ceil(strip);
+        let count = strips * strip * blocks;
         integers.bytes.resize(count, Bytes::default());
         integers.factors.clear();
         integers.factors.resize(count, Factors::default());
-        let strip = integers.strip;
-        let (bytes, factors) = (
-            Disjoint::new(&mut integers.bytes),
-            Disjoint::new(&mut integers.factors),
-        );
-        let floats = &self.floats;
-        let quantize = |row: usize| {
-            dispatch(
-                isa,
-                Quantize {
-                    floats: &floats[row * columns..][..columns],
-                    bytes: &bytes,
-                    factors: &factors,
-                    first: row / strip * strip * blocks + row % strip,
-                    step: strip,
-                },
-            );
-        };
-        if rows < FEW {
-            (0..rows).for_each(quantize);
-        } else {
-            pool.split(rows, |range| range.for_each(quantize));
+        integers.refined.clear();
+        integers.refined.resize(strips * blocks, 0);
+        if integers.rests.len() < count {
+            integers.rests.resize(count, Rest::default());
         }
+        let bytes = Disjoint::new(&mut integers.bytes);
+        let factors = Disjoint::new(&mut integers.factors);
+        let refined = Disjoint::new(&mut integers.refined);
+        let rests = Disjoint::new(&mut integers.rests);
+        let floats = &self.floats;
+        let len = strip * blocks;
+        let quantize = |index: usize| {
+            let first = index * strip;
+            #[expect(unsafe_code, reason = "each task writes its own strips")]
+            // SAFETY: a strip has its own part of each, and is given to one task.
+            let (bytes, factors, refined, rests) = unsafe {
+                (
+                    bytes.part(index * len, len),
+                    factors.part(index * len, len),
+                    refined.part(index * blocks, blocks),
+                    rests.part(index * len, len),
+                )
+            };
+            for (row, floats) in floats[first * columns..]
+                .chunks_exact(columns)
+                .take(strip)
+                .enumerate()
+            {
+                dispatch(
+                    isa,
+                    Quantize {
+                        floats,
+                        row,
+                        strip,
+                        bytes,
+                        factors,
+                        refined,
+                        rests,
+                    },
+                );
+            }
+        };
+        pool.split(strips, |range| range.for_each(quantize));
     }
 
     /// Whether integers are there.
@@ -172,15 +232,34 @@ impl Activations {
     }
 }
 
-/// One row.
+/// One row of a strip.
 struct Quantize<'a> {
     floats: &'a [f32],
-    bytes: &'a Disjoint<'a, Bytes>,
-    factors: &'a Disjoint<'a, Factors>,
-    /// Where the row's first block goes.
-    first: usize,
-    /// How far its next one is.
-    step: usize,
+    row: usize,
+    /// Rows of the strip.
+    strip: usize,
+    bytes: &'a mut [Bytes],
+    factors: &'a mut [Factors],
+    refined: &'a mut [u16],
+    rests: &'a mut [Rest],
+}
+
+/// The inverse of a scale; 0 of zeros, and of numbers so small that it would not be finite: they become zeros.
+#[inline(always)]
+fn inverse_of(scale: f32) -> f32 {
+    if scale > f32::MIN_POSITIVE {
+        1.0 / scale
+    } else {
+        0.0
+    }
+}
+
+/// What `near` steps leave of `x`, in finer steps. Half a step is 128 of these, of which 127 are kept.
+#[inline(always)]
+fn rest_of<S: Simd>(s: S, x: S::F, near: S::I, step: S::F, finer: S::F) -> S::I {
+    let left = s.sub(x, s.mul(s.to_float(near), step));
+    let steps = s.mul(left, finer);
+    s.round(s.min(s.max(steps, s.splat(-LARGEST)), s.splat(LARGEST)))
 }
 
 impl Kernel for Quantize<'_> {
@@ -189,31 +268,50 @@ impl Kernel for Quantize<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (vectors, _) = self.floats.as_chunks::<LANES>();
-        for (index, pair) in vectors.chunks_exact(2).enumerate() {
-            let (a, b) = (s.load(&pair[0]), s.load(&pair[1]));
-            let largest = s.largest(s.max(s.abs(a), s.abs(b)));
-            let scale = largest / LARGEST;
-            // Zeros, and numbers so small that the inverse is not finite, are zeros.
-            let inverse = if scale > f32::MIN_POSITIVE {
-                1.0 / scale
-            } else {
-                0.0
-            };
-            let inverse = s.splat(inverse);
-            let (a, b) = (s.round(s.mul(a, inverse)), s.round(s.mul(b, inverse)));
+        let (blocks, _) = vectors.as_chunks::<2>();
+        let (mut inverses, mut counted) = (0.0, 0.0);
+        for ([a, b], factors) in blocks.iter().zip(self.factors.chunks_exact_mut(self.strip)) {
+            let largest = s.largest(s.max(s.abs(s.load(a)), s.abs(s.load(b))));
+            factors[self.row].scale = largest / LARGEST;
+            let inverse = inverse_of(factors[self.row].scale);
+            inverses += inverse;
+            counted += f32::from(u8::from(inverse > 0.0));
+        }
+        let limit = OUTLIER * counted;
+        let outputs = self
+            .bytes
+            .chunks_exact_mut(self.strip)
+            .zip(self.factors.chunks_exact_mut(self.strip))
+            .zip(self.refined)
+            .zip(self.rests.chunks_exact_mut(self.strip));
+        for ([a, b], (((bytes, factors), refined), rests)) in blocks.iter().zip(outputs) {
+            let (bytes, factors) = (&mut bytes[self.row], &mut factors[self.row]);
+            let scale = factors.scale;
+            let (a, b) = (s.load(a), s.load(b));
+            let inverse = s.splat(inverse_of(scale));
+            let (near_a, near_b) = (s.round(s.mul(a, inverse)), s.round(s.mul(b, inverse)));
             // A sum of 32 small integers is exact.
-            let sum = s.sum(s.to_float(s.add_i(a, b)));
-            let at = self.first + index * self.step;
-            #[expect(unsafe_code, reason = "each task writes its own rows")]
-            // SAFETY: a row has its own place in each block of its strip, and is given to one task.
-            let (bytes, factors) = unsafe { (self.bytes.part(at, 1), self.factors.part(at, 1)) };
-            if let ([bytes], [factors]) = (bytes, factors) {
-                *bytes = s.narrow(a, b);
-                *factors = Factors {
-                    scale,
-                    sum: scale * sum,
-                    negated: -sum as i32,
-                };
+            let sum = s.sum(s.to_float(s.add_i(near_a, near_b)));
+            *bytes = s.narrow(near_a, near_b);
+            *factors = Factors {
+                scale,
+                sum: scale * sum,
+                negated: -sum as i32,
+            };
+            if scale * inverses > limit {
+                let rest = &mut rests[self.row];
+                rest.scale = scale * FINER;
+                let finer = s.splat(inverse_of(rest.scale));
+                let step = s.splat(scale);
+                let (a, b) = (
+                    rest_of(s, a, near_a, step, finer),
+                    rest_of(s, b, near_b, step, finer),
+                );
+                let sum = s.sum(s.to_float(s.add_i(a, b)));
+                rest.bytes = s.narrow(a, b);
+                rest.negated = -sum as i32;
+                factors.sum += rest.scale * sum;
+                *refined |= 1 << self.row;
             }
         }
     }

@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 
-use crate::activations::{Activations, Factors, HALF_STRIP};
+use crate::activations::{Activations, FEW, Factors, HALF_STRIP, Rest, Strip};
 use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
@@ -409,10 +409,25 @@ fn integer_rows<S: Simd, const BITS: usize>(
         _ => {}
     }
     for (strip, sums) in sums.chunks_mut(integers.strip).enumerate() {
-        let (bytes, factors) = integers.strip(strip, blocks);
+        let strip = integers.strip(strip, blocks);
+        let rows = integers.strip;
+        if rows < FEW {
+            in_groups!(rows, [6, 5, 4, 3, 2, 1], first, M => {
+                let sums = &mut sums[first..][..M];
+                s.call(IntegerBlock::<BITS, M, true> { weights, lines, tile, strip, rows, first, sums });
+            });
+            continue;
+        }
         in_groups!(sums.len(), [16, 8, 7, 6, 5, 4, 3, 2, 1], first, M => {
             let sums = &mut sums[first..][..M];
-            s.call(IntegerBlock::<BITS, M> { weights, lines, tile, bytes, factors, strip: integers.strip, first, sums });
+            s.call(IntegerBlock::<BITS, M, false> { weights, lines, tile, strip, rows, first, sums });
+        });
+        s.call(Rests::<BITS> {
+            weights,
+            lines,
+            tile,
+            strip,
+            sums,
         });
     }
 }
@@ -436,15 +451,22 @@ fn matrix_rows<S: Simd, const BITS: usize, const ROWS: usize>(
     });
     let (tiles, mut dots) = (unit.configure::<ROWS>(), [[Line::ZERO; ROWS]; 2]);
     for (strip, sums) in sums.chunks_mut(ROWS).enumerate() {
-        let (bytes, factors) = x.integers.strip(strip, blocks);
+        let strip = x.integers.strip(strip, blocks);
         s.call(MatrixBlock::<BITS, ROWS> {
             tiles: &tiles,
             dots: &mut dots,
             weights,
             numbers: &numbers,
             tile,
-            bytes,
-            factors,
+            bytes: strip.bytes,
+            factors: strip.factors,
+            sums,
+        });
+        s.call(Rests::<BITS> {
+            weights,
+            lines,
+            tile,
+            strip,
             sums,
         });
     }
@@ -454,26 +476,25 @@ fn matrix_rows<S: Simd, const BITS: usize, const ROWS: usize>(
 /// Lines of weights between the one that is used and the one that is asked for: 2 KB.
 const PREFETCH_AHEAD: usize = 32;
 
-/// One tile times `M` rows of a strip of integer activations.
+/// One tile times `M` rows of a strip of integer activations, and where `RESTS` is set their rests too.
 ///
 /// With `w = scale_w * q_w + bias` and `x = scale_x * q_x`, the product over a block is
 /// `scale_w * scale_x * sum(q_w * q_x) + bias * scale_x * sum(q_x)`, or, where the bias is `-scale_w * middle`,
 /// `scale_w * scale_x * (sum(q_w * q_x) - middle * sum(q_x))`.
-struct IntegerBlock<'a, const BITS: usize, const M: usize> {
+struct IntegerBlock<'a, const BITS: usize, const M: usize, const RESTS: bool> {
     weights: &'a Quantized,
     /// Those of the tile.
     lines: &'a [Line],
     tile: usize,
-    bytes: &'a [Bytes],
-    factors: &'a [Factors],
+    strip: Strip<'a>,
     /// Rows of the strip.
-    strip: usize,
+    rows: usize,
     /// The first row of it.
     first: usize,
     sums: &'a mut [[f32; LANES]],
 }
 
-impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
+impl<const BITS: usize, const M: usize, const RESTS: bool> Kernel for IntegerBlock<'_, BITS, M, RESTS> {
     type Output = ();
 
     #[inline(always)]
@@ -481,20 +502,24 @@ impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
         let blocks = self.lines.len() / BITS;
         let per_group = self.weights.group_size / BLOCK;
         let first_group = self.tile * (blocks / per_group);
-        let mut sums = [s.splat(0.0); M];
-        assert!(self.first + M <= self.strip, "rows of a strip");
+        let (mut sums, mut of_rests) = ([s.splat(0.0); M], [s.splat(0.0); M]);
+        let strip = self.strip;
+        assert!(self.first + M <= self.rows, "rows of a strip");
+        let len = strip.bytes.len().min(strip.factors.len()).min(strip.rests.len());
         assert!(
-            self.bytes.len().min(self.factors.len()) >= blocks * self.strip,
+            len >= blocks * self.rows && strip.refined.len() >= blocks,
             "blocks of a strip"
         );
         for (index, block) in self.lines.chunks_exact(BITS).enumerate() {
-            let at = index * self.strip + self.first;
+            let at = index * self.rows + self.first;
             #[expect(unsafe_code, reason = "checks here cost a tenth of a token")]
             // SAFETY: `index` is below `blocks`, and the rows from `first` on are within a strip.
-            let (bytes, factors) = unsafe {
+            let (bytes, factors, rests, refined) = unsafe {
                 (
-                    &*self.bytes.as_ptr().add(at).cast::<[Bytes; M]>(),
-                    &*self.factors.as_ptr().add(at).cast::<[Factors; M]>(),
+                    &*strip.bytes.as_ptr().add(at).cast::<[Bytes; M]>(),
+                    &*strip.factors.as_ptr().add(at).cast::<[Factors; M]>(),
+                    &*strip.rests.as_ptr().add(at).cast::<[Rest; M]>(),
+                    *strip.refined.as_ptr().add(index) >> self.first,
                 )
             };
             // Few rows wait for memory alone: the processor's own prefetching is a fifth slower.
@@ -517,9 +542,80 @@ impl<const BITS: usize, const M: usize> Kernel for IntegerBlock<'_, BITS, M> {
                     *total = s.fma(dot, s.mul(scale, s.splat(factors.scale)), *total);
                 }
             }
+            if RESTS && refined != 0 {
+                for (row, (total, rest)) in of_rests.iter_mut().zip(rests).enumerate() {
+                    if refined & (1 << row) != 0 {
+                        *total = add_rest::<S, BITS>(s, &numbers, scale, bias.is_some(), rest, *total);
+                    }
+                }
+            }
         }
-        for (out, total) in self.sums.iter_mut().zip(sums) {
-            s.store(total, out);
+        for (out, (total, rests)) in self.sums.iter_mut().zip(sums.into_iter().zip(of_rests)) {
+            s.store(if RESTS { s.add(total, rests) } else { total }, out);
+        }
+    }
+}
+
+/// Adds the product of a block of weights with the rest of a block of activations.
+#[inline(always)]
+fn add_rest<S: Simd, const BITS: usize>(
+    s: S,
+    numbers: &[S::I; STEPS],
+    scale: S::F,
+    has_bias: bool,
+    rest: &Rest,
+    total: S::F,
+) -> S::F {
+    // A bias was multiplied with the rest already, which is in the block's sum.
+    let start = if has_bias {
+        s.zero()
+    } else {
+        times_middle::<S, BITS>(s, s.splat_i(rest.negated))
+    };
+    let dot = s.to_float(s.dot::<BITS>(start, numbers, &rest.bytes));
+    s.fma(dot, s.mul(scale, s.splat(rest.scale)), total)
+}
+
+/// Adds the products of a tile with the rests of a strip, which few blocks of few rows have: the numbers and the order
+/// of the sums are those of [`IntegerBlock`].
+struct Rests<'a, const BITS: usize> {
+    weights: &'a Quantized,
+    /// Those of the tile, which are in the first cache by now.
+    lines: &'a [Line],
+    tile: usize,
+    strip: Strip<'a>,
+    sums: &'a mut [[f32; LANES]],
+}
+
+impl<const BITS: usize> Kernel for Rests<'_, BITS> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let blocks = self.lines.len() / BITS;
+        let per_group = self.weights.group_size / BLOCK;
+        let first_group = self.tile * (blocks / per_group);
+        let mut totals = [[0.0; LANES]; LANES];
+        let rests = self.strip.rests.chunks_exact(self.strip.rests.len() / blocks);
+        let refined = self.strip.refined.iter().zip(rests);
+        for (index, (block, (&refined, rests))) in self.lines.chunks_exact(BITS).zip(refined).enumerate() {
+            if refined == 0 {
+                continue;
+            }
+            let numbers = unpack::<S, BITS>(s, block);
+            let (scale, bias) = self.weights.scales.load(s, first_group + index / per_group);
+            let mut rows = refined;
+            while rows != 0 {
+                let row = rows.trailing_zeros() as usize;
+                rows &= rows - 1;
+                if let (Some(rest), Some(total)) = (rests.get(row), totals.get_mut(row)) {
+                    let with = add_rest::<S, BITS>(s, &numbers, scale, bias.is_some(), rest, s.load(total));
+                    s.store(with, total);
+                }
+            }
+        }
+        for (sum, total) in self.sums.iter_mut().zip(&totals) {
+            s.store(s.add(s.load(sum), s.load(total)), sum);
         }
     }
 }

@@ -160,7 +160,7 @@ fn eight_bits_choose_nearly_always_the_token_of_mlx_lm() {
             all += 1;
         }
     }
-    assert!(same * 100 >= all * 95, "{same} of {all}");
+    assert!(same * 100 >= all * 98, "{same} of {all}");
 }
 
 #[test]
