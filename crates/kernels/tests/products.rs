@@ -146,13 +146,16 @@ fn allowed_errors(row: &[f32]) -> Vec<f64> {
         .collect();
     let inverses: f64 = largest.iter().map(|largest| 1.0 / largest).sum();
     let usual = largest.len() as f64 / inverses;
-    let allowed = |largest: &f64| match *largest > 2.1 * usual {
-        true => largest / 254.0 / 250.0,
-        false => largest / 254.0,
+    let steps = |largest: f64| {
+        if largest > 2.1 * usual {
+            254.0 * 250.0
+        } else {
+            254.0
+        }
     };
     largest
         .iter()
-        .flat_map(|largest| [allowed(largest); 32])
+        .flat_map(|&largest| [largest / steps(largest); 32])
         .collect()
 }
 
