@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mlx_engine::{
-    BackendChoice, GenerateParams, KvConfig, LookupConfig, OptimizeGoal, SpeculationConfig, ToolChoice,
-    UseCase,
+    BackendChoice, DraftConfig, GenerateParams, KvConfig, LookupConfig, OptimizeGoal, SpeculationConfig,
+    ToolChoice, UseCase,
 };
 
 use crate::criteria::{Ability, Order, Type, amount};
@@ -97,8 +97,12 @@ pub(crate) struct Model {
 
     /// Guess what comes next from what was said before, and verify several tokens in a step: for answers that repeat their
     /// prompt. They stay the same, and what does not pay is paused
-    #[arg(long)]
+    #[arg(long, conflicts_with = "draft_model")]
     speculate: bool,
+
+    /// Have this smaller model with the same vocabulary guess what comes next, and verify several tokens in a step
+    #[arg(long, value_name = "REF")]
+    draft_model: Option<String>,
 
     /// Read how requests are scheduled from this file, as `optimize --output` writes it
     #[arg(long, value_name = "F")]
@@ -113,10 +117,15 @@ pub(crate) struct Model {
 impl Model {
     /// How tokens are guessed, where the command line says it, and as in `config` elsewhere.
     pub(crate) fn speculation(&self, config: &SpeculationConfig) -> SpeculationConfig {
-        if self.speculate && config.is_off() {
-            SpeculationConfig::Lookup(LookupConfig::default())
-        } else {
-            config.clone()
+        match (&self.draft_model, config) {
+            (Some(model), SpeculationConfig::Draft(draft)) => SpeculationConfig::Draft(DraftConfig {
+                model: model.clone(),
+                ..draft.clone()
+            }),
+            (Some(model), _) => SpeculationConfig::Draft(DraftConfig::new(model)),
+            (None, SpeculationConfig::Lookup(_)) => config.clone(),
+            (None, _) if self.speculate => SpeculationConfig::Lookup(LookupConfig::default()),
+            (None, _) => config.clone(),
         }
     }
 

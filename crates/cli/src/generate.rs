@@ -228,6 +228,9 @@ fn guessed(report: &SpeculationReport) -> String {
         Some(SpeculationOff::Uncuttable) => {
             " | nothing guessed: the model's sequences cannot be cut".to_owned()
         }
+        Some(SpeculationOff::DraftFailed) => format!(
+            " | guessed {accepted_tokens} of {drafted_tokens} tokens right, then the draft model failed"
+        ),
         _ => format!(
             " | guessed {accepted_tokens} of {drafted_tokens} tokens right, {paused_steps} steps paused"
         ),

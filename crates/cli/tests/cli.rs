@@ -55,6 +55,30 @@ fn json_is_one_object_that_names_the_mock() {
 }
 
 #[test]
+fn guesses_are_reported_and_change_nothing() {
+    let ask = |more: &[&str]| {
+        let prompt = ["--prompt", "one two three, one two three, one", "--raw", "--json"];
+        let (code, out, err) = run(&mock(&[&prompt[..], more].concat()), "");
+        assert_eq!(code, 0, "{err}");
+        json(&out)
+    };
+    let plain = ask(&[]);
+    assert!(plain["speculation"].is_null());
+    for more in [&["--speculate"][..], &["--draft-model", "tiny"]] {
+        let guessed = ask(more);
+        assert_eq!(guessed["tokens"], plain["tokens"]);
+        for count in ["steps", "drafted_tokens", "accepted_tokens", "paused_steps"] {
+            assert!(guessed["speculation"][count].is_u64(), "{guessed}");
+        }
+    }
+    let (code, _, err) = run(
+        &mock(&["--prompt", "Hi", "--speculate", "--draft-model", "tiny"]),
+        "",
+    );
+    assert!(code == 2 && err.contains("cannot be used with"), "{err}");
+}
+
+#[test]
 fn the_answer_is_on_stdout_and_the_rest_on_stderr() {
     let (code, out, err) = run(&mock(&["--raw", "-"]), "from stdin");
     assert_eq!((code, out.as_str()), (0, "from stdin\n"));

@@ -15,12 +15,12 @@ pub struct SpeculationReport {
     pub accepted_tokens: u32,
     /// Steps before which nothing was guessed as it would not have paid, by the acceptance and the times measured so far.
     pub paused_steps: u32,
-    /// Why nothing was guessed, where that was certain from the start.
+    /// Why nothing was guessed, or nothing any more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub off: Option<SpeculationOff>,
 }
 
-/// Why nothing is guessed for a request.
+/// Why nothing is guessed for a request, or nothing any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -29,6 +29,8 @@ pub enum SpeculationOff {
     Constraint,
     /// The model's sequences cannot be cut, so that a wrong guess could not be taken back.
     Uncuttable,
+    /// The draft model failed at it; the answer went on without.
+    DraftFailed,
 }
 
 impl SpeculationReport {

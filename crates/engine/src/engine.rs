@@ -23,6 +23,7 @@ use crate::gauges::Gauges;
 use crate::lost::{Events, hung};
 use crate::mock::{MockModel, MockScript};
 use crate::request::Request;
+use crate::speculation::SpeculationConfig;
 use crate::worker::{Command, Identity, Maintenance, PrefixCommand, Worker, panicked};
 use crate::{PrefixCacheReport, PromptEncoder, TokenModel, output};
 
@@ -100,6 +101,8 @@ impl fmt::Debug for Engine {
 /// What a model brings beside itself.
 pub(crate) struct Loaded<M> {
     pub(crate) model: M,
+    /// The one that guesses for it.
+    pub(crate) draft: Option<M>,
     pub(crate) configuration: ModelConfiguration,
     pub(crate) encoder: PromptEncoder,
     pub(crate) backend: Backend,
@@ -147,16 +150,23 @@ impl Drop for Engine {
     }
 }
 
-pub(crate) fn load_mock(id: String, script: MockScript) -> Result<Loaded<MockModel>, EngineError> {
+pub(crate) fn load_mock(
+    id: String,
+    script: MockScript,
+    config: &EngineConfig,
+) -> Result<Loaded<MockModel>, EngineError> {
+    let drafts = matches!(config.speculation, SpeculationConfig::Draft(_));
     let tokenizer = script
         .tokenizer()
         .map_err(|error| EngineError::tokenizer("the mock has no tokenizer", error))?;
+    let draft = drafts.then(|| script.draft().load()).transpose()?;
     let model = script.load()?;
     let mut configuration = ModelConfiguration::new(id, ModelType::Chat);
     configuration.context_length = model.context_length() as u32;
     let encoder = PromptEncoder::new(tokenizer, None)?;
     Ok(Loaded {
         model,
+        draft,
         configuration,
         encoder,
         backend: Backend::Mock,
@@ -172,7 +182,8 @@ impl Engine {
     /// What the script says.
     pub async fn mock(name: &str, script: MockScript, config: EngineConfig) -> Result<Self, EngineError> {
         let id = name.to_owned();
-        Self::load(config, None, move |_, _| load_mock(id, script)).await
+        let kept = config.clone();
+        Self::load(config, None, move |_, _| load_mock(id, script, &kept)).await
     }
 
     /// Starts a thread, loads a model on it with `load`, and serves requests there. `load` hears whether it was given
@@ -210,6 +221,7 @@ impl Engine {
             let result = result.unwrap_or_else(|panic| Err(panicked(&*panic)));
             let Loaded {
                 model,
+                draft,
                 mut configuration,
                 encoder,
                 backend,
@@ -235,9 +247,16 @@ impl Engine {
             };
             tracing::info!(model = %identity.model, backend = %backend, device = %device, load_s, "model loaded");
             let tokenizer = encoder.tokenizer().clone();
-            written.loaded(model.weight_bytes());
-            let worker = match Worker::new(model, tokenizer, identity.clone(), &config, SystemClock, written)
-            {
+            let drafting = draft.as_ref().map_or(0, TokenModel::weight_bytes);
+            written.loaded(model.weight_bytes() + drafting);
+            let worker = match Worker::new(
+                (model, draft),
+                tokenizer,
+                identity.clone(),
+                &config,
+                SystemClock,
+                written,
+            ) {
                 Ok(worker) => worker,
                 Err(error) => {
                     let _ = ready.send(Err(error));

@@ -300,6 +300,7 @@ const KINDS: &[Kind] = &[
 fn faulty<M>(loaded: Loaded<M>, plan: Arc<Plan>) -> Loaded<Faulty<M>> {
     let Loaded {
         model,
+        draft,
         configuration,
         encoder,
         backend,
@@ -310,6 +311,10 @@ fn faulty<M>(loaded: Loaded<M>, plan: Arc<Plan>) -> Loaded<Faulty<M>> {
         *plan.fault.lock().expect("not poisoned") = None;
     }
     Loaded {
+        draft: draft.map(|model| Faulty {
+            model,
+            plan: Arc::clone(&plan),
+        }),
         model: Faulty { model, plan },
         configuration,
         encoder,
@@ -322,9 +327,10 @@ async fn load(kind: Kind, plan: &Arc<Plan>, config: EngineConfig) -> Result<Engi
     let plan = Arc::clone(plan);
     match kind {
         Kind::Mock => {
+            let kept = config.clone();
             Engine::load(config, None, move |_, _| {
                 Ok(faulty(
-                    crate::engine::load_mock("faulty".to_owned(), MockScript::default())?,
+                    crate::engine::load_mock("faulty".to_owned(), MockScript::default(), &kept)?,
                     plan,
                 ))
             })

@@ -62,4 +62,4 @@ pub use mock::{MockFault, MockModel, MockScript};
 pub use model::{Chosen, Feed, TokenModel};
 pub use prefix::{PrefixCacheReport, PrefixEntry};
 pub use prompt::PromptEncoder;
-pub use speculation::{LookupConfig, SpeculationConfig};
+pub use speculation::{DraftConfig, LookupConfig, SpeculationConfig};

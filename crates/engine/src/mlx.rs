@@ -19,6 +19,7 @@ use crate::config::EngineConfig;
 use crate::engine::{Engine, Loaded, ProgressFn};
 use crate::fingerprint::fingerprint;
 use crate::fit::MemoryNeeds;
+use crate::speculation::{DraftConfig, SpeculationConfig, same_vocabulary};
 use crate::{Chosen, Feed, PromptEncoder, TokenModel};
 
 /// Tokens of a prompt that are fed at once. A GPU is kept busy by more; on a CPU the others would wait for it too long.
@@ -73,6 +74,9 @@ pub async fn load_mlx(
     let kept = config.clone();
     Engine::load(config, progress, move |cancelled, progress| {
         let mut loaded = load(&path, configuration, options, &kept, cancelled, progress)?;
+        if let SpeculationConfig::Draft(draft) = &kept.speculation {
+            loaded.draft = Some(load_draft(draft, &loaded, options, &kept, cancelled, progress)?);
+        }
         if kept.prefix_cache.disk.is_some() {
             let content = fingerprint(&path)
                 .map_err(|error| EngineError::model_load(&*loaded.configuration.id, error))?;
@@ -132,11 +136,38 @@ pub(crate) fn load(
             prefill_chunk: config.prefill_chunk,
             identity: None,
         },
+        draft: None,
         configuration,
         encoder,
         backend: Backend::Mlx,
         device,
     })
+}
+
+/// Loads the model that guesses for another one.
+fn load_draft(
+    draft: &DraftConfig,
+    loaded: &Loaded<MlxModel>,
+    options: LoadOptions,
+    config: &EngineConfig,
+    cancelled: &AtomicBool,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<MlxModel, EngineError> {
+    let path = Path::new(&draft.model);
+    let source = Source::open(path).map_err(|error| load_error(&draft.model, error))?;
+    let required = loaded.model.weight_bytes.saturating_add(source.total_bytes());
+    if let Some(available) = config.memory_limit.filter(|&limit| limit < required) {
+        return Err(EngineError::InsufficientMemory { required, available });
+    }
+    let tokenizer = read_tokenizer(&source, &draft.model)?;
+    same_vocabulary(loaded.encoder.tokenizer(), &tokenizer, &draft.model)?;
+    drop(source);
+    // The limit is that of both, and set.
+    let config = EngineConfig {
+        memory_limit: None,
+        ..config.clone()
+    };
+    Ok(load(path, None, options, &config, cancelled, progress)?.model)
 }
 
 /// Reads the tokenizer and the template of a model, and no weights.
@@ -391,6 +422,10 @@ impl TokenModel for MlxModel {
 
     fn forks_anywhere(&self) -> bool {
         self.decoder.forks_anywhere()
+    }
+
+    fn seed(&self) -> u64 {
+        clock_seed()
     }
 
     fn takes_back(&self) -> usize {

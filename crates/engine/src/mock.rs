@@ -42,6 +42,7 @@ pub struct MockScript {
     /// Bytes of workspace, as they are estimated and as they turn out.
     workspace: Option<(u64, u64)>,
     chat_template: Option<String>,
+    draft: Option<Box<MockScript>>,
 }
 
 impl MockScript {
@@ -111,6 +112,17 @@ impl MockScript {
     pub fn with_chat_template(mut self, template: impl Into<String>) -> Self {
         self.chat_template = Some(template.into());
         self
+    }
+
+    /// Has the mock of another script guess where the configuration has a draft model; its own unless told.
+    pub fn with_draft(mut self, script: MockScript) -> Self {
+        self.draft = Some(Box::new(script));
+        self
+    }
+
+    /// The script of the model that guesses.
+    pub(crate) fn draft(&self) -> Self {
+        self.draft.as_deref().unwrap_or(self).clone()
     }
 
     /// The mock's tokenizer, with its template.

@@ -127,6 +127,11 @@ pub trait TokenModel {
     /// What the device says; then no sequence of the batch can go on.
     fn feed(&mut self, batch: &mut [Feed<'_, Self::Sequence>]) -> Result<(), EngineError>;
 
+    /// A seed for a request that brings none.
+    fn seed(&self) -> u64 {
+        0
+    }
+
     /// Waits for the oldest token that is being chosen. `tokens` are all so far, the answer begins at `prompt_len`; of
     /// those that were fed beyond them as guesses, the model knows what it chose.
     /// Where the parameters have a constraint, `mask` makes the logits of tokens that may not come minus infinity.

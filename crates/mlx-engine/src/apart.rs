@@ -24,7 +24,7 @@ pub(crate) enum Setup {
     },
     Mock {
         name: String,
-        script: MockScript,
+        script: Box<MockScript>,
         config: EngineConfig,
     },
 }
@@ -187,7 +187,7 @@ pub fn serve_child() -> Result<(), EngineError> {
 
 async fn load(setup: Value, progress: ProgressFn) -> Result<Child, EngineError> {
     let engine = match read(setup)? {
-        Setup::Mock { name, script, config } => Engine::mock(&name, script, config).await?,
+        Setup::Mock { name, script, config } => Engine::mock(&name, *script, config).await?,
         #[cfg(feature = "mlx")]
         Setup::Mlx {
             path,

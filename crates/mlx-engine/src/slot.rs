@@ -8,7 +8,7 @@ use mlx_engine_core::{
     Backend, EngineError, EngineStatistics, EventStream, FallbackPolicy, GenerateParams, LlmEngine,
     ModelConfiguration, Prompt,
 };
-use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn};
+use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn, SpeculationConfig};
 use mlx_engine_registry::ModelRegistry;
 use mlx_engine_resilience::{Recover, RecoveryStep};
 
@@ -121,7 +121,7 @@ impl Settings {
         if let Some(apart) = &self.apart {
             let setup = Setup::Mock {
                 name: model.to_owned(),
-                script: self.mock.clone(),
+                script: Box::new(self.mock.clone()),
                 config: self.config.clone(),
             };
             return Ok(apart.start(&setup, None).await?.into());
@@ -140,7 +140,14 @@ impl Settings {
         let location = self.found(model, &mut progress).await?;
         #[cfg(not(feature = "hub"))]
         let location = crate::locate(model, self.registry())?;
-        let (path, known, config) = (location.path, location.configuration, self.config.clone());
+        let (path, known, mut config) = (location.path, location.configuration, self.config.clone());
+        if let SpeculationConfig::Draft(draft) = &mut config.speculation {
+            #[cfg(feature = "hub")]
+            let location = self.found(&draft.model, &mut progress).await?;
+            #[cfg(not(feature = "hub"))]
+            let location = crate::locate(&draft.model, self.registry())?;
+            draft.model = location.path.display().to_string();
+        }
         #[cfg(unix)]
         if let Some(apart) = &self.apart {
             let setup = Setup::Mlx {
@@ -396,7 +403,12 @@ impl Slot {
     /// Serves from a smaller model, or from the mock, in place of `model`.
     async fn fall_back(&self, model: &str, settings: Settings) -> Result<(), EngineError> {
         let (name, instead) = if let Some(smaller) = &settings.fallback_model {
-            (smaller.clone(), settings.clone())
+            let mut instead = settings.clone();
+            if matches!(instead.config.speculation, SpeculationConfig::Draft(_)) {
+                // A draft model has the vocabulary of the model that was asked for.
+                instead.config.speculation = SpeculationConfig::Off;
+            }
+            (smaller.clone(), instead)
         } else {
             let mock = Settings {
                 choice: BackendChoice::Mock,

@@ -1,12 +1,22 @@
 //! Guessing ahead on the real model: the answers are those without.
 #![cfg(feature = "mlx")]
 
+use std::ops::ControlFlow;
+
 use futures::future::join_all;
 use mlx_engine::prelude::*;
-use mlx_engine::{EngineConfig, KvConfig, LookupConfig, OutputConstraint, SpeculationConfig, SpeculationOff};
+use mlx_engine::{
+    ConvertOptions, DraftConfig, EngineConfig, KvConfig, LookupConfig, OutputConstraint, SpeculationConfig,
+    SpeculationOff, WeightBits, convert,
+};
 
 const LETTER: &str = "Dear Ms. Miller,\n\nthank you for your order of 12 June. The three chairs were sent today and will be \
                       there on Friday. The table is sold out and will be sent next week.\n\nYours sincerely,\nJ. Smith";
+
+fn model() -> String {
+    let path = std::env::var("MLX_ENGINE_TEST_MODEL");
+    path.expect("MLX_ENGINE_TEST_MODEL names the test model; run the tests by `cargo xtask test`")
+}
 
 async fn load(config: EngineConfig) -> InferenceEngine {
     let model = std::env::var("MLX_ENGINE_TEST_MODEL");
@@ -157,5 +167,93 @@ async fn what_is_held_to_a_grammar_is_not_guessed_and_says_so() {
     assert_eq!(
         (report.off, report.drafted_tokens),
         (Some(SpeculationOff::Constraint), 0)
+    );
+}
+
+fn draft(model: impl Into<String>) -> SpeculationConfig {
+    SpeculationConfig::Draft(DraftConfig::new(model))
+}
+
+/// The model as its own draft is right wherever the same logits choose; the answers are those without in any case.
+#[tokio::test]
+async fn answers_with_a_draft_model_are_those_without() {
+    let plain = answers(&load(EngineConfig::default()).await).await;
+    let engine = load(EngineConfig {
+        speculation: draft(model()),
+        ..EngineConfig::default()
+    })
+    .await;
+    let guessed = answers(&engine).await;
+    let (drafted, accepted) = compare(&plain, &guessed);
+    assert!(
+        drafted > 20 && accepted * 10 > drafted * 9,
+        "{accepted} of {drafted}"
+    );
+}
+
+/// The same model in 3 bits: another one with the same vocabulary, which is right at times.
+#[tokio::test]
+async fn a_draft_that_is_wrong_at_times_changes_nothing() {
+    let place = tempfile::tempdir().expect("there is room");
+    let folder = place.path().join("draft");
+    let options = ConvertOptions {
+        bits: WeightBits::Uniform {
+            bits: 3,
+            group_size: 64,
+        },
+        ..ConvertOptions::default()
+    };
+    convert(&model(), &folder, &options, &mut |_| ControlFlow::Continue(())).expect("it is converted");
+    let plain = load(EngineConfig::default()).await;
+    let engine = load(EngineConfig {
+        speculation: draft(folder.display().to_string()),
+        ..EngineConfig::default()
+    })
+    .await;
+    let (drafted, accepted) = compare(&answers(&plain).await, &answers(&engine).await);
+    assert!(
+        drafted > 20 && (1..drafted).contains(&accepted),
+        "{accepted} of {drafted}"
+    );
+    // The same seeds draw the same tokens: the distribution is the same whatever it is.
+    for seed in 0..12 {
+        let params = GenerateParams::default()
+            .with_max_tokens(10)
+            .with_temperature(1.0)
+            .with_seed(seed);
+        let ask = |engine: &InferenceEngine| {
+            let (engine, params) = (engine.clone(), params.clone());
+            async move {
+                engine
+                    .generate(Prompt::text("The sea"), params)
+                    .await
+                    .expect("an answer")
+                    .tokens
+            }
+        };
+        assert_eq!(ask(&plain).await, ask(&engine).await, "seed {seed}");
+    }
+}
+
+#[tokio::test]
+async fn a_draft_of_another_vocabulary_is_refused_by_name() {
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tests/fixtures/tiny/llama");
+    let folder = tempfile::tempdir().expect("there is room");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(format!("{tiny}/{file}"), folder.path().join(file)).expect("the fixture is there");
+    }
+    std::fs::write(
+        folder.path().join("tokenizer.json"),
+        r#"{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#,
+    )
+    .expect("there is room");
+    let engine = InferenceEngine::new().with_config(EngineConfig {
+        speculation: draft(folder.path().display().to_string()),
+        ..EngineConfig::default()
+    });
+    let error = engine.load_model(&model()).await.unwrap_err().to_string();
+    assert!(
+        error.contains("speculation.draft.model") && error.contains("49152"),
+        "{error}"
     );
 }

@@ -29,6 +29,8 @@ pub enum SpeculationConfig {
     /// What followed when the prompt or the answer last went as it goes now: for answers that repeat what they were given, as
     /// summaries, edits and code do.
     Lookup(LookupConfig),
+    /// What a smaller model of the same vocabulary says, which has weights, keys and values of its own.
+    Draft(DraftConfig),
 }
 
 /// Guesses from the prompt and the answer so far (Saxena, prompt lookup decoding, 2023).
@@ -42,6 +44,31 @@ pub struct LookupConfig {
     /// Where the last tokens were there more than once, what followed more of them is preferred, up to so many;
     /// `min_ngram` to 32.
     pub max_ngram: usize,
+}
+
+/// Guesses of a smaller model (Leviathan, Kalman and Matias, 2023).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DraftConfig {
+    /// A model folder or a `.gguf` file; for `InferenceEngine` anything that it loads a model by.
+    pub model: String,
+    /// The most tokens that are guessed at once, 1 to 32; 4 unless told.
+    #[serde(default = "DraftConfig::default_max_tokens")]
+    pub max_tokens: usize,
+}
+
+impl DraftConfig {
+    /// A draft model, guessing as many tokens as is usual.
+    pub fn new(model: impl Into<String>) -> Self {
+        Self {
+            model: model.into(),
+            max_tokens: Self::default_max_tokens(),
+        }
+    }
+
+    const fn default_max_tokens() -> usize {
+        4
+    }
 }
 
 impl Default for LookupConfig {
@@ -68,6 +95,7 @@ impl SpeculationConfig {
     pub(crate) fn validate(&self) -> Result<(), ParamError> {
         match self {
             Self::Off => Ok(()),
+            Self::Draft(draft) => between("speculation.draft.max_tokens", draft.max_tokens, 1, MOST),
             Self::Lookup(lookup) => {
                 between("speculation.lookup.max_tokens", lookup.max_tokens, 1, MOST)?;
                 between("speculation.lookup.min_ngram", lookup.min_ngram, 1, MOST)?;
@@ -95,6 +123,7 @@ impl SpeculationConfig {
         match self {
             Self::Off => 0,
             Self::Lookup(lookup) => lookup.max_tokens,
+            Self::Draft(draft) => draft.max_tokens,
         }
     }
 }

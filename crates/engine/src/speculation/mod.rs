@@ -11,9 +11,11 @@
 //! what does not pay by these is not guessed.
 
 mod config;
+mod draft;
 mod lookup;
 mod policy;
 
-pub use self::config::{LookupConfig, SpeculationConfig};
+pub use self::config::{DraftConfig, LookupConfig, SpeculationConfig};
+pub(crate) use self::draft::{Asked, Drafter, same_vocabulary};
 pub(crate) use self::lookup::look_up;
 pub(crate) use self::policy::{Acceptance, Costs};

@@ -37,7 +37,7 @@ impl Costs {
         }
         self.measured += 1;
         let (mean, at) = &mut self.steps[rows - 1];
-        *mean = Some(mean.map_or(seconds, |mean| mean + LATEST * (seconds - mean)));
+        note(mean, seconds);
         *at = self.measured;
     }
 
@@ -61,6 +61,11 @@ impl Costs {
             (None, None) => None,
         }
     }
+}
+
+/// Moves a mean that forgets.
+pub(super) fn note(mean: &mut Option<f64>, value: f64) {
+    *mean = Some(mean.map_or(value, |mean| mean + LATEST * (value - mean)));
 }
 
 /// How often guesses for a request were right.

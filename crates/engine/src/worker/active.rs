@@ -30,6 +30,8 @@ pub(super) struct Active<S> {
     pub(super) ahead: bool,
     pub(super) finished: Option<FinishReason>,
     pub(super) guesses: Guesses,
+    /// What the draft model has seen of it.
+    pub(super) draft: Option<S>,
 }
 
 impl<S> Active<S> {

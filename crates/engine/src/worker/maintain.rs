@@ -39,7 +39,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 guarded(|| self.model.rebuild_stream())
             }
             Maintenance::Reconfigure(config) => {
-                let (memory, limits, kept) = limits(&self.model, &config);
+                let (memory, limits, kept) = limits(&self.model, self.speculation.draft(), &config);
                 self.memory = memory;
                 self.scheduler.set_limits(limits);
                 self.prefixes.set_max_bytes(kept);
@@ -68,7 +68,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             let _ = active.request.events.send(Err(error.clone()));
             // A sequence that is half written may not even be dropped in peace.
             let _ = guarded(|| {
-                drop(active.sequence);
+                drop((active.sequence, active.draft));
                 Ok(())
             });
         }

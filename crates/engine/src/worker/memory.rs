@@ -19,9 +19,9 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// What a model leaves, and the tokens of a prompt that are fed at once.
-    pub(super) fn new<M: TokenModel>(model: &M, config: &EngineConfig) -> (Self, usize) {
-        let weights = model.weight_bytes();
+    /// What a model and the one that guesses for it leave, and the tokens of a prompt that are fed at once.
+    pub(super) fn new<M: TokenModel>(model: &M, draft: Option<&M>, config: &EngineConfig) -> (Self, usize) {
+        let weights = model.weight_bytes() + draft.map_or(0, TokenModel::weight_bytes);
         let beside_weights = config.memory_limit.map(|limit| limit.saturating_sub(weights));
         let chunk = config.prefill_chunk.unwrap_or_else(|| {
             let preferred = model.prefill_chunk();
@@ -32,6 +32,7 @@ impl Memory {
         // A step has logits for guesses too.
         let guesses = config.speculation.room(model.batch_limit());
         let estimated = model.workspace_bytes(chunk, config.max_batch + guesses);
+        let estimated = estimated + draft.map_or(0, |draft| draft.workspace_bytes(chunk, 1));
         let memory = Self {
             beside_weights,
             weights,
@@ -68,7 +69,7 @@ mod tests {
             memory_limit,
             ..EngineConfig::default()
         };
-        Memory::new(&script.load().unwrap(), &config)
+        Memory::new(&script.load().unwrap(), None, &config)
     }
 
     #[test]

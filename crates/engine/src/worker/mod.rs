@@ -60,7 +60,7 @@ pub(crate) struct Worker<M: TokenModel, C> {
     active: Vec<Active<M::Sequence>>,
     scoring: Scoring<M::Sequence>,
     disk: Option<DiskCache>,
-    speculation: Speculation,
+    speculation: Speculation<M>,
     /// Turns since a chunk was written.
     turns: u32,
     /// Requests so far.
@@ -75,7 +75,7 @@ const TURNS_BETWEEN_CHUNKS: u32 = 16;
 
 impl<M: TokenModel, C: Clock> Worker<M, C> {
     pub(crate) fn new(
-        model: M,
+        (model, draft): (M, Option<M>),
         tokenizer: Tokenizer,
         identity: Identity,
         config: &EngineConfig,
@@ -95,7 +95,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             DiskCache::open(disk, &identity)
         });
         let disk = disk.transpose()?;
-        let (memory, limits, kept) = limits(&model, config);
+        let (memory, limits, kept) = limits(&model, draft.as_ref(), config);
+        let speculation = Speculation::new(config, draft, &tokenizer);
         let context_length = config
             .context_length
             .unwrap_or(usize::MAX)
@@ -113,7 +114,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             active: Vec::new(),
             scoring: Scoring::new(),
             disk,
-            speculation: Speculation::new(&config.speculation),
+            speculation,
             turns: 0,
             submitted: 0,
             gauges,
@@ -194,6 +195,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     fn measure(&mut self) {
         let running = self.active.iter().map(|active| self.model.len(&active.sequence));
         let running: u64 = running.map(|len| self.model.sequence_bytes(len)).sum();
+        let running = running.saturating_add(self.drafted_bytes());
         let held = running.saturating_add(self.prefixes.bytes());
         self.memory.measure(self.model.measured_bytes(), held);
         self.scheduler.set_available(self.memory.available());
@@ -209,8 +211,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 }
 
 /// What of the memory is for sequences, what the scheduler keeps to, and the bytes of sequences that are kept.
-fn limits<M: TokenModel>(model: &M, config: &EngineConfig) -> (Memory, Limits, u64) {
-    let (memory, prefill_chunk) = Memory::new(model, config);
+fn limits<M: TokenModel>(model: &M, draft: Option<&M>, config: &EngineConfig) -> (Memory, Limits, u64) {
+    let (memory, prefill_chunk) = Memory::new(model, draft, config);
     let available = memory.available();
     let limits = Limits {
         max_batch: config.max_batch,

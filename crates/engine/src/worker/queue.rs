@@ -35,7 +35,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             prompt,
             cuts: self.checkpoints(&request.tokens),
             answer,
-            bytes: self.model.sequence_bytes(prompt + answer),
+            bytes: self.sequence_bytes(prompt + answer),
             priority: request.params.priority,
             arrived: request.submitted,
             queue_limit: limit(request.params.queue_timeout_s),
@@ -128,7 +128,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 self.scheduler.cancel(id);
                 continue;
             };
-            let (_, request) = self.waiting.remove(at);
+            let (_, mut request) = self.waiting.remove(at);
             if let Admission::TooLarge {
                 required, available, ..
             } = admission
@@ -145,6 +145,10 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                     continue;
                 }
             };
+            if self.speculation.draft().is_some() {
+                // Both models choose by the same random numbers.
+                request.params.seed.get_or_insert_with(|| self.model.seed());
+            }
             let off = self.speculation_off(&request);
             self.active.push(Active {
                 id,
@@ -160,6 +164,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 ahead: false,
                 finished: None,
                 guesses: Guesses::new(off),
+                draft: None,
             });
         }
         self.make_room();

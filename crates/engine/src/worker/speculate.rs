@@ -2,54 +2,128 @@
 
 use std::time::Duration;
 
-use mlx_engine_core::SpeculationOff;
+use mlx_engine_core::{EngineError, SpeculationOff};
+use mlx_engine_text::Tokenizer;
 
-use super::Worker;
 use super::active::Active;
 use super::guesses::Intent;
 use super::turn::{Failed, standing};
-use crate::TokenModel;
+use super::{Worker, guarded};
 use crate::clock::Clock;
 use crate::request::Request;
 use crate::scheduler::Id;
-use crate::speculation::{Costs, SpeculationConfig, look_up};
+use crate::speculation::{Asked, Costs, Drafter, SpeculationConfig, look_up};
+use crate::{EngineConfig, TokenModel};
 
 /// What the worker guesses with.
 #[derive(Debug)]
-pub(super) struct Speculation {
+pub(super) struct Speculation<M> {
     config: SpeculationConfig,
+    drafter: Option<Drafter<M>>,
     pub(super) costs: Costs,
     /// Whether the last turn did nothing but decode, so that the next reads a step that began when it did.
     settled: bool,
+    /// What the draft model took of the turn.
+    drafting: Duration,
 }
 
-impl Speculation {
-    pub(super) fn new(config: &SpeculationConfig) -> Self {
+/// What may be guessed for an answer.
+enum Possible {
+    /// Some tokens, which are known.
+    Known(Vec<u32>),
+    /// So many tokens, which the draft model has to say.
+    Drafted(usize),
+}
+
+impl Possible {
+    fn len(&self) -> usize {
+        match self {
+            Self::Known(tokens) => tokens.len(),
+            Self::Drafted(count) => *count,
+        }
+    }
+}
+
+impl<M: TokenModel> Speculation<M> {
+    pub(super) fn new(config: &EngineConfig, draft: Option<M>, tokenizer: &Tokenizer) -> Self {
         Self {
-            config: config.clone(),
+            config: config.speculation.clone(),
+            drafter: draft.map(|model| Drafter::new(model, config.prefill_chunk, tokenizer)),
             costs: Costs::default(),
             settled: false,
+            drafting: Duration::ZERO,
         }
     }
 
-    pub(super) fn is_off(&self) -> bool {
-        self.config.is_off()
+    pub(super) fn is_on(&self) -> bool {
+        !self.config.is_off()
+    }
+
+    /// The draft model.
+    pub(super) fn draft(&self) -> Option<&M> {
+        self.drafter.as_ref().map(|drafter| &drafter.model)
     }
 
     /// A turn took so long that read steps of so many tokens, and did nothing else where it `decoded` alone.
     pub(super) fn turned(&mut self, rows: usize, spent: Duration, decoded: bool) {
+        let drafting = std::mem::take(&mut self.drafting);
         if self.settled && decoded {
-            self.costs.note(rows, spent.as_secs_f64());
+            self.costs
+                .note(rows, spent.saturating_sub(drafting).as_secs_f64());
         }
         self.settled = decoded;
     }
 
-    /// At most so many tokens that may follow.
-    fn guess(&self, tokens: &[u32], most: usize) -> Vec<u32> {
-        match &self.config {
-            SpeculationConfig::Lookup(config) if most > 0 => look_up(tokens, config, most),
-            _ => Vec::new(),
+    /// What may be guessed behind tokens, at most so many.
+    fn possible(&self, tokens: &[u32], most: usize) -> Possible {
+        match (&self.config, &self.drafter) {
+            (SpeculationConfig::Lookup(config), _) if most > 0 => {
+                Possible::Known(look_up(tokens, config, most))
+            }
+            (SpeculationConfig::Draft(_), Some(drafter)) => {
+                Possible::Drafted(most.min(drafter.room(tokens.len())))
+            }
+            _ => Possible::Known(Vec::new()),
         }
+    }
+
+    /// How many of them are worth guessing; see [`Acceptance::worth`](crate::speculation::Acceptance::worth).
+    fn worth<S>(&self, active: &Active<S>, possible: &Possible, base: (usize, f64)) -> Option<usize> {
+        let guess = self.drafter.as_ref().map_or(0.0, Drafter::seconds);
+        let acceptance = &active.guesses.acceptance;
+        acceptance.worth(possible.len(), base, &self.costs, guess)
+    }
+
+    /// Has the draft model say so many tokens; none while it has more to catch up with than a chunk.
+    fn drafted(
+        &mut self,
+        active: &mut Active<M::Sequence>,
+        count: usize,
+        clock: &impl Clock,
+    ) -> Result<Vec<u32>, EngineError> {
+        let Some(drafter) = &mut self.drafter else {
+            return Ok(Vec::new());
+        };
+        let began = clock.now();
+        let tokens = &active.tokens;
+        let near = drafter.is_near(active.draft.as_ref(), tokens.len());
+        let guess = if near {
+            let asked = Asked {
+                tokens,
+                prompt_len: active.prompt_len,
+                params: &active.request.params,
+                number: active.answer.generated().into(),
+                count,
+            };
+            guarded(|| drafter.guess(&mut active.draft, asked))
+        } else {
+            guarded(|| drafter.catch_up(&mut active.draft, tokens)).map(|()| Vec::new())
+        };
+        let spent = clock.now().saturating_duration_since(began);
+        self.drafting += spent;
+        let guess = guess?;
+        drafter.took(guess.len(), spent);
+        Ok(guess)
     }
 }
 
@@ -59,7 +133,27 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         if request.walk.is_some() {
             return Some(SpeculationOff::Constraint);
         }
-        (self.model.takes_back() == 0).then_some(SpeculationOff::Uncuttable)
+        let takes_back = |model: &M| model.takes_back() > 0;
+        let can = takes_back(&self.model) && self.speculation.draft().is_none_or(takes_back);
+        (!can).then_some(SpeculationOff::Uncuttable)
+    }
+
+    /// Bytes that a request of so many tokens takes.
+    pub(super) fn sequence_bytes(&self, tokens: usize) -> u64 {
+        let draft = self.speculation.draft();
+        let draft = draft.map_or(0, |draft| draft.sequence_bytes(tokens));
+        self.model.sequence_bytes(tokens).saturating_add(draft)
+    }
+
+    /// Bytes that the sequences of the draft model take.
+    pub(super) fn drafted_bytes(&self) -> u64 {
+        let Some(draft) = self.speculation.draft() else {
+            return 0;
+        };
+        let sequences = self.active.iter().filter_map(|active| active.draft.as_ref());
+        sequences
+            .map(|sequence| draft.sequence_bytes(draft.len(sequence)))
+            .sum()
     }
 
     /// How many tokens the steps were fed that this turn reads.
@@ -71,7 +165,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// Whether guesses are to be made in this turn, or verified: then its tokens have to be read before the next step is
     /// begun, and all of the batch are in that step together.
     pub(super) fn expects_guesses(&mut self, due: &[Id], failed: &Failed) -> bool {
-        if self.speculation.is_off() {
+        if !self.speculation.is_on() {
             return false;
         }
         let limit = self.context_length;
@@ -85,19 +179,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 expects = true;
                 continue;
             }
-            // The token that is not read yet is the first guess, and is not fed.
-            let most = active
-                .may_guess(limit, model.takes_back(), &speculation.config)
-                .min(room);
-            let guess = speculation.guess(&active.tokens, most);
-            if guess.is_empty() {
+            let most = active.may_guess(limit, model.takes_back(), &speculation.config);
+            // Of what is known one token is being chosen already.
+            let possible = speculation.possible(&active.tokens, most.min(room));
+            if possible.len() == 0 {
                 continue;
             }
-            match active
-                .guesses
-                .acceptance
-                .worth(guess.len(), base, &speculation.costs, 0.0)
-            {
+            match speculation.worth(active, &possible, base) {
                 Some(0) => expects |= active.guesses.decline(),
                 Some(_) => expects = true,
                 None => {}
@@ -108,43 +196,61 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 
     /// Guesses what every answer goes on with whose next step was not begun yet.
     pub(super) fn guess(&mut self, due: &[Id], failed: &Failed) {
-        if self.speculation.is_off() {
+        if !self.speculation.is_on() {
             return;
         }
         let limit = self.context_length;
-        let (model, speculation) = (&self.model, &self.speculation);
-        let due: Vec<Id> = standing(&mut self.active, due, failed)
+        let Self {
+            model,
+            speculation,
+            active,
+            clock,
+            ..
+        } = self;
+        let due: Vec<Id> = standing(active, due, failed)
             .filter(|active| active.finished.is_none() && !active.ahead)
             .map(|active| active.id)
             .collect();
         let mut room = speculation.config.room(model.batch_limit());
         let mut base = (due.len(), due.len() as f64);
-        for active in standing(&mut self.active, &due, failed) {
-            let most = active
-                .may_guess(limit, model.takes_back(), &speculation.config)
-                .min(room);
-            let mut guess = speculation.guess(&active.tokens, most);
-            if guess.is_empty() || active.guesses.intent == Intent::Declined {
+        for active in standing(active, &due, failed) {
+            if let Some(drafter) = &mut speculation.drafter {
+                drafter.forget(&mut active.draft, active.tokens.len() - 1);
+            }
+            let most = active.may_guess(limit, model.takes_back(), &speculation.config);
+            let possible = speculation.possible(&active.tokens, most.min(room));
+            if possible.len() == 0 || active.guesses.intent == Intent::Declined {
                 continue;
             }
+            let worth = speculation.worth(active, &possible, base);
             let guesses = &mut active.guesses;
-            match guesses
-                .acceptance
-                .worth(guess.len(), base, &speculation.costs, 0.0)
-            {
-                Some(0) if guesses.intent == Intent::Trial || guesses.decline() => {}
+            let count = match worth {
+                Some(0) if guesses.intent == Intent::Trial || guesses.decline() => possible.len(),
                 Some(0) | None => continue,
                 Some(worth) => {
                     guesses.acceptance.pays();
-                    guess.truncate(worth);
+                    worth
                 }
-            }
+            };
+            let guess = match possible {
+                Possible::Known(mut tokens) => {
+                    tokens.truncate(count);
+                    tokens
+                }
+                Possible::Drafted(_) => match speculation.drafted(active, count, clock) {
+                    Ok(guess) => guess,
+                    Err(error) => {
+                        tracing::warn!(%error, "the draft model failed, and the answer goes on without");
+                        active.guesses.report.off = Some(SpeculationOff::DraftFailed);
+                        active.draft = None;
+                        continue;
+                    }
+                },
+            };
             room -= guess.len();
-            base = (
-                base.0 + guess.len(),
-                base.1 + guesses.acceptance.expected(guess.len()),
-            );
-            guesses.fed = guess;
+            let expected = active.guesses.acceptance.expected(guess.len());
+            base = (base.0 + guess.len(), base.1 + expected);
+            active.guesses.fed = guess;
         }
     }
 }

@@ -12,7 +12,7 @@ use super::*;
 use crate::config::PrefixCacheConfig;
 use crate::gauges::Gauges;
 use crate::mock::{MockFault, MockModel, MockScript, Pace};
-use crate::speculation::{LookupConfig, SpeculationConfig};
+use crate::speculation::{DraftConfig, LookupConfig, SpeculationConfig};
 
 /// A clock that a test moves.
 #[derive(Clone)]
@@ -69,13 +69,15 @@ impl Bench {
             device: Device::Cpu,
             load_s: 0.0,
         };
+        let drafts = matches!(config.speculation, SpeculationConfig::Draft(_));
+        let draft = drafts.then(|| script.draft().load().expect("the mock loads"));
         let model = script.load().expect("the mock loads");
         let gauges = Arc::new(Gauges::new(clock.start));
         let tokenizer = MockScript::default()
             .tokenizer()
             .expect("the mock has a tokenizer");
         Self {
-            worker: Worker::new(model, tokenizer, identity, config, clock.clone(), gauges)
+            worker: Worker::new((model, draft), tokenizer, identity, config, clock.clone(), gauges)
                 .expect("the folder is there"),
             clock,
             requests: Vec::new(),
@@ -342,7 +344,10 @@ struct Setting {
     max_bytes: Option<u64>,
     whole: bool,
     faults: Vec<(u64, MockFault)>,
-    lookup: Option<LookupConfig>,
+    speculation: SpeculationConfig,
+    /// What the draft model says; what the model says where `None`.
+    drafted: Option<String>,
+    draft_faults: Vec<(u64, MockFault)>,
     /// Milliseconds of a step, and of each token in it.
     pace: (u64, u64),
 }
@@ -355,6 +360,17 @@ fn lookup() -> impl Strategy<Value = LookupConfig> {
     })
 }
 
+fn speculation() -> impl Strategy<Value = SpeculationConfig> {
+    prop_oneof![
+        1 => Just(SpeculationConfig::Off),
+        2 => lookup().prop_map(SpeculationConfig::Lookup),
+        2 => (1usize..10).prop_map(|max_tokens| SpeculationConfig::Draft(DraftConfig {
+            max_tokens,
+            ..DraftConfig::new("draft")
+        })),
+    ]
+}
+
 fn setting() -> impl Strategy<Value = Setting> {
     let fault = prop::sample::select(vec![MockFault::Device, MockFault::OutOfMemory, MockFault::Panic]);
     (
@@ -362,8 +378,13 @@ fn setting() -> impl Strategy<Value = Setting> {
         prop::option::of(200u64..2000),
         prop::option::of(0u64..1000),
         any::<bool>(),
-        prop::collection::vec((0u64..30, fault), 0..3),
-        (prop::option::of(lookup()), (0u64..4, 0u64..3)),
+        prop::collection::vec((0u64..30, fault.clone()), 0..3),
+        (
+            speculation(),
+            (0u64..4, 0u64..3),
+            prop::option::of("[a-d]{0,40}"),
+            prop::collection::vec((0u64..30, fault), 0..2),
+        ),
     )
         .prop_map(
             |(
@@ -372,7 +393,7 @@ fn setting() -> impl Strategy<Value = Setting> {
                 max_bytes,
                 whole,
                 faults,
-                (lookup, pace),
+                (speculation, pace, drafted, draft_faults),
             )| Setting {
                 max_batch,
                 max_queue,
@@ -381,7 +402,9 @@ fn setting() -> impl Strategy<Value = Setting> {
                 max_bytes,
                 whole,
                 faults,
-                lookup,
+                speculation,
+                drafted,
+                draft_faults,
                 pace,
             },
         )
@@ -417,6 +440,15 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
     if setting.whole {
         script = script.with_whole_sequences();
     }
+    let mut draft = setting
+        .drafted
+        .clone()
+        .map_or_else(MockScript::default, MockScript::reply)
+        .with_bytes_per_token(3);
+    for &(number, fault) in &setting.draft_faults {
+        draft = draft.with_fault(number, fault);
+    }
+    script = script.with_draft(draft);
     let config = EngineConfig {
         max_batch,
         max_queue,
@@ -425,10 +457,7 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
         prefix_cache: setting
             .max_bytes
             .map_or_else(PrefixCacheConfig::default, PrefixCacheConfig::of),
-        speculation: setting
-            .lookup
-            .clone()
-            .map_or(SpeculationConfig::Off, SpeculationConfig::Lookup),
+        speculation: setting.speculation.clone(),
         ..EngineConfig::default()
     };
     let mut bench = Bench::new(script, &config).with_pace(setting.pace);
@@ -521,6 +550,8 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
     }
     prop_assert!(faults <= setting.faults.len());
     // All that was taken is given back.
+    let drafts = bench.worker.speculation.draft();
+    prop_assert_eq!(drafts.map_or(0, MockModel::alive), 0);
     prop_assert_eq!(bench.worker.scheduler.reserved(), 0);
     let pinned: Vec<_> = bench
         .worker

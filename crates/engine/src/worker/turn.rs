@@ -246,7 +246,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             usage,
             timings: active.answer.timings(self.identity.load_s, active.started, usage),
             peak_memory_bytes: self.model.peak_memory_bytes(),
-            speculation: (!self.speculation.is_off()).then_some(active.guesses.report),
+            speculation: self.speculation.is_on().then_some(active.guesses.report),
         };
         let _ = active.request.events.send(Ok(GenerationEvent::Finished(summary)));
         self.retire(active);

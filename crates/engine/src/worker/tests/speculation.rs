@@ -170,3 +170,35 @@ fn what_cannot_be_taken_back_is_not_guessed() {
         (expected, "abababababab")
     );
 }
+
+/// What a draft model guesses is counted as it is, and a draft model that fails costs no answer.
+#[test]
+fn a_draft_model_guesses() {
+    let config = EngineConfig {
+        speculation: SpeculationConfig::Draft(DraftConfig::new("draft")),
+        ..config()
+    };
+    let run = |draft: MockScript| {
+        let script = MockScript::reply("abcdefghijklmnopqrstuvwxyz").with_draft(draft);
+        let mut bench = Bench::new(script, &config);
+        // A plain step is known to take no time, and so does any.
+        bench.worker.speculation.costs.note(1, 0.0);
+        bench
+            .submit("a prompt that is longer than a chunk", params(40))
+            .unwrap();
+        bench.finish();
+        assert_eq!(bench.requests[0].text, "abcdefghijklmnopqrstuvwxyz");
+        assert_eq!(bench.worker.speculation.draft().unwrap().alive(), 0);
+        bench.requests[0].speculation.unwrap()
+    };
+    // The draft model has two chunks and a rest of the prompt to read before it guesses the first; 27 tokens with the end, of
+    // which each step gives four right guesses and one more.
+    let right = run(MockScript::reply("abcdefghijklmnopqrstuvwxyz"));
+    assert_eq!(right.acceptance(), Some(1.0), "{right:?}");
+    assert!((4..=6).contains(&right.steps), "{right:?}");
+    let wrong = run(MockScript::reply("0".repeat(60)));
+    assert_eq!((wrong.accepted_tokens, wrong.off), (0, None), "{wrong:?}");
+    let fails = run(MockScript::reply("abcdefghijklmnopqrstuvwxyz").with_fault(14, MockFault::Panic));
+    assert_eq!(fails.off, Some(SpeculationOff::DraftFailed), "{fails:?}");
+    assert!(fails.accepted_tokens > 0, "{fails:?}");
+}
