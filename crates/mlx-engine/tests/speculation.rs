@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 use futures::future::join_all;
 use mlx_engine::prelude::*;
 use mlx_engine::{
-    ConvertOptions, DraftConfig, EngineConfig, KvConfig, LookupConfig, OutputConstraint, SpeculationConfig,
-    SpeculationOff, WeightBits, convert,
+    ConvertOptions, DraftConfig, EngineConfig, KvConfig, LookupConfig, ModelRegistry, OutputConstraint,
+    SpeculationConfig, SpeculationOff, WeightBits, convert,
 };
 
 const LETTER: &str = "Dear Ms. Miller,\n\nthank you for your order of 12 June. The three chairs were sent today and will be \
@@ -203,7 +203,10 @@ async fn a_draft_that_is_wrong_at_times_changes_nothing() {
         },
         ..ConvertOptions::default()
     };
-    convert(&model(), &folder, &options, &mut |_| ControlFlow::Continue(())).expect("it is converted");
+    convert(&model(), ModelRegistry::builtin(), &folder, &options, &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .expect("it is converted");
     let plain = load(EngineConfig::default()).await;
     let engine = load(EngineConfig {
         speculation: draft(folder.display().to_string()),

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use mlx_engine_core::{EngineError, GenerateParams, ParamError};
+#[cfg(feature = "mlx")]
+use mlx_engine_core::ParamError;
+use mlx_engine_core::{EngineError, GenerateParams};
 use mlx_engine_text::Tokenizer;
 
 use super::policy::note;
@@ -130,6 +132,7 @@ impl<M: TokenModel> Drafter<M> {
 }
 
 /// Refuses a draft model whose tokens are others than the model's.
+#[cfg(feature = "mlx")]
 pub(crate) fn same_vocabulary(model: &Tokenizer, draft: &Tokenizer, name: &str) -> Result<(), EngineError> {
     let refused = |allowed: String| {
         ParamError::new("speculation.draft.model", format_args!("`{name}`"), allowed).into()

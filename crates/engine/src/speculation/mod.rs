@@ -16,6 +16,8 @@ mod lookup;
 mod policy;
 
 pub use self::config::{DraftConfig, LookupConfig, SpeculationConfig};
-pub(crate) use self::draft::{Asked, Drafter, same_vocabulary};
+#[cfg(feature = "mlx")]
+pub(crate) use self::draft::same_vocabulary;
+pub(crate) use self::draft::{Asked, Drafter};
 pub(crate) use self::lookup::look_up;
 pub(crate) use self::policy::{Acceptance, Costs};
