@@ -39,8 +39,8 @@ pub struct DecoderSpec {
     pub output_bias: bool,
     /// Whether the projections of the MLP have them.
     pub mlp_bias: bool,
-    /// Whether each head of queries and keys is normalized before it is rotated.
-    pub qk_norm: bool,
+    /// How queries and keys are normalized before they are rotated.
+    pub qk_norm: QkNorm,
     /// The function between the two halves of the MLP.
     pub activation: Activation,
     /// What embeddings are multiplied by.
@@ -85,6 +85,17 @@ impl NormPlacement {
     pub(crate) fn after(self) -> bool {
         self != Self::Before
     }
+}
+
+/// How queries and keys are normalized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Not at all.
+    None,
+    /// Each head by itself: Qwen 3, Gemma 3.
+    PerHead,
+    /// All heads together: OLMo 2.
+    AllHeads,
 }
 
 /// The function between the two halves of a gated MLP.
@@ -210,10 +221,20 @@ impl DecoderSpec {
         let attention = self.hidden_size * (2 * queries + 2 * keys);
         let biases = if self.qkv_bias { queries + 2 * keys } else { 0 };
         let norms = if self.norms == NormPlacement::Around { 4 } else { 2 };
-        let norms = norms * self.hidden_size + if self.qk_norm { 2 * self.head_dim } else { 0 };
+        let of_heads = self.qk_norm_widths().map_or(0, |(query, key)| query + key);
+        let norms = norms * self.hidden_size + of_heads;
         let block = attention + biases + norms + 3 * self.hidden_size * self.intermediate_size;
         let embeddings = if self.tied_embeddings { 1 } else { 2 } * self.vocab_size * self.hidden_size;
         (self.layers * block + embeddings + self.hidden_size) as u64
+    }
+
+    /// The lengths of the weights of the norms of queries and keys, where there are any.
+    pub(crate) fn qk_norm_widths(&self) -> Option<(usize, usize)> {
+        match self.qk_norm {
+            QkNorm::None => None,
+            QkNorm::PerHead => Some((self.head_dim, self.head_dim)),
+            QkNorm::AllHeads => Some((self.heads * self.head_dim, self.kv_heads * self.head_dim)),
+        }
     }
 
     /// Checks what the layers rely on.

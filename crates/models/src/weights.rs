@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::convert::matrix::{Matrix, Packing};
 use crate::names::{Part, Place, hugging_face_prefix};
 use crate::source::{Source, Weights};
-use crate::spec::NormPlacement;
+use crate::spec::{NormPlacement, QkNorm};
 use crate::{DecoderSpec, ModelError};
 
 /// The tensors that a decoder has, without the `.weight` and `.bias` that end their names.
@@ -22,8 +22,8 @@ pub(crate) fn places(spec: &DecoderSpec) -> impl Iterator<Item = (Place, bool)> 
         (true, Part::Query, spec.qkv_bias),
         (true, Part::Key, spec.qkv_bias),
         (true, Part::Value, spec.qkv_bias),
-        (spec.qk_norm, Part::QueryNorm, false),
-        (spec.qk_norm, Part::KeyNorm, false),
+        (spec.qk_norm != QkNorm::None, Part::QueryNorm, false),
+        (spec.qk_norm != QkNorm::None, Part::KeyNorm, false),
         (true, Part::AttentionOutput, spec.output_bias),
         (after, Part::PostAttentionNorm, false),
         (before, Part::MlpNorm, false),

@@ -67,8 +67,8 @@ fn a_path_that_is_no_model() {
 fn a_model_type_that_is_not_supported_lists_those_that_are() {
     assert_eq!(
         config_error("llama", |config| config["model_type"] = json!("gpt5")),
-        "model type `gpt5` is not supported, supported are: gemma2, gemma3, gemma3_text, llama, mistral, qwen2, \
-         qwen3"
+        "model type `gpt5` is not supported, supported are: gemma2, gemma3, gemma3_text, granite, llama, \
+         mistral, olmo2, qwen2, qwen3, seed_oss, smollm3"
     );
 }
 
@@ -277,4 +277,14 @@ fn logits_that_are_no_numbers_are_an_error() {
     let logits = decoder.forward(&[1, 2], &mut sequence).expect("it is built");
     let error = logits.eval().expect_err("it fails").to_string();
     assert!(error.contains("the logits are not finite"), "{error}");
+}
+
+#[test]
+fn layers_without_positions_are_listed_for_all_or_refused() {
+    let refused =
+        |list: serde_json::Value| config_error("smollm3-list", |config| config["no_rope_layers"] = list);
+    assert_eq!(
+        refused(json!([1, 0])),
+        "configuration of the model is invalid: `no_rope_layers` has 2 entries for 3 layers"
+    );
 }

@@ -134,6 +134,27 @@ fn llama_with_layers_that_see_a_window() {
 }
 
 #[test]
+fn granite_with_its_factors() {
+    check("granite");
+}
+
+#[test]
+fn olmo2_with_its_norms_behind() {
+    check("olmo2");
+}
+
+#[test]
+fn seed_oss_with_both_biases() {
+    check("seed-oss");
+}
+
+#[test]
+fn smollm3_with_layers_that_know_no_positions() {
+    check("smollm3");
+    check("smollm3-list");
+}
+
+#[test]
 fn gemma2_with_its_soft_caps() {
     check("gemma2");
 }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::spec::{Activation, NormPlacement};
+use crate::spec::{Activation, NormPlacement, QkNorm};
 use crate::{DecoderSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
 
 /// A `config.json`.
@@ -62,7 +62,7 @@ impl Config<'_> {
             qkv_bias: attention_bias,
             output_bias: attention_bias,
             mlp_bias: self.flag("mlp_bias").unwrap_or(false),
-            qk_norm: false,
+            qk_norm: QkNorm::None,
             activation: Activation::Silu,
             embedding_scale: 1.0,
             residual_scale: 1.0,

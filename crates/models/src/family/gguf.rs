@@ -2,7 +2,7 @@
 
 use mlx_engine_checkpoint::{GgufFile, Metadata};
 
-use crate::spec::{Activation, NormPlacement};
+use crate::spec::{Activation, NormPlacement, QkNorm};
 use crate::{DecoderSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
 
 /// The keys of an architecture.
@@ -64,7 +64,11 @@ impl<'a> Keys<'a> {
             qkv_bias: self.has("blk.0.attn_q.bias"),
             output_bias: self.has("blk.0.attn_output.bias"),
             mlp_bias: self.has("blk.0.ffn_gate.bias"),
-            qk_norm: self.has("blk.0.attn_q_norm.weight"),
+            qk_norm: if self.has("blk.0.attn_q_norm.weight") {
+                QkNorm::PerHead
+            } else {
+                QkNorm::None
+            },
             activation: Activation::Silu,
             embedding_scale: 1.0,
             residual_scale: 1.0,

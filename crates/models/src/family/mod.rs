@@ -9,7 +9,7 @@ mod gguf;
 use mlx_engine_checkpoint::GgufFile;
 use serde_json::Value;
 
-use crate::spec::{Activation, NormPlacement};
+use crate::spec::{Activation, NormPlacement, QkNorm};
 use crate::{DecoderSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
 use config::Config;
 use gguf::Keys;
@@ -25,7 +25,7 @@ struct Family {
 
 type FromGguf = fn(&Keys<'_>) -> Result<DecoderSpec, ModelError>;
 
-const FAMILIES: [Family; 7] = [
+const FAMILIES: [Family; 11] = [
     Family {
         model_type: "gemma2",
         from_config: gemma2,
@@ -41,6 +41,11 @@ const FAMILIES: [Family; 7] = [
         from_config: gemma3_text,
         gguf: Some(("gemma3", gemma3_gguf)),
     },
+    Family {
+        model_type: "granite",
+        from_config: granite,
+        gguf: None,
+    },
     // SmolLM2 is a Llama; Mistral is one in GGUF.
     Family {
         model_type: "llama",
@@ -53,6 +58,11 @@ const FAMILIES: [Family; 7] = [
         gguf: None,
     },
     Family {
+        model_type: "olmo2",
+        from_config: olmo2,
+        gguf: None,
+    },
+    Family {
         model_type: "qwen2",
         from_config: qwen2,
         gguf: Some(("qwen2", llama_gguf)),
@@ -61,6 +71,16 @@ const FAMILIES: [Family; 7] = [
         model_type: "qwen3",
         from_config: qwen3,
         gguf: Some(("qwen3", qwen3_gguf)),
+    },
+    Family {
+        model_type: "seed_oss",
+        from_config: seed_oss,
+        gguf: None,
+    },
+    Family {
+        model_type: "smollm3",
+        from_config: smollm3,
+        gguf: None,
     },
 ];
 
@@ -131,15 +151,84 @@ fn qwen2(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
 
 fn qwen3(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
     Ok(DecoderSpec {
-        qk_norm: true,
+        qk_norm: QkNorm::PerHead,
         ..llama(config)?
     })
 }
 
 fn qwen3_gguf(keys: &Keys<'_>) -> Result<DecoderSpec, ModelError> {
     Ok(DecoderSpec {
-        qk_norm: true,
+        qk_norm: QkNorm::PerHead,
         ..keys.llama()?
+    })
+}
+
+/// IBM's Granite 3: a Llama with four factors of its own.
+fn granite(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
+    let factor = |key: &str| {
+        let number = config.number(key)?;
+        number.ok_or_else(|| ModelError::config(format!("`{key}` is missing")))
+    };
+    Ok(DecoderSpec {
+        attention_scale: factor("attention_multiplier")?,
+        embedding_scale: factor("embedding_multiplier")?,
+        residual_scale: factor("residual_multiplier")?,
+        logit_scale: factor("logits_scaling")?.recip(),
+        tied_embeddings: config.flag("tie_word_embeddings").unwrap_or(true),
+        ..llama(config)?
+    })
+}
+
+fn olmo2(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
+    Ok(DecoderSpec {
+        norms: NormPlacement::After,
+        qk_norm: QkNorm::AllHeads,
+        // transformers' default is false, mlx-lm's is true; the published configurations say it.
+        ..llama(config)?
+    })
+}
+
+fn seed_oss(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
+    Ok(DecoderSpec {
+        output_bias: config.flag("attention_out_bias").unwrap_or(false),
+        ..llama(config)?
+    })
+}
+
+/// Every fourth layer knows no positions, unless a list says which.
+fn smollm3(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
+    let spec = llama(config)?;
+    let rotated = spec.attention[0].clone();
+    if rotated.window.is_some() || spec.attention.len() > 1 {
+        return Err(ModelError::config(
+            "`layer_types` has sliding windows, which no published SmolLM3 has",
+        ));
+    }
+    let pattern = if let Some(layers) = config.0["no_rope_layers"].as_array() {
+        if layers.len() != spec.layers {
+            let (entries, layers) = (layers.len(), spec.layers);
+            let message = format!("`no_rope_layers` has {entries} entries for {layers} layers");
+            return Err(ModelError::config(message));
+        }
+        // 1 says that a layer rotates.
+        let plain = |layer: &Value| usize::from(layer.as_u64() == Some(0) || layer.as_bool() == Some(false));
+        layers.iter().map(plain).collect()
+    } else {
+        let interval = config.optional_size("no_rope_layer_interval")?.unwrap_or(4);
+        // Of fewer layers none is reached.
+        let layers = 1..=interval.min(spec.layers);
+        layers.map(|layer| usize::from(layer == interval)).collect()
+    };
+    let plain = LayerAttention {
+        window: None,
+        rope: None,
+    };
+    Ok(DecoderSpec {
+        attention: vec![rotated, plain],
+        attention_pattern: pattern,
+        // transformers' default, which the published configuration leaves out.
+        tied_embeddings: config.flag("tie_word_embeddings").unwrap_or(true),
+        ..spec
     })
 }
 
@@ -252,7 +341,7 @@ fn gemma3_text(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
     };
     Ok(DecoderSpec {
         norms_from_one: true,
-        qk_norm: true,
+        qk_norm: QkNorm::PerHead,
         attention,
         attention_pattern,
         attention_scale: scaled_queries(&config, 256.0)?,
@@ -281,7 +370,7 @@ fn gemma3_gguf(keys: &Keys<'_>) -> Result<DecoderSpec, ModelError> {
         spec.head_dim
     };
     Ok(DecoderSpec {
-        qk_norm: true,
+        qk_norm: QkNorm::PerHead,
         attention,
         attention_pattern,
         attention_scale: (width as f32).sqrt().recip(),

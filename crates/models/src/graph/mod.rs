@@ -17,6 +17,7 @@ use layers::{Linear, Matrix, Norm, Rope};
 use crate::device::DeviceInfo;
 use crate::kv::KvPlan;
 use crate::names::{Part, Place};
+use crate::spec::QkNorm;
 use crate::weights::{Loader, RawMatrix, StoredType};
 use crate::{DecoderSpec, ModelError};
 
@@ -58,6 +59,7 @@ struct Attention {
     output: Linear,
     /// Norms of queries and keys, where the family has them.
     norms: Option<(Norm, Norm)>,
+    qk_norm: QkNorm,
     rope: Option<Rope>,
     scale: f32,
     softcap: Option<f32>,
@@ -136,15 +138,21 @@ impl Attention {
             .collect()
     }
 
+    /// Queries or keys by head, normalized where the family does.
+    fn normed(&self, x: &Array, norm: Option<&Norm>, heads: i32) -> Result<Array, ModelError> {
+        match (norm, self.qk_norm) {
+            (Some(norm), QkNorm::AllHeads) => self.split(&norm.forward(x)?, heads),
+            (Some(norm), _) => norm.forward(&self.split(x, heads)?),
+            (None, _) => self.split(x, heads),
+        }
+    }
+
     fn forward(&self, x: &Array, batch: &mut Batch<'_, '_>, layer: usize) -> Result<Array, ModelError> {
         let rows = x.shape()[1];
-        let mut queries = self.split(&self.query.forward(x)?, self.heads)?;
-        let mut keys = self.split(&self.key.forward(x)?, self.kv_heads)?;
+        let (query_norm, key_norm) = self.norms.as_ref().map(|(query, key)| (query, key)).unzip();
+        let queries = self.normed(&self.query.forward(x)?, query_norm, self.heads)?;
+        let keys = self.normed(&self.key.forward(x)?, key_norm, self.kv_heads)?;
         let values = self.split(&self.value.forward(x)?, self.kv_heads)?;
-        if let Some((query_norm, key_norm)) = &self.norms {
-            queries = query_norm.forward(&queries)?;
-            keys = key_norm.forward(&keys)?;
-        }
         let queries = self.rotated(&queries, batch)?;
         let keys = self.rotated(&keys, batch)?;
         let values = Self::per_sequence(&values, batch)?;
@@ -301,14 +309,13 @@ impl GraphDecoder {
             let at = |part| Place::InLayer(layer, part);
             let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
             let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
-            let norms = if spec.qk_norm {
-                Some((
-                    norm(at(Part::QueryNorm), spec.head_dim)?,
-                    norm(at(Part::KeyNorm), spec.head_dim)?,
-                ))
-            } else {
-                None
-            };
+            let norms = spec
+                .qk_norm_widths()
+                .map(|(query, key)| {
+                    let norms = (norm(at(Part::QueryNorm), query)?, norm(at(Part::KeyNorm), key)?);
+                    Ok::<_, ModelError>(norms)
+                })
+                .transpose()?;
             let kind = spec.attention_of(layer);
             let before = |part| spec.norms.before().then(|| norm(at(part), hidden)).transpose();
             let after = |part| spec.norms.after().then(|| norm(at(part), hidden)).transpose();
@@ -320,6 +327,7 @@ impl GraphDecoder {
                     value: arrays.linear(at(Part::Value), kv_width, hidden, spec.qkv_bias)?,
                     output: arrays.linear(at(Part::AttentionOutput), hidden, q_width, spec.output_bias)?,
                     norms,
+                    qk_norm: spec.qk_norm,
                     rope: kind.rope.as_ref().map(|rope| Rope {
                         dimensions: spec.head_dim as i32,
                         interleaved: rope.interleaved,

@@ -76,14 +76,12 @@ pub(super) fn model(
         let norm = |part, len| loader.norm(at(part), len);
         let before = |part| spec.norms.before().then(|| norm(part, hidden)).transpose();
         let after = |part| spec.norms.after().then(|| norm(part, hidden)).transpose();
-        let head_norms = if spec.qk_norm {
-            Some((
-                norm(Part::QueryNorm, spec.head_dim)?,
-                norm(Part::KeyNorm, spec.head_dim)?,
-            ))
-        } else {
-            None
-        };
+        let head_norms = spec
+            .qk_norm_widths()
+            .map(|(query, key)| {
+                Ok::<_, ModelError>((norm(Part::QueryNorm, query)?, norm(Part::KeyNorm, key)?))
+            })
+            .transpose()?;
         blocks.push(Block {
             attention_norm: before(Part::AttentionNorm)?,
             query: layouts.linear(at(Part::Query), q_width, hidden, spec.qkv_bias)?,
