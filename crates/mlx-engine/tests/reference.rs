@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use mlx_engine::environment::{Reader, VARIABLES};
 use mlx_engine::{
-    DiskCacheConfig, EngineConfig, EngineError, ErrorSource, GenerateParams, HealthConfiguration,
-    LookupConfig, ModelRegistry, OptimizeOptions, ParamError, ResilienceConfiguration,
+    DiskCacheConfig, DraftConfig, EngineConfig, EngineError, ErrorSource, GenerateParams,
+    HealthConfiguration, LookupConfig, ModelRegistry, OptimizeOptions, ParamError, ResilienceConfiguration,
     SupervisorConfiguration,
 };
 use serde::Serialize;
@@ -159,6 +159,13 @@ fn reference_of_configuration() {
         "LookupConfig",
         "speculation.lookup.",
         &LookupConfig::default(),
+    );
+    section(
+        &mut page,
+        &speculation,
+        "DraftConfig",
+        "speculation.draft.",
+        &DraftConfig::new("MODEL"),
     );
     let kv = Source::read("crates/core/src/kv.rs");
     section(&mut page, &kv, "KvConfig", "kv.", &defaults.kv);
