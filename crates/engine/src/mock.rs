@@ -158,7 +158,7 @@ pub struct MockModel {
     pub(crate) pace: Option<Pace>,
 }
 
-/// A clock in milliseconds that goes on when a step is read.
+/// A clock in milliseconds that goes on when a step is read, or when it is fed.
 #[cfg(test)]
 #[derive(Clone, Debug)]
 pub(crate) struct Pace {
@@ -166,6 +166,8 @@ pub(crate) struct Pace {
     /// For a step of any number of tokens, and for each of them.
     pub(crate) step: u64,
     pub(crate) token: u64,
+    /// Whether a step runs when it is fed, as on a device that takes no more before.
+    pub(crate) eager: bool,
     /// Tokens that were fed since one was read.
     pub(crate) fed: u64,
 }
@@ -227,6 +229,10 @@ impl MockModel {
         let scripted = sequence.answer.get(number as usize).copied().unwrap_or(END);
         #[cfg(test)]
         if let Some(pace) = &mut self.pace {
+            if pace.eager {
+                let spent = pace.token + if pace.fed == 0 { pace.step } else { 0 };
+                pace.clock.fetch_add(spent, std::sync::atomic::Ordering::Relaxed);
+            }
             pace.fed += 1;
         }
         // Behind a wrong guess a model says something, and something else than it would have said.
@@ -354,7 +360,11 @@ impl TokenModel for MockModel {
         }
         #[cfg(test)]
         if let Some(pace) = self.pace.as_mut().filter(|pace| pace.fed > 0) {
-            let spent = pace.step + pace.token * pace.fed;
+            let spent = if pace.eager {
+                0
+            } else {
+                pace.step + pace.token * pace.fed
+            };
             pace.clock.fetch_add(spent, std::sync::atomic::Ordering::Relaxed);
             pace.fed = 0;
         }

@@ -25,6 +25,11 @@ pub(super) struct Speculation<M> {
     settled: bool,
     /// What the draft model took of the turn.
     drafting: Duration,
+    /// What the turn took to feed steps that the next one reads: a device may run some of a step, or all, before it takes
+    /// the rest.
+    feeding: Duration,
+    /// The same of the turn before.
+    fed_before: Duration,
 }
 
 /// What may be guessed for an answer.
@@ -52,6 +57,8 @@ impl<M: TokenModel> Speculation<M> {
             costs: Costs::default(),
             settled: false,
             drafting: Duration::ZERO,
+            feeding: Duration::ZERO,
+            fed_before: Duration::ZERO,
         }
     }
 
@@ -66,12 +73,18 @@ impl<M: TokenModel> Speculation<M> {
 
     /// A turn took so long that read steps of so many tokens, and did nothing else where it `decoded` alone.
     pub(super) fn turned(&mut self, rows: usize, spent: Duration, decoded: bool) {
-        let drafting = std::mem::take(&mut self.drafting);
+        let other = std::mem::take(&mut self.drafting) + self.feeding;
+        let spent = self.fed_before + spent.saturating_sub(other);
+        self.fed_before = std::mem::take(&mut self.feeding);
         if self.settled && decoded {
-            self.costs
-                .note(rows, spent.saturating_sub(drafting).as_secs_f64());
+            self.costs.note(rows, spent.as_secs_f64());
         }
         self.settled = decoded;
+    }
+
+    /// Feeding steps took so long.
+    pub(super) fn fed(&mut self, spent: Duration) {
+        self.feeding += spent;
     }
 
     /// What may be guessed behind tokens, at most so many.

@@ -91,6 +91,7 @@ impl Bench {
             clock,
             step,
             token,
+            eager: false,
             fed: 0,
         });
         self

@@ -83,6 +83,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         failed: &mut Failed,
         token: impl Fn(&M, &Active<M::Sequence>) -> Option<Option<u32>>,
     ) {
+        let began = self.clock.now();
         let Self { model, active, .. } = self;
         let mut fed = Vec::new();
         for active in standing(active, due, failed) {
@@ -112,6 +113,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
         }
         failed.append(&mut ended);
+        self.speculation
+            .fed(self.clock.now().saturating_duration_since(began));
     }
 
     /// Finds out what may come, of every answer that is due and held to a grammar: while the device computes.

@@ -93,6 +93,32 @@ proptest! {
     }
 }
 
+/// A device that runs a step when it is fed is measured as one that does not.
+#[test]
+fn steps_that_run_when_they_are_fed_are_measured_too() {
+    // Nothing is gained: a token costs a whole step.
+    let prompt = "to be or not to be that is the question ".repeat(6);
+    let guessed = |eager| {
+        let mut bench = Bench::new(
+            MockScript::reply(prompt.clone()),
+            &guessing(&LookupConfig::default()),
+        )
+        .with_pace((0, 10));
+        if let Some(pace) = &mut bench.worker.model.pace {
+            pace.eager = eager;
+        }
+        bench.submit(&prompt, params(200)).unwrap();
+        bench.finish();
+        bench.requests[0].speculation.unwrap()
+    };
+    let report = guessed(true);
+    assert!(
+        report.paused_steps > 100 && report.steps < 8,
+        "{report:?} {:?}",
+        guessed(false)
+    );
+}
+
 /// An answer that repeats the prompt takes fewer turns where a token more costs little, and as many where it costs a step.
 #[test]
 fn guesses_are_made_where_they_pay() {
