@@ -9,6 +9,10 @@ pub(crate) use with_grammars::{Compiler, Walk, after_thoughts, of_calls};
 pub(crate) use without::{Compiler, Walk, after_thoughts, of_calls};
 
 /// The calls that an answer may have.
+#[cfg_attr(
+    not(feature = "grammar"),
+    expect(dead_code, reason = "without grammars they are refused unread")
+)]
 pub(crate) struct Calls<'a> {
     pub(crate) format: ToolFormat,
     pub(crate) tools: &'a [Tool],
@@ -184,6 +188,7 @@ mod without {
             Self
         }
 
+        #[expect(clippy::unused_self, reason = "as where there are grammars")]
         pub(crate) fn compile(&self, _constraint: &OutputConstraint) -> Result<Walk, EngineError> {
             none()
         }

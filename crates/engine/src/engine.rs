@@ -623,11 +623,15 @@ impl LlmEngine for Engine {
     }
 
     fn statistics(&self) -> Option<EngineStatistics> {
-        let mut statistics = self.gauges.read(Instant::now());
+        let statistics = self.gauges.read(Instant::now());
         #[cfg(feature = "mlx")]
-        if self.identity.backend == Backend::Mlx {
-            statistics.memory = crate::mlx::device_memory();
-        }
+        let statistics = match self.identity.backend {
+            Backend::Mlx => EngineStatistics {
+                memory: crate::mlx::device_memory(),
+                ..statistics
+            },
+            _ => statistics,
+        };
         Some(statistics)
     }
 
