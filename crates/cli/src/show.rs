@@ -166,7 +166,7 @@ fn print_entry(entry: &ModelEntry) -> Result<(), Failure> {
         None => outln!("weights       floating point"),
     }
     outln!("context       {} tokens", model.context_length);
-    outln!("size          {} bytes", model.size_bytes);
+    outln!("size          {}", table::size(model.size_bytes));
     let capabilities: Vec<String> = entry.capabilities.iter().map(ToString::to_string).collect();
     let sampling = match &entry.sampling {
         Some(sampling) => {
