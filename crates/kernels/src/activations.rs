@@ -148,8 +148,12 @@ impl Activations {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
+        let integers = &self.integers;
         self.floats.capacity() * size_of::<f32>()
-            + self.integers.bytes.capacity() * (size_of::<Bytes>() + size_of::<Factors>() + size_of::<Rest>())
+            + integers.bytes.capacity() * size_of::<Bytes>()
+            + integers.factors.capacity() * size_of::<Factors>()
+            + integers.refined.capacity() * size_of::<u16>()
+            + integers.rests.capacity() * size_of::<Rest>()
     }
 
     /// Makes the rows ready for products of this precision. Columns that are not whole blocks of 32 are left to the
