@@ -13,7 +13,7 @@ use mlx_engine_resilience::{
 };
 
 use crate::engine::{Engine, Loaded};
-use crate::{Chosen, EngineConfig, Feed, MockScript, TokenModel};
+use crate::{Chosen, EngineConfig, Feed, FeedError, MockScript, TokenModel};
 
 /// Where a fault comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,15 +151,6 @@ struct Faulty<M> {
     plan: Arc<Plan>,
 }
 
-impl<M> Faulty<M> {
-    fn step(&self, params: &GenerateParams, number: u64) -> Result<(), EngineError> {
-        if params.seed == Some(VICTIM) {
-            self.plan.meet(Point::Step(number))?;
-        }
-        Ok(())
-    }
-}
-
 impl<M: TokenModel> TokenModel for Faulty<M> {
     type Sequence = M::Sequence;
 
@@ -197,32 +188,6 @@ impl<M: TokenModel> TokenModel for Faulty<M> {
         self.model.shared_bytes(len)
     }
 
-    fn prefill(&mut self, sequence: &mut M::Sequence, tokens: &[u32]) -> Result<(), EngineError> {
-        self.plan.meet(Point::Prefill)?;
-        self.model.prefill(sequence, tokens)
-    }
-
-    fn begin(
-        &mut self,
-        sequence: &mut M::Sequence,
-        tokens: &[u32],
-        params: &GenerateParams,
-        number: u64,
-    ) -> Result<(), EngineError> {
-        self.step(params, number)?;
-        self.model.begin(sequence, tokens, params, number)
-    }
-
-    fn look_ahead(
-        &mut self,
-        sequence: &mut M::Sequence,
-        params: &GenerateParams,
-        number: u64,
-    ) -> Result<bool, EngineError> {
-        self.step(params, number)?;
-        self.model.look_ahead(sequence, params, number)
-    }
-
     fn can_look_ahead(&self, sequence: &M::Sequence) -> bool {
         self.model.can_look_ahead(sequence)
     }
@@ -231,9 +196,19 @@ impl<M: TokenModel> TokenModel for Faulty<M> {
         self.model.batch_limit()
     }
 
-    fn feed(&mut self, batch: &mut [Feed<'_, M::Sequence>]) -> Result<(), EngineError> {
-        for feed in batch.iter() {
-            self.step(feed.params, feed.number)?;
+    fn feed(&mut self, batch: &mut [Feed<'_, M::Sequence>]) -> Result<(), FeedError> {
+        for (index, feed) in batch.iter().enumerate() {
+            let point = if feed.choices == 0 {
+                Point::Prefill
+            } else {
+                Point::Step(feed.number)
+            };
+            if feed.params.seed == Some(VICTIM) {
+                self.plan.meet(point).map_err(|error| FeedError {
+                    error,
+                    culprit: Some(index),
+                })?;
+            }
         }
         self.model.feed(batch)
     }
@@ -428,12 +403,12 @@ async fn a_fault_is_one_requests_and_the_neighbours_get_the_tokens_that_they_get
             let plan = Arc::new(Plan::default());
             let engine = load(kind, &plan, config).await.unwrap();
             let ask = async |prompt, params| collect_events(engine.stream(prompt, params).await?).await;
-            // A step of a batch is that of all in it: there the neighbours wait.
-            let points = POINTS
+            // Nobody can tell whose fault a panic in a step of several is: there the neighbours wait.
+            let shared = |point, fault| fault == Fault::Panic && point != Point::Read;
+            for (point, fault) in POINTS
                 .into_iter()
-                .filter(|point| matches!(point, Point::Step(1..)) == waits);
-            for (point, fault) in
-                points.flat_map(|point| faults(kind).into_iter().map(move |fault| (point, fault)))
+                .flat_map(|point| faults(kind).into_iter().map(move |fault| (point, fault)))
+                .filter(|&(point, fault)| shared(point, fault) == waits)
             {
                 *plan.fault.lock().unwrap() = Some((point, fault));
                 let (failed, one, two) = futures::join!(

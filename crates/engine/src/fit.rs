@@ -74,7 +74,8 @@ impl fmt::Display for MemoryFit {
 
 impl MemoryNeeds {
     fn workspace(&self, chunk: usize, batch: u64) -> u64 {
-        let rows = (chunk as u64).max(batch);
+        // A token of each answer beside the chunk.
+        let rows = (chunk as u64).saturating_add(batch.saturating_sub(1));
         let logits = self.logits_bytes.saturating_mul(batch);
         self.workspace_bytes_per_token
             .saturating_mul(rows)
@@ -136,16 +137,13 @@ impl EngineConfig {
         } else {
             (left / kv / LEAST_CONTEXT * LEAST_CONTEXT).max(asked.min(LEAST_CONTEXT))
         };
-        let each = kv
-            .saturating_mul(context.min(TYPICAL))
-            .saturating_add(needs.logits_bytes);
-        // The logits of a batch must not take what one request of the whole context needs.
+        let row = needs.logits_bytes.saturating_add(needs.workspace_bytes_per_token);
+        let each = kv.saturating_mul(context.min(TYPICAL)).saturating_add(row);
+        // The workspace of a batch must not take what one request of the whole context needs.
         let beside_one = left.saturating_sub(kv.saturating_mul(context));
-        let logits = beside_one.checked_div(needs.logits_bytes).unwrap_or(u64::MAX - 1);
-        let rows = chunk as u64;
+        let beside = beside_one.checked_div(row).unwrap_or(u64::MAX - 1);
         let batch = (left / each)
-            .min(logits.saturating_add(1))
-            .min(rows)
+            .min(beside.saturating_add(1))
             .clamp(1, self.max_batch as u64);
         let workspace_bytes = needs.workspace(chunk, batch);
         let fit = MemoryFit {

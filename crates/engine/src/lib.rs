@@ -59,7 +59,7 @@ pub use mlx_engine_checkpoint::FloatType;
 #[cfg(feature = "mlx")]
 pub use mlx_engine_models::{Conversion, ConvertOptions, ConvertProgress, Recipe, WeightBits};
 pub use mock::{MockFault, MockModel, MockScript};
-pub use model::{Chosen, Feed, TokenModel};
+pub use model::{Chosen, Feed, FeedError, TokenModel};
 pub use prefix::{PrefixCacheReport, PrefixEntry};
 pub use prompt::PromptEncoder;
 pub use speculation::{DraftConfig, LookupConfig, SpeculationConfig};

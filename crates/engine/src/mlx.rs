@@ -20,7 +20,7 @@ use crate::engine::{Engine, Loaded, ProgressFn};
 use crate::fingerprint::fingerprint;
 use crate::fit::MemoryNeeds;
 use crate::speculation::{DraftConfig, SpeculationConfig, same_vocabulary};
-use crate::{Chosen, Feed, PromptEncoder, TokenModel};
+use crate::{Chosen, Feed, FeedError, PromptEncoder, TokenModel};
 
 /// Tokens of a prompt that are fed at once. A GPU is kept busy by more; on a CPU the others would wait for it too long.
 const DEVICE_CHUNK: usize = 2048;
@@ -355,6 +355,34 @@ pub(crate) struct MlxSequence {
 }
 
 impl MlxModel {
+    /// What the decoder is fed for a sequence.
+    fn fed<'a>(&self, feed: &Feed<'a, MlxSequence>) -> Result<models::Feed<'a>, EngineError> {
+        let count = feed.tokens.map_or(1, <[u32]>::len);
+        let logits = match feed.choices {
+            0 => Wanted::None,
+            1 => Wanted::Last,
+            choices if choices == count => Wanted::All,
+            choices => {
+                let message = format!("{choices} choices were asked for of {count} tokens");
+                return Err(EngineError::internal(message));
+            }
+        };
+        let tokens = match feed.tokens {
+            Some(tokens) => FeedTokens::Read(tokens),
+            None => {
+                let unread = feed.sequence.steps.back().and_then(Step::unread);
+                let token =
+                    unread.ok_or_else(|| EngineError::internal("a token was fed that nobody chose"))?;
+                FeedTokens::Unread(token.clone())
+            }
+        };
+        let fed = models::Feed { tokens, logits };
+        self.decoder
+            .check(&fed, &feed.sequence.sequence)
+            .map_err(run_error)?;
+        Ok(fed)
+    }
+
     fn start(
         sequence: &mut MlxSequence,
         logits: &models::Logits,
@@ -432,26 +460,6 @@ impl TokenModel for MlxModel {
         models::TAKEN_BACK
     }
 
-    fn prefill(&mut self, sequence: &mut MlxSequence, tokens: &[u32]) -> Result<(), EngineError> {
-        self.decoder
-            .prefill(tokens, &mut sequence.sequence)
-            .map_err(run_error)
-    }
-
-    fn begin(
-        &mut self,
-        sequence: &mut MlxSequence,
-        tokens: &[u32],
-        params: &GenerateParams,
-        number: u64,
-    ) -> Result<(), EngineError> {
-        let logits = self
-            .decoder
-            .forward(tokens, &mut sequence.sequence)
-            .map_err(run_error)?;
-        Self::start(sequence, &logits, params, number)
-    }
-
     fn can_look_ahead(&self, sequence: &MlxSequence) -> bool {
         sequence.steps.back().and_then(Step::unread).is_some()
     }
@@ -460,48 +468,30 @@ impl TokenModel for MlxModel {
         BATCH_LIMIT
     }
 
-    fn feed(&mut self, batch: &mut [Feed<'_, MlxSequence>]) -> Result<(), EngineError> {
-        let rows: Vec<Vec<u32>> = batch
-            .iter()
-            .map(|feed| feed.token.iter().chain(feed.guesses).copied().collect())
-            .collect();
+    fn feed(&mut self, batch: &mut [Feed<'_, MlxSequence>]) -> Result<(), FeedError> {
         let mut feeds = Vec::with_capacity(batch.len());
-        for (feed, rows) in batch.iter().zip(&rows) {
-            let unread = feed.sequence.steps.back().and_then(Step::unread);
-            let tokens = match (feed.token, unread) {
-                (Some(_), _) => FeedTokens::Read(rows),
-                (None, Some(token)) if rows.is_empty() => FeedTokens::Unread(token.clone()),
-                _ => return Err(EngineError::internal("a token was fed that nobody chose")),
-            };
-            let logits = Wanted::All;
-            feeds.push(models::Feed { tokens, logits });
+        for (index, feed) in batch.iter().enumerate() {
+            feeds.push(self.fed(feed).map_err(|error| FeedError {
+                error,
+                culprit: Some(index),
+            })?);
         }
         let mut sequences: Vec<_> = batch.iter_mut().map(|feed| &mut feed.sequence.sequence).collect();
         let logits = self.decoder.step(&feeds, &mut sequences).map_err(run_error)?;
-        for (feed, logits) in batch.iter_mut().zip(logits.into_iter().flatten()) {
-            for (row, number) in (0..=feed.guesses.len()).zip(feed.number..) {
+        if logits.iter().all(Option::is_none) {
+            sequences
+                .iter()
+                .try_for_each(|sequence| sequence.wait())
+                .map_err(run_error)?;
+        }
+        for (feed, logits) in batch.iter_mut().zip(logits) {
+            let Some(logits) = logits else { continue };
+            for (row, number) in (0..feed.choices).zip(feed.number..) {
                 let logits = models::row(&logits, row).map_err(run_error)?;
                 Self::start(feed.sequence, &logits, feed.params, number)?;
             }
         }
         Ok(())
-    }
-
-    fn look_ahead(
-        &mut self,
-        sequence: &mut MlxSequence,
-        params: &GenerateParams,
-        number: u64,
-    ) -> Result<bool, EngineError> {
-        let Some(token) = sequence.steps.back().and_then(Step::unread) else {
-            return Ok(false);
-        };
-        let logits = self
-            .decoder
-            .forward_unread(token, &mut sequence.sequence)
-            .map_err(run_error)?;
-        Self::start(sequence, &logits, params, number)?;
-        Ok(true)
     }
 
     fn read(
@@ -545,7 +535,7 @@ impl TokenModel for MlxModel {
 
     fn workspace_bytes(&self, chunk: usize, batch: usize) -> u64 {
         let spec = self.decoder.spec();
-        let rows = workspace_bytes_per_token(spec).saturating_mul(chunk.max(batch) as u64);
+        let rows = workspace_bytes_per_token(spec).saturating_mul((chunk + batch.saturating_sub(1)) as u64);
         rows.saturating_add(logits_bytes(spec).saturating_mul(batch as u64))
     }
 

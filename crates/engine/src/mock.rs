@@ -8,7 +8,7 @@ use mlx_engine_core::{EngineError, GenerateParams};
 use mlx_engine_text::{GgufVocabulary, TextError, Tokenizer};
 use serde::{Deserialize, Serialize};
 
-use crate::{Chosen, Feed, TokenModel};
+use crate::{Chosen, Feed, FeedError, TokenModel};
 
 /// What a fault does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +42,7 @@ pub struct MockScript {
     /// Bytes of workspace, as they are estimated and as they turn out.
     workspace: Option<(u64, u64)>,
     chat_template: Option<String>,
+    batch_limit: Option<usize>,
     draft: Option<Box<MockScript>>,
 }
 
@@ -66,13 +67,13 @@ impl MockScript {
         self
     }
 
-    /// Takes this long for each chunk of a prompt.
+    /// Takes this long for each step in which nothing is chosen: chunks of prompts that are not their ends.
     pub fn with_chunk_delay(mut self, delay: Duration) -> Self {
         self.chunk_delay = delay;
         self
     }
 
-    /// Takes this long for each token.
+    /// Takes this long for each other step.
     pub fn with_step_delay(mut self, delay: Duration) -> Self {
         self.step_delay = delay;
         self
@@ -108,6 +109,12 @@ impl MockScript {
         self
     }
 
+    /// Takes so many sequences in one step; 1 unless told.
+    pub fn with_batch_limit(mut self, sequences: usize) -> Self {
+        self.batch_limit = Some(sequences);
+        self
+    }
+
     /// Has this chat template, in place of one that writes roles and contents.
     pub fn with_chat_template(mut self, template: impl Into<String>) -> Self {
         self.chat_template = Some(template.into());
@@ -139,6 +146,8 @@ impl MockScript {
                 most_seen: 0,
                 alive: Arc::default(),
                 #[cfg(test)]
+                fed: Vec::new(),
+                #[cfg(test)]
                 pace: None,
             }),
         }
@@ -153,6 +162,9 @@ pub struct MockModel {
     most_seen: usize,
     /// Every sequence has a clone.
     alive: Arc<()>,
+    /// Of each step so far the tokens of each sequence.
+    #[cfg(test)]
+    pub(crate) fed: Vec<Vec<usize>>,
     /// What time it takes to read a step.
     #[cfg(test)]
     pub(crate) pace: Option<Pace>,
@@ -211,21 +223,47 @@ impl MockModel {
         std::sync::Arc::strong_count(&self.alive) - 1
     }
 
-    fn step(&mut self, sequence: &mut MockSequence, number: u64) -> Result<(), EngineError> {
-        std::thread::sleep(self.script.step_delay);
-        if let Some(at) = self.script.faults.iter().position(|(at, _)| *at == number) {
-            let (_, fault) = self.script.faults.remove(at);
-            match fault {
-                MockFault::Device => {
-                    return Err(EngineError::Device {
-                        message: "scripted fault".to_owned(),
-                        source: None,
-                    });
-                }
-                MockFault::OutOfMemory => return Err(EngineError::OutOfMemory),
-                MockFault::Panic => std::panic::panic_any("scripted panic"),
-            }
+    /// Fails where it is to fail at the token of this number.
+    fn fault(&mut self, number: u64) -> Result<(), EngineError> {
+        let Some(at) = self.script.faults.iter().position(|(at, _)| *at == number) else {
+            return Ok(());
+        };
+        match self.script.faults.remove(at).1 {
+            MockFault::Device => Err(EngineError::Device {
+                message: "scripted fault".to_owned(),
+                source: None,
+            }),
+            MockFault::OutOfMemory => Err(EngineError::OutOfMemory),
+            MockFault::Panic => std::panic::panic_any("scripted panic"),
         }
+    }
+
+    /// Feeds a sequence, and chooses what follows.
+    fn take(&mut self, feed: &mut Feed<'_, MockSequence>) {
+        let sequence = &mut *feed.sequence;
+        let unread = sequence.chosen.last().copied();
+        let tokens = match feed.tokens {
+            Some(tokens) => tokens,
+            None => unread.as_slice(),
+        };
+        let (before, guessed) =
+            tokens.split_at(tokens.len() - feed.choices.saturating_sub(1).min(tokens.len()));
+        sequence.seen.extend_from_slice(before);
+        self.most_seen = self.most_seen.max(sequence.seen.len());
+        if feed.choices == 0 {
+            return;
+        }
+        self.choose(sequence, feed.number);
+        for (&guess, number) in guessed.iter().zip(feed.number + 1..) {
+            sequence.astray |= sequence.chosen.last() != Some(&guess);
+            sequence.seen.push(guess);
+            self.most_seen = self.most_seen.max(sequence.seen.len());
+            self.choose(sequence, number);
+        }
+    }
+
+    fn choose(&mut self, sequence: &mut MockSequence, number: u64) {
+        self.script(sequence, number);
         let scripted = sequence.answer.get(number as usize).copied().unwrap_or(END);
         #[cfg(test)]
         if let Some(pace) = &mut self.pace {
@@ -242,7 +280,6 @@ impl MockModel {
             scripted
         };
         sequence.chosen.push(token);
-        Ok(())
     }
 
     /// Has the answer at hand, which depends on the prompt.
@@ -297,54 +334,40 @@ impl TokenModel for MockModel {
         !self.script.whole_sequences
     }
 
-    fn prefill(&mut self, sequence: &mut MockSequence, tokens: &[u32]) -> Result<(), EngineError> {
-        std::thread::sleep(self.script.chunk_delay);
-        sequence.seen.extend_from_slice(tokens);
-        self.most_seen = self.most_seen.max(sequence.seen.len());
-        Ok(())
+    fn batch_limit(&self) -> usize {
+        self.script.batch_limit.unwrap_or(1)
     }
 
-    fn begin(
-        &mut self,
-        sequence: &mut MockSequence,
-        tokens: &[u32],
-        _params: &GenerateParams,
-        number: u64,
-    ) -> Result<(), EngineError> {
-        sequence.seen.extend_from_slice(tokens);
-        self.most_seen = self.most_seen.max(sequence.seen.len());
-        self.script(sequence, number);
-        self.step(sequence, number)
-    }
-
-    fn feed(&mut self, batch: &mut [Feed<'_, MockSequence>]) -> Result<(), EngineError> {
-        for feed in batch {
-            let Some(token) = feed.token else {
-                self.look_ahead(feed.sequence, feed.params, feed.number)?;
-                continue;
-            };
-            self.begin(feed.sequence, &[token], feed.params, feed.number)?;
-            for (&guess, number) in feed.guesses.iter().zip(feed.number + 1..) {
-                feed.sequence.astray |= feed.sequence.chosen.last() != Some(&guess);
-                self.begin(feed.sequence, &[guess], feed.params, number)?;
+    fn feed(&mut self, batch: &mut [Feed<'_, MockSequence>]) -> Result<(), FeedError> {
+        #[cfg(test)]
+        self.fed.push(
+            batch
+                .iter()
+                .map(|feed| feed.tokens.map_or(1, <[u32]>::len))
+                .collect(),
+        );
+        for (index, feed) in batch.iter().enumerate() {
+            for number in (feed.number..).take(feed.choices) {
+                self.fault(number).map_err(|error| FeedError {
+                    error,
+                    culprit: Some(index),
+                })?;
             }
+        }
+        let delay = if batch.iter().all(|feed| feed.choices == 0) {
+            self.script.chunk_delay
+        } else {
+            self.script.step_delay
+        };
+        std::thread::sleep(delay);
+        for feed in batch {
+            self.take(feed);
         }
         Ok(())
     }
 
     fn can_look_ahead(&self, _sequence: &MockSequence) -> bool {
         true
-    }
-
-    fn look_ahead(
-        &mut self,
-        sequence: &mut MockSequence,
-        _params: &GenerateParams,
-        number: u64,
-    ) -> Result<bool, EngineError> {
-        sequence.seen.extend(sequence.chosen.last());
-        self.step(sequence, number)?;
-        Ok(true)
     }
 
     fn read(

@@ -15,19 +15,36 @@ pub struct Chosen {
     pub top: Vec<(u32, f32)>,
 }
 
-/// One sequence of a step.
+/// What a step feeds to one sequence.
 #[derive(Debug)]
 pub struct Feed<'a, S> {
     /// The sequence.
     pub sequence: &'a mut S,
     /// The parameters of its request.
     pub params: &'a GenerateParams,
-    /// The number of the token that is chosen, in the answer.
+    /// The tokens, one at least; the one that is being chosen, unread, where `None`.
+    pub tokens: Option<&'a [u32]>,
+    /// After how many of the last of them a choice is begun: after none of a part of a prompt that is not its end, after one
+    /// where an answer goes on, after each where all but the first are guesses.
+    pub choices: usize,
+    /// The number of the first token that is chosen, in the answer; those that follow have the numbers that follow.
     pub number: u64,
-    /// The token to feed; the one that is being chosen, unread, where `None`.
-    pub token: Option<u32>,
-    /// Guesses of the tokens that follow it, which are fed too: a choice is begun after each, with the numbers that follow.
-    pub guesses: &'a [u32],
+}
+
+/// Why a step was not taken.
+#[derive(Clone, Debug)]
+pub struct FeedError {
+    /// What happened.
+    pub error: EngineError,
+    /// Which of those that were fed is to blame, where it is one: then none of them was fed, and the others can be fed
+    /// without it. Where `None`, none of them can go on.
+    pub culprit: Option<usize>,
+}
+
+impl From<EngineError> for FeedError {
+    fn from(error: EngineError) -> Self {
+        Self { error, culprit: None }
+    }
 }
 
 /// A model as the scheduler sees it: sequences that take tokens and give tokens.
@@ -79,39 +96,6 @@ pub trait TokenModel {
         if self.forks_anywhere() { usize::MAX } else { 0 }
     }
 
-    /// Feeds a part of the prompt that is not its end.
-    ///
-    /// # Errors
-    ///
-    /// What the device says.
-    fn prefill(&mut self, sequence: &mut Self::Sequence, tokens: &[u32]) -> Result<(), EngineError>;
-
-    /// Feeds tokens and begins to choose the one that follows, which is number `number` of the answer.
-    ///
-    /// # Errors
-    ///
-    /// What the device says.
-    fn begin(
-        &mut self,
-        sequence: &mut Self::Sequence,
-        tokens: &[u32],
-        params: &GenerateParams,
-        number: u64,
-    ) -> Result<(), EngineError>;
-
-    /// Feeds the token that is being chosen, unread, and begins to choose the next. `false` where the model has to
-    /// see the token first.
-    ///
-    /// # Errors
-    ///
-    /// What the device says.
-    fn look_ahead(
-        &mut self,
-        sequence: &mut Self::Sequence,
-        params: &GenerateParams,
-        number: u64,
-    ) -> Result<bool, EngineError>;
-
     /// Whether the token that is being chosen can be fed unread.
     fn can_look_ahead(&self, sequence: &Self::Sequence) -> bool;
 
@@ -120,12 +104,13 @@ pub trait TokenModel {
         1
     }
 
-    /// Feeds a token and guesses to each of several sequences in one step, and begins to choose what follows each.
+    /// Feeds tokens to each of several sequences in one step, and begins to choose what follows them. Where nothing is
+    /// chosen, it waits until the step has been taken.
     ///
     /// # Errors
     ///
-    /// What the device says; then no sequence of the batch can go on.
-    fn feed(&mut self, batch: &mut [Feed<'_, Self::Sequence>]) -> Result<(), EngineError>;
+    /// What the device says, and whose fault it is where that is known.
+    fn feed(&mut self, batch: &mut [Feed<'_, Self::Sequence>]) -> Result<(), FeedError>;
 
     /// A seed for a request that brings none.
     fn seed(&self) -> u64 {

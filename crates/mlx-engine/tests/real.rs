@@ -143,6 +143,30 @@ async fn requests_at_the_same_time_are_answered_as_alone() {
     }
 }
 
+/// Short prompts are fed in one step: none is hurt by what another cannot be fed.
+#[tokio::test]
+async fn a_prompt_out_of_the_vocabulary_costs_the_others_nothing() {
+    let engine = load().await;
+    let params = || GenerateParams::default().with_temperature(0.0).with_max_tokens(6);
+    let ask = |prompt: Prompt| {
+        let engine = engine.clone();
+        async move { engine.generate(prompt, params()).await }
+    };
+    let (wrong, one, two) = futures::join!(
+        ask(Prompt::tokens([1, 2, 4_000_000])),
+        ask(Prompt::text("The capital of France")),
+        ask(Prompt::text("Once upon a time")),
+    );
+    let error = wrong.unwrap_err();
+    let source = std::error::Error::source(&error).expect("a source").to_string();
+    assert_eq!(source, "token 4000000 is not in the vocabulary of 49152");
+    let fresh = load().await;
+    for (output, prompt) in [(one, "The capital of France"), (two, "Once upon a time")] {
+        let alone = fresh.generate(Prompt::text(prompt), params()).await.unwrap();
+        assert_eq!(output.unwrap().tokens, alone.tokens, "{prompt}");
+    }
+}
+
 #[tokio::test]
 async fn text_is_tokenized_as_hugging_face_does() {
     let oracle = include_str!("../../models/tests/fixtures/smollm2.json");

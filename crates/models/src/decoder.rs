@@ -440,15 +440,34 @@ impl Decoder {
             .collect()
     }
 
-    fn ids(&self, tokens: &[u32]) -> Result<Array, ModelError> {
+    /// Whether a step can feed this to a sequence, as far as that can be told without taking it: whose fault it is where one
+    /// of several cannot be fed.
+    ///
+    /// # Errors
+    ///
+    /// For no tokens, a token out of the vocabulary, and a sequence longer than the context.
+    pub fn check(&self, feed: &Feed<'_>, sequence: &Sequence) -> Result<(), ModelError> {
+        match &feed.tokens {
+            FeedTokens::Read(tokens) => {
+                self.check_tokens(tokens)?;
+                self.check_room(sequence, tokens.len())
+            }
+            FeedTokens::Unread(tokens) => self.check_room(sequence, tokens.size()),
+        }
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<(), ModelError> {
         if tokens.is_empty() {
             return Err(ModelError::NoTokens);
         }
         // MLX reads rows out of bounds as they come.
         let vocabulary = self.spec.vocab_size;
-        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocabulary) {
-            return Err(ModelError::Token { token, vocabulary });
-        }
+        let beyond = tokens.iter().find(|&&token| token as usize >= vocabulary);
+        beyond.map_or(Ok(()), |&token| Err(ModelError::Token { token, vocabulary }))
+    }
+
+    fn ids(&self, tokens: &[u32]) -> Result<Array, ModelError> {
+        self.check_tokens(tokens)?;
         Ok(Array::from_slice(tokens, &[tokens.len() as i32]))
     }
 

@@ -227,80 +227,108 @@ fn blocks_that_are_damaged_or_foreign_are_refused() {
 
 #[test]
 fn rows_of_several_sequences_are_fed_together() {
-    let ids: Vec<u32> = (0..250).map(|i| i * 13 % 96).collect();
-    for compute in [Compute::Fastest, Compute::Exact, Compute::Mlx] {
-        let decoder = load("qwen2", compute);
-        // How much each has seen, how much it is fed, and what is wanted.
-        let parts = [
-            (0, 5, Wanted::All),
-            (70, 1, Wanted::Last),
-            (10, 90, Wanted::None),
-            (63, 7, Wanted::All),
-            (200, 30, Wanted::Last),
-        ];
-        let mut sequences: Vec<Sequence> = parts
-            .iter()
-            .map(|&(seen, ..)| {
-                let mut sequence = decoder.sequence();
-                if seen > 0 {
-                    decoder
-                        .prefill(&ids[..seen], &mut sequence)
-                        .expect("the prompt runs");
-                }
-                sequence
-            })
-            .collect();
-        let feeds: Vec<Feed<'_>> = parts
-            .iter()
-            .map(|&(seen, rows, logits)| Feed {
-                tokens: if rows == 7 {
-                    FeedTokens::Unread(Array::from_slice(&ids[seen..seen + rows], &[rows as i32]))
-                } else {
-                    FeedTokens::Read(&ids[seen..seen + rows])
-                },
-                logits,
-            })
-            .collect();
-        let mut fed: Vec<&mut Sequence> = sequences.iter_mut().collect();
-        let logits = decoder.step(&feeds, &mut fed).expect("a step runs");
-        for ((&(seen, rows, wanted), logits), sequence) in parts.iter().zip(logits).zip(&mut sequences) {
-            let mut one = decoder.sequence();
-            let all = decoder
-                .forward_all(&ids[..seen + rows], &mut one)
-                .expect("the tokens run");
-            let all = read(&all);
-            let vocabulary = decoder.spec().vocab_size;
-            let first = match wanted {
-                Wanted::None => seen + rows,
-                Wanted::Last => seen + rows - 1,
-                Wanted::All => seen,
-            };
-            let expected = &all[first * vocabulary..];
-            let found = logits.as_ref().map(read).unwrap_or_default();
-            assert_same(compute, "rows", &found, expected);
-            assert_eq!(sequence.len(), seen + rows);
-            // What was guessed wrong is given up, and what is right follows.
-            sequence.truncate(seen + rows - 1);
-            let again = decoder
-                .forward(&ids[seen + rows - 1..seen + rows], sequence)
-                .expect("a step runs");
-            assert_same(
-                compute,
-                "again",
-                &read(&again),
-                &all[(seen + rows - 1) * vocabulary..],
-            );
+    // How much each has seen, how much it is fed, and what is wanted.
+    let mixed = [
+        (0, 5, Wanted::All),
+        (70, 1, Wanted::Last),
+        (10, 90, Wanted::None),
+        (63, 7, Wanted::All),
+        (200, 30, Wanted::Last),
+    ];
+    let equal = [
+        (0, 7, Wanted::Last),
+        (0, 7, Wanted::All),
+        (61, 7, Wanted::None),
+        (200, 7, Wanted::Last),
+    ];
+    for name in ["qwen2", "llama-3", "llama-linear", "mistral"] {
+        for compute in [Compute::Fastest, Compute::Exact, Compute::Mlx] {
+            fed_together(&load(name, compute), compute, &mixed);
+            fed_together(&load(name, compute), compute, &equal);
         }
-        let error = decoder.step(
-            &[Feed {
-                tokens: FeedTokens::Read(&[]),
-                logits: Wanted::All,
-            }],
-            &mut [&mut decoder.sequence()],
-        );
-        assert!(matches!(error, Err(ModelError::NoTokens)));
-        assert!(matches!(decoder.step(&[], &mut []), Err(ModelError::NoTokens)));
     }
+}
+
+fn fed_together(decoder: &Decoder, compute: Compute, parts: &[(usize, usize, Wanted)]) {
+    let ids: Vec<u32> = (0..250).map(|i| i * 13 % 96).collect();
+    let mut sequences: Vec<Sequence> = parts
+        .iter()
+        .map(|&(seen, ..)| {
+            let mut sequence = decoder.sequence();
+            if seen > 0 {
+                decoder
+                    .prefill(&ids[..seen], &mut sequence)
+                    .expect("the prompt runs");
+            }
+            sequence
+        })
+        .collect();
+    let feeds: Vec<Feed<'_>> = parts
+        .iter()
+        .map(|&(seen, rows, logits)| Feed {
+            tokens: if rows == 7 {
+                FeedTokens::Unread(Array::from_slice(&ids[seen..seen + rows], &[rows as i32]))
+            } else {
+                FeedTokens::Read(&ids[seen..seen + rows])
+            },
+            logits,
+        })
+        .collect();
+    let mut fed: Vec<&mut Sequence> = sequences.iter_mut().collect();
+    let logits = decoder.step(&feeds, &mut fed).expect("a step runs");
+    for ((&(seen, rows, wanted), logits), sequence) in parts.iter().zip(logits).zip(&mut sequences) {
+        let mut one = decoder.sequence();
+        let all = decoder
+            .forward_all(&ids[..seen + rows], &mut one)
+            .expect("the tokens run");
+        let all = read(&all);
+        let vocabulary = decoder.spec().vocab_size;
+        let first = match wanted {
+            Wanted::None => seen + rows,
+            Wanted::Last => seen + rows - 1,
+            Wanted::All => seen,
+        };
+        let expected = &all[first * vocabulary..];
+        let found = logits.as_ref().map(read).unwrap_or_default();
+        assert_same(compute, "rows", &found, expected);
+        assert_eq!(sequence.len(), seen + rows);
+        // What was guessed wrong is given up, and what is right follows.
+        sequence.truncate(seen + rows - 1);
+        let again = decoder
+            .forward(&ids[seen + rows - 1..seen + rows], sequence)
+            .expect("a step runs");
+        assert_same(
+            compute,
+            "again",
+            &read(&again),
+            &all[(seen + rows - 1) * vocabulary..],
+        );
+    }
+    let error = decoder.step(
+        &[Feed {
+            tokens: FeedTokens::Read(&[]),
+            logits: Wanted::All,
+        }],
+        &mut [&mut decoder.sequence()],
+    );
+    assert!(matches!(error, Err(ModelError::NoTokens)));
+    assert!(matches!(decoder.step(&[], &mut []), Err(ModelError::NoTokens)));
+    // Whose fault it is can be told before anything is fed.
+    let check = |tokens: &[u32]| {
+        let feed = Feed {
+            tokens: FeedTokens::Read(tokens),
+            logits: Wanted::Last,
+        };
+        decoder.check(&feed, &decoder.sequence())
+    };
+    assert!(check(&ids).is_ok());
+    assert!(matches!(
+        check(&[1, 96]),
+        Err(ModelError::Token { token: 96, .. })
+    ));
+    assert!(matches!(check(&[]), Err(ModelError::NoTokens)));
+    let long = vec![1; decoder.spec().context_length + 1];
+    assert!(matches!(check(&long), Err(ModelError::ContextExceeded { .. })));
 }
 
 #[test]

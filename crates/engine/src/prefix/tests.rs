@@ -1,20 +1,32 @@
 //! The tree against a list that is searched from end to end.
 
+use mlx_engine_core::GenerateParams;
 use proptest::prelude::*;
 
 use super::*;
-use crate::MockScript;
 use crate::mock::{MockModel, MockSequence};
+use crate::{Feed, MockScript};
 
 fn model(script: MockScript) -> MockModel {
     script.with_bytes_per_token(10).load().unwrap()
+}
+
+fn feed(model: &mut MockModel, sequence: &mut MockSequence, tokens: &[u32]) {
+    let feed = Feed {
+        sequence,
+        params: &GenerateParams::default(),
+        tokens: Some(tokens),
+        choices: 0,
+        number: 0,
+    };
+    model.feed(&mut [feed]).expect("no fault is planned");
 }
 
 /// A sequence that has seen these tokens.
 fn seen(model: &mut MockModel, tokens: &[u32]) -> MockSequence {
     let mut sequence = model.open();
     if !tokens.is_empty() {
-        model.prefill(&mut sequence, tokens).unwrap();
+        feed(model, &mut sequence, tokens);
     }
     sequence
 }
@@ -44,12 +56,12 @@ fn what_is_shared_is_counted_once() {
     let (sequence, shared) = cache.fork(&mut model, &[1, 2, 3, 4, 5]).unwrap().unwrap();
     assert_eq!(shared, 3);
     let mut longer = sequence;
-    model.prefill(&mut longer, &[4, 5]).unwrap();
+    feed(&mut model, &mut longer, &[4, 5]);
     cache.keep(&model, &[1, 2, 3, 4, 5], longer, shared);
     assert_eq!((cache.bytes(), cache.entries().count()), (50, 1));
     // One that goes another way shares what it was forked from, and one that was computed apart does not.
     let (mut other, shared) = cache.fork(&mut model, &[1, 2, 9]).unwrap().unwrap();
-    model.prefill(&mut other, &[9]).unwrap();
+    feed(&mut model, &mut other, &[9]);
     cache.keep(&model, &[1, 2, 9], other, shared);
     assert_eq!(cache.bytes(), 60);
     keep(&mut cache, &mut model, &[1, 2, 8]);
@@ -140,7 +152,7 @@ proptest! {
                     let (mut sequence, shared) =
                         cache.fork(&mut model, &tokens).unwrap().unwrap_or_else(|| (model.open(), 0));
                     if shared < tokens.len() {
-                        model.prefill(&mut sequence, &tokens[shared..]).unwrap();
+                        feed(&mut model, &mut sequence, &tokens[shared..]);
                     }
                     cache.keep(&model, &tokens, sequence, shared);
                 }

@@ -26,7 +26,7 @@ pub(crate) struct Limits {
     pub(crate) max_batch: usize,
     /// Requests that wait beside as many as a batch has.
     pub(crate) max_queue: usize,
-    /// Tokens of a prompt that are fed at once.
+    /// Tokens of prompts that are fed at once; at least 1.
     pub(crate) prefill_chunk: usize,
     /// Bytes for the sequences of all that run; no limit where `None`.
     pub(crate) available: Option<u64>,
@@ -81,10 +81,12 @@ pub(crate) struct Chunk {
     pub(crate) last: bool,
 }
 
-/// What a turn does: one chunk of one prompt at most, so that no answer waits for more, and a token of each answer.
+/// What a turn does: chunks of prompts, which together are no longer than one chunk may be, so that no answer waits for
+/// more, and a token of each answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Turn {
-    pub(crate) chunk: Option<Chunk>,
+    /// By rank.
+    pub(crate) chunks: Vec<Chunk>,
     /// In the order in which they were admitted.
     pub(crate) decode: Vec<Id>,
 }
@@ -97,6 +99,10 @@ struct Running {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
+    /// Nobody has looked up yet what is known of the prompt.
+    Admitted,
+    /// As many tokens of the prompt of another are its own too, and it waits until that one has been fed them.
+    Behind { other: Id, tokens: usize },
     /// So many tokens of the prompt have been fed.
     Prefilling(usize),
     /// So many tokens of the answer have been read.
@@ -114,6 +120,13 @@ pub(crate) struct Scheduler {
     rates: Rates,
     /// Bytes that something else has taken of those that are available.
     taken: u64,
+}
+
+impl Chunk {
+    /// Tokens that are fed.
+    fn len(&self) -> usize {
+        self.to - self.from
+    }
 }
 
 impl Ask {
@@ -232,21 +245,79 @@ impl Scheduler {
         let ask = self.waiting.remove(0);
         self.running.push(Running {
             ask,
-            phase: Phase::Prefilling(0),
+            phase: Phase::Admitted,
         });
         Some(Admission::Run(id))
     }
 
+    /// The first request that would be fed in the next turn and of whose prompt nobody has looked up what is known. Before a
+    /// [`turn`](Self::turn) there is none: each becomes [`reused`](Self::reused) or [waits](Self::wait_behind).
+    pub(crate) fn unknown(&self) -> Option<Id> {
+        let mut room = self.limits.prefill_chunk;
+        for running in self.ranked() {
+            if room == 0 {
+                break;
+            }
+            match running.phase {
+                Phase::Admitted => return Some(running.ask.id),
+                Phase::Behind { other, tokens } if !self.is_fed_later(other, tokens) => {
+                    return Some(running.ask.id);
+                }
+                Phase::Prefilling(fed) => room -= self.chunk(&running.ask, fed, room).len(),
+                Phase::Behind { .. } | Phase::Decoding(_) => {}
+            }
+        }
+        None
+    }
+
+    /// Those whose prompts are fed before that of a request, by rank, and how much of each has been.
+    pub(crate) fn fed_before(&self, id: Id) -> Vec<(Id, usize)> {
+        let ranked = self.ranked();
+        let before = ranked.iter().take_while(|running| running.ask.id != id);
+        before
+            .filter_map(|running| match running.phase {
+                Phase::Prefilling(fed) => Some((running.ask.id, fed)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Has a request wait until one of [those before it](Self::fed_before) has been fed so many tokens, or is gone.
+    pub(crate) fn wait_behind(&mut self, id: Id, other: Id, tokens: usize) {
+        if let Some(running) = self.running.iter_mut().find(|running| running.ask.id == id) {
+            running.phase = Phase::Behind { other, tokens };
+        }
+    }
+
+    /// Whether a prompt will have been fed so many tokens, and has not yet.
+    fn is_fed_later(&self, id: Id, tokens: usize) -> bool {
+        let running = self.running.iter().find(|running| running.ask.id == id);
+        running.is_some_and(|running| matches!(running.phase, Phase::Prefilling(fed) if fed < tokens))
+    }
+
+    /// Those that run, in the order in which their prompts are fed.
+    fn ranked(&self) -> Vec<&Running> {
+        let mut ranked: Vec<&Running> = self.running.iter().collect();
+        ranked.sort_by_key(|running| running.ask.rank());
+        ranked
+    }
+
     /// What to do next.
     pub(crate) fn turn(&self) -> Turn {
-        let prefilling = self.running.iter().filter_map(|running| match running.phase {
-            Phase::Prefilling(fed) => Some((&running.ask, fed)),
-            Phase::Decoding(_) => None,
-        });
-        let next = prefilling.min_by_key(|(ask, _)| ask.rank());
+        let mut room = self.limits.prefill_chunk;
+        let mut chunks = Vec::new();
+        for running in self.ranked() {
+            if let Phase::Prefilling(fed) = running.phase
+                && room > 0
+            {
+                let chunk = self.chunk(&running.ask, fed, room);
+                room -= chunk.len();
+                chunks.push(chunk);
+            }
+        }
         let decoding = |running: &&Running| matches!(running.phase, Phase::Decoding(_));
         Turn {
-            chunk: next.map(|(ask, fed)| self.chunk(ask, fed)),
+            chunks,
             decode: self
                 .running
                 .iter()
@@ -256,16 +327,15 @@ impl Scheduler {
         }
     }
 
-    fn chunk(&self, ask: &Ask, from: usize) -> Chunk {
+    /// What a prompt is fed next, at most `room` tokens.
+    fn chunk(&self, ask: &Ask, from: usize, room: usize) -> Chunk {
         let cut = ask
             .cuts
             .iter()
             .copied()
             .find(|&cut| cut > from)
             .unwrap_or(ask.prompt);
-        let to = cut
-            .min(ask.prompt)
-            .min(from.saturating_add(self.limits.prefill_chunk));
+        let to = cut.min(ask.prompt).min(from.saturating_add(room));
         Chunk {
             id: ask.id,
             from,
@@ -274,13 +344,12 @@ impl Scheduler {
         }
     }
 
-    /// Notes that the beginning of a prompt need not be computed, and says what is left of its first chunk.
-    pub(crate) fn reused(&mut self, id: Id, tokens: usize) -> Option<Chunk> {
-        let at = self.running.iter().position(|running| running.ask.id == id)?;
-        // The last token is fed in any case: the logits after it are wanted.
-        let fed = tokens.min(self.running[at].ask.prompt - 1);
-        self.running[at].phase = Phase::Prefilling(fed);
-        Some(self.chunk(&self.running[at].ask, fed))
+    /// Notes that the beginning of a prompt need not be computed.
+    pub(crate) fn reused(&mut self, id: Id, tokens: usize) {
+        if let Some(running) = self.running.iter_mut().find(|running| running.ask.id == id) {
+            // The last token is fed in any case: the logits after it are wanted.
+            running.phase = Phase::Prefilling(tokens.min(running.ask.prompt - 1));
+        }
     }
 
     /// Notes that a chunk was fed.
@@ -309,7 +378,7 @@ impl Scheduler {
 
     /// Notes how long a turn took in which something was done.
     pub(crate) fn turned(&mut self, turn: &Turn, spent: Duration) {
-        let fed = turn.chunk.map_or(0, |chunk| chunk.to - chunk.from);
+        let fed = turn.chunks.iter().map(Chunk::len).sum();
         self.rates.turned(fed, spent);
     }
 
@@ -344,15 +413,14 @@ impl Scheduler {
 
     /// When a place is likely to be free: when the first of those that run has ended, by what was measured so far.
     fn retry_after(&self) -> Duration {
-        let mut ranked: Vec<&Running> = self.running.iter().collect();
-        ranked.sort_by_key(|running| running.ask.rank());
         let mut ahead = 0;
-        let ends = ranked.into_iter().map(|running| {
+        let ends = self.ranked().into_iter().map(|running| {
             let (prompt, generated) = match running.phase {
+                Phase::Admitted | Phase::Behind { .. } => (running.ask.prompt, 0),
                 Phase::Prefilling(fed) => (running.ask.prompt - fed, 0),
                 Phase::Decoding(generated) => (0, generated),
             };
-            // Prompts are fed one after the other.
+            // What comes before it is fed before it.
             ahead += prompt;
             let prompt = if prompt > 0 { ahead } else { 0 };
             self.rates.remaining(prompt, generated, running.ask.answer)

@@ -11,6 +11,12 @@ fn limits() -> Limits {
     }
 }
 
+/// A part of a prompt of 25 tokens.
+fn chunk(id: Id, from: usize, to: usize) -> Chunk {
+    let last = to == 25;
+    Chunk { id, from, to, last }
+}
+
 struct Script {
     scheduler: Scheduler,
     start: Instant,
@@ -66,28 +72,35 @@ fn a_prompt_is_fed_in_chunks_while_answers_go_on() {
     script.submit(script.ask(2, 0));
     assert_eq!(script.admitted(), [1, 2]);
     let scheduler = &mut script.scheduler;
-    // The one that came first is fed first, all of it.
-    for (from, to) in [(0, 10), (10, 20), (20, 25)] {
-        let turn = scheduler.turn();
-        let chunk = turn.chunk.unwrap();
-        assert_eq!(
-            (chunk.id, chunk.from, chunk.to, chunk.last),
-            (1, from, to, to == 25)
-        );
-        assert!(turn.decode.is_empty());
-        scheduler.fed(chunk);
-    }
-    // Then its answer goes on beside the other's prompt, of which a part is known.
-    let turn = scheduler.turn();
-    assert_eq!((turn.chunk.unwrap().id, turn.decode), (2, vec![1]));
-    let chunk = scheduler.reused(2, 18).unwrap();
-    assert_eq!((chunk.from, chunk.to, chunk.last), (18, 25, true));
     assert_eq!(
-        scheduler.reused(2, 25).unwrap().from,
-        24,
+        (scheduler.unknown(), scheduler.turn()),
+        (Some(1), Turn::default())
+    );
+    scheduler.reused(1, 0);
+    // The one that came first is fed first, all of it.
+    for (from, to) in [(0, 10), (10, 20)] {
+        assert_eq!(scheduler.unknown(), None, "there is no room for the other");
+        let turn = scheduler.turn();
+        assert_eq!((turn.chunks, turn.decode), (vec![chunk(1, from, to)], Vec::new()));
+        scheduler.fed(chunk(1, from, to));
+    }
+    // Its rest leaves room for the beginning of the other.
+    assert_eq!(scheduler.unknown(), Some(2));
+    scheduler.reused(2, 0);
+    assert_eq!(scheduler.turn().chunks, [chunk(1, 20, 25), chunk(2, 0, 5)]);
+    scheduler.fed(chunk(1, 20, 25));
+    scheduler.fed(chunk(2, 0, 5));
+    // Then its answer goes on beside the other's prompt.
+    let turn = scheduler.turn();
+    assert_eq!((turn.chunks, turn.decode), (vec![chunk(2, 5, 15)], vec![1]));
+    scheduler.reused(2, 25);
+    let rest = chunk(2, 24, 25);
+    assert_eq!(
+        scheduler.turn().chunks,
+        [rest],
         "the last token is fed in any case"
     );
-    scheduler.fed(chunk);
+    scheduler.fed(rest);
     assert_eq!(scheduler.turn().decode, [1, 2]);
     scheduler.finish(1);
     scheduler.cancel(2);
@@ -101,17 +114,11 @@ fn the_queue_is_bounded_and_says_when_a_place_is_free() {
         script.submit(script.ask(id, 0));
     }
     assert_eq!(script.admitted(), [0, 1]);
-    let chunk = |id, from, to| Chunk {
-        id,
-        from,
-        to,
-        last: to == 25,
-    };
     let scheduler = &mut script.scheduler;
     scheduler.fed(chunk(0, 0, 25));
     scheduler.turned(
         &Turn {
-            chunk: Some(chunk(0, 0, 25)),
+            chunks: vec![chunk(0, 0, 25)],
             decode: vec![],
         },
         Duration::from_millis(2500),
@@ -119,7 +126,7 @@ fn the_queue_is_bounded_and_says_when_a_place_is_free() {
     scheduler.generated(0);
     scheduler.turned(
         &Turn {
-            chunk: None,
+            chunks: vec![],
             decode: vec![0],
         },
         Duration::from_millis(300),
@@ -188,7 +195,10 @@ fn an_urgent_prompt_is_fed_before_one_that_has_begun() {
         ..script.ask(2, 1)
     });
     assert_eq!(script.admitted(), [2, 1]);
-    assert_eq!(script.scheduler.turn().chunk.unwrap().id, 2);
+    assert_eq!(script.scheduler.unknown(), Some(2));
+    script.scheduler.reused(2, 0);
+    script.scheduler.reused(1, 0);
+    assert_eq!(script.scheduler.turn().chunks, [chunk(2, 0, 10)]);
 }
 
 #[test]
@@ -259,10 +269,69 @@ fn a_chunk_ends_where_the_request_wants_it() {
         ..script.ask(1, 0)
     });
     script.admitted();
+    script.scheduler.reused(1, 0);
     let mut ends = Vec::new();
-    while let Some(chunk) = script.scheduler.turn().chunk {
+    while let Some(&chunk) = script.scheduler.turn().chunks.first() {
         ends.push(chunk.to);
         script.scheduler.fed(chunk);
     }
     assert_eq!(ends, [4, 12, 22, 25]);
+}
+
+#[test]
+fn short_prompts_are_fed_together() {
+    let mut script = Script::new(Limits {
+        max_batch: 9,
+        max_queue: 9,
+        prefill_chunk: 64,
+        available: None,
+    });
+    for id in 0..4 {
+        script.submit(script.ask(id, id));
+    }
+    script.admitted();
+    // Of the third there is a part in the turn, and of the fourth nothing that would have to be known.
+    let mut known = Vec::new();
+    while let Some(id) = script.scheduler.unknown() {
+        known.push(id);
+        script.scheduler.reused(id, 0);
+    }
+    assert_eq!(known, [0, 1, 2]);
+    let turn = script.scheduler.turn();
+    assert_eq!(turn.chunks, [chunk(0, 0, 25), chunk(1, 0, 25), chunk(2, 0, 14)]);
+}
+
+#[test]
+fn who_needs_what_another_computes_waits_for_it_and_for_no_more() {
+    let mut script = Script::new(Limits {
+        max_batch: 9,
+        max_queue: 9,
+        ..limits()
+    });
+    for id in 1..4 {
+        script.submit(script.ask(id, id));
+    }
+    script.admitted();
+    let scheduler = &mut script.scheduler;
+    scheduler.reused(1, 5);
+    assert_eq!(
+        (scheduler.fed_before(1), scheduler.fed_before(2)),
+        (vec![], vec![(1, 5)])
+    );
+    scheduler.wait_behind(2, 1, 22);
+    assert_eq!(scheduler.turn().chunks, [chunk(1, 5, 15)]);
+    scheduler.fed(chunk(1, 5, 15));
+    // What is left of the chunk is the third's, which waits for nobody.
+    scheduler.reused(1, 21);
+    assert_eq!(scheduler.unknown(), Some(3));
+    scheduler.reused(3, 0);
+    assert_eq!(scheduler.turn().chunks, [chunk(1, 21, 25), chunk(3, 0, 6)]);
+    scheduler.fed(chunk(1, 21, 25));
+    assert_eq!(scheduler.unknown(), Some(2), "it is there now");
+    // Who waits for one that ends waits no longer.
+    scheduler.reused(2, 3);
+    scheduler.wait_behind(3, 2, 20);
+    assert_eq!(scheduler.unknown(), None);
+    scheduler.cancel(2);
+    assert_eq!(scheduler.unknown(), Some(3));
 }

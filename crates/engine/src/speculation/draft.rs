@@ -8,7 +8,7 @@ use mlx_engine_core::{EngineError, GenerateParams};
 use mlx_engine_text::Tokenizer;
 
 use super::policy::note;
-use crate::TokenModel;
+use crate::{Feed, TokenModel};
 
 /// A draft model, and what its guesses were measured to take.
 #[derive(Debug)]
@@ -82,11 +82,19 @@ impl<M: TokenModel> Drafter<M> {
         &mut self,
         sequence: &mut Option<M::Sequence>,
         tokens: &[u32],
+        params: &GenerateParams,
     ) -> Result<(), EngineError> {
         let sequence = sequence.get_or_insert_with(|| self.model.open());
         let seen = self.model.len(sequence);
         let chunk = tokens.len().min(seen + self.chunk);
-        self.model.prefill(sequence, &tokens[seen..chunk])
+        let feed = Feed {
+            sequence,
+            params,
+            tokens: Some(&tokens[seen..chunk]),
+            choices: 0,
+            number: 0,
+        };
+        self.model.feed(&mut [feed]).map_err(|fault| fault.error)
     }
 
     /// Guesses tokens. They are chosen by the parameters and the random numbers that choose the tokens of the answer, so that
@@ -105,11 +113,21 @@ impl<M: TokenModel> Drafter<M> {
             top_logprobs: 0,
             ..params.clone()
         };
-        model.begin(sequence, &asked.tokens[seen..], &params, number)?;
+        let feed = |model: &mut M, sequence: &mut M::Sequence, tokens: Option<&[u32]>, number| {
+            let feed = Feed {
+                sequence,
+                params: &params,
+                tokens,
+                choices: 1,
+                number,
+            };
+            model.feed(&mut [feed]).map_err(|fault| fault.error)
+        };
+        feed(model, sequence, Some(&asked.tokens[seen..]), number)?;
         let count = asked.count as u64;
         let mut begun = 1;
         while begun < count && model.can_look_ahead(sequence) {
-            model.look_ahead(sequence, &params, number + begun)?;
+            feed(model, sequence, None, number + begun)?;
             begun += 1;
         }
         let mut tokens = asked.tokens.to_vec();
@@ -123,7 +141,7 @@ impl<M: TokenModel> Drafter<M> {
             }
             tokens.push(token);
             if read == begun && begun < count {
-                model.begin(sequence, &[token], &params, number + begun)?;
+                feed(model, sequence, Some(&[token]), number + begun)?;
                 begun += 1;
             }
         }

@@ -7,8 +7,8 @@ use mlx_engine_core::{EngineError, FinishReason};
 use super::guesses::Guesses;
 use crate::clock::Clock;
 use crate::request::{Answer, Request};
-use crate::scheduler::Id;
-use crate::{Chosen, TokenModel};
+use crate::scheduler::{Chunk, Id};
+use crate::{Chosen, Feed, TokenModel};
 
 /// A request that is being run.
 pub(super) struct Active<S> {
@@ -28,6 +28,8 @@ pub(super) struct Active<S> {
     pub(super) started: Instant,
     /// Whether the token after the one that is read was begun in this turn.
     pub(super) ahead: bool,
+    /// Tokens that the step was fed which is read next.
+    pub(super) rows: usize,
     pub(super) finished: Option<FinishReason>,
     pub(super) guesses: Guesses,
     /// What the draft model has seen of it.
@@ -71,6 +73,64 @@ pub(super) fn read<M: TokenModel>(
     };
     let reason = emit(active, chosen, complete, clock.now());
     Ok(reason.or((!room).then_some(FinishReason::Length)))
+}
+
+/// What a request is fed in a step.
+pub(super) struct Row {
+    /// The token that is not read yet where `None`.
+    tokens: Option<Vec<u32>>,
+    choices: usize,
+    number: u64,
+    /// Where it is a part of the prompt.
+    pub(super) chunk: Option<Chunk>,
+}
+
+impl Row {
+    /// A part of the prompt. The first token of the answer is read in the next turn, so that it is chosen meanwhile.
+    pub(super) fn chunk<S>(active: &Active<S>, chunk: Chunk) -> Self {
+        Self {
+            tokens: Some(active.tokens[chunk.from..chunk.to].to_vec()),
+            choices: usize::from(chunk.last),
+            number: 0,
+            chunk: Some(chunk),
+        }
+    }
+
+    /// The token that is being chosen.
+    pub(super) fn unread<S>(active: &Active<S>) -> Self {
+        Self {
+            tokens: None,
+            choices: 1,
+            number: u64::from(active.answer.generated()) + 1,
+            chunk: None,
+        }
+    }
+
+    /// What was read and not fed, and the guesses behind it.
+    pub(super) fn read<S>(active: &Active<S>, fed: usize) -> Self {
+        let guesses = &active.guesses.fed;
+        Self {
+            tokens: Some([&active.tokens[fed..], guesses].concat()),
+            choices: 1 + guesses.len(),
+            number: active.answer.generated().into(),
+            chunk: None,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.tokens.as_ref().map_or(1, Vec::len)
+    }
+
+    /// The same for the model.
+    pub(super) fn feed<'a, S>(&'a self, active: &'a mut Active<S>) -> Feed<'a, S> {
+        Feed {
+            sequence: &mut active.sequence,
+            params: &active.request.params,
+            tokens: self.tokens.as_deref(),
+            choices: self.choices,
+            number: self.number,
+        }
+    }
 }
 
 /// Adds the tokens to an answer that need no choice, and says how many they are: those that end its thoughts, or those that

@@ -2,11 +2,15 @@
 
 use mlx_engine_core::{EngineError, GenerationEvent};
 
-use super::active::Active;
+use super::turn::Failed;
 use super::{PrefixCommand, Worker, guarded};
 use crate::TokenModel;
 use crate::clock::Clock;
-use crate::scheduler::Chunk;
+use crate::scheduler::Id;
+
+/// Tokens that one request computes and another would compute too, for which it is worth a turn to wait. Those of a usual
+/// system prompt and a template are fewer, and requests that share no more are fed in one step.
+const WORTH_WAITING: usize = 64;
 
 impl<M: TokenModel, C: Clock> Worker<M, C> {
     pub(super) fn manage(&mut self, command: PrefixCommand) {
@@ -80,13 +84,59 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
     }
 
-    /// Looks for what is known of a prompt before its first chunk, and says what the chunk is then.
-    pub(super) fn begin(&mut self, chunk: Chunk) -> Result<Chunk, EngineError> {
-        let position = |active: &Active<M::Sequence>| active.id == chunk.id && active.cached.is_none();
-        let Some(at) = self.active.iter().position(position) else {
-            return Ok(chunk);
-        };
+    /// Looks up what is known of the prompts that are fed next. What one of them shares with another that is fed before it is
+    /// not computed twice: it waits for that.
+    pub(super) fn look_up(&mut self, failed: &mut Failed) {
+        while let Some(id) = self.scheduler.unknown() {
+            let Some(at) = self.active.iter().position(|active| active.id == id) else {
+                self.scheduler.cancel(id);
+                continue;
+            };
+            if let Some((other, tokens)) = self.computed_before(at) {
+                self.scheduler.wait_behind(id, other, tokens);
+            } else if let Err(error) = self.begin(at) {
+                self.scheduler.cancel(id);
+                failed.push((id, error));
+            }
+        }
+    }
+
+    /// A request whose prompt is fed before this one's, and how many tokens of it save this one some.
+    fn computed_before(&self, at: usize) -> Option<(Id, usize)> {
+        let own = &self.active[at];
         // The last token is fed in any case: the logits after it are wanted.
+        let prompt = &own.tokens[..own.prompt_len - 1];
+        let before = self.scheduler.fed_before(own.id);
+        let shared = before.into_iter().filter_map(|(id, fed)| {
+            let other = self.active.iter().find(|active| active.id == id)?;
+            let alike = alike(&other.tokens[..other.prompt_len], prompt);
+            let useful = if self.model.forks_anywhere() {
+                alike
+            } else {
+                let kept = other.checkpoints.iter().copied();
+                kept.take_while(|&length| length <= alike).last()?
+            };
+            (useful > fed).then_some((id, useful))
+        });
+        let (other, tokens) = shared.max_by_key(|(_, tokens)| *tokens)?;
+        let known = self.known_length(prompt);
+        (tokens >= known + WORTH_WAITING).then_some((other, tokens))
+    }
+
+    /// How many tokens of a prompt need not be computed now.
+    fn known_length(&self, prompt: &[u32]) -> usize {
+        let begun = self.active.iter().filter(|active| active.cached.is_some());
+        let running = begun.map(|active| alike(&active.tokens, prompt).min(self.model.len(&active.sequence)));
+        let on_disk = self.disk.as_ref().map_or(0, |disk| disk.known(prompt));
+        running
+            .max()
+            .unwrap_or(0)
+            .max(self.prefixes.known(prompt))
+            .max(on_disk)
+    }
+
+    /// Takes over what is known of a prompt.
+    fn begin(&mut self, at: usize) -> Result<(), EngineError> {
         let active = &self.active[at];
         let prompt = &active.tokens[..active.prompt_len - 1].to_vec();
         let (known, cached) = match guarded(|| self.known(prompt))? {
@@ -109,7 +159,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             cached_tokens: cached as u32,
         };
         let _ = active.request.events.send(Ok(event));
-        Ok(self.scheduler.reused(chunk.id, cached).unwrap_or(chunk))
+        let id = active.id;
+        self.scheduler.reused(id, cached);
+        Ok(())
     }
 
     /// A sequence that has seen as much of a prompt as one that is kept or runs.
@@ -123,12 +175,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let begun = active.iter_mut().filter(|active| active.cached.is_some());
         let running = begun
             .map(|active| {
-                let alike = active
-                    .tokens
-                    .iter()
-                    .zip(prompt)
-                    .take_while(|(a, b)| a == b)
-                    .count();
+                let alike = alike(&active.tokens, prompt);
                 (alike.min(model.len(&active.sequence)), active)
             })
             .max_by_key(|(len, _)| *len);
@@ -139,31 +186,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
         prefixes.fork(model, prompt)
     }
+}
 
-    pub(super) fn prefill(&mut self, chunk: Chunk) -> Result<(), EngineError> {
-        let Self {
-            model,
-            active,
-            prefixes,
-            ..
-        } = self;
-        let Some(active) = active.iter_mut().find(|active| active.id == chunk.id) else {
-            return Ok(());
-        };
-        let tokens = &active.tokens[chunk.from..chunk.to];
-        let (sequence, params) = (&mut active.sequence, &active.request.params);
-        guarded(|| {
-            if chunk.last {
-                // Its first token is read in the next turn, so that it is chosen meanwhile.
-                model.begin(sequence, tokens, params, 0)?;
-            } else {
-                model.prefill(sequence, tokens)?;
-            }
-            let kept = active.checkpoints.contains(&chunk.to) || chunk.last && !model.forks_anywhere();
-            if kept && let Some(fork) = model.fork(sequence, chunk.to)? {
-                prefixes.keep(model, &active.tokens[..chunk.to], fork, active.shared);
-            }
-            Ok(())
-        })
-    }
+/// How many of the first tokens are the same.
+fn alike(some: &[u32], others: &[u32]) -> usize {
+    some.iter().zip(others).take_while(|(a, b)| a == b).count()
 }

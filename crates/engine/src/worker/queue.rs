@@ -162,6 +162,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 shared: 0,
                 started: self.clock.now(),
                 ahead: false,
+                rows: 0,
                 finished: None,
                 guesses: Guesses::new(off),
                 draft: None,

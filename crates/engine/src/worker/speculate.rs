@@ -130,7 +130,8 @@ impl<M: TokenModel> Speculation<M> {
             };
             guarded(|| drafter.guess(&mut active.draft, asked))
         } else {
-            guarded(|| drafter.catch_up(&mut active.draft, tokens)).map(|()| Vec::new())
+            guarded(|| drafter.catch_up(&mut active.draft, tokens, &active.request.params))
+                .map(|()| Vec::new())
         };
         let spent = clock.now().saturating_duration_since(began);
         self.drafting += spent;
@@ -172,7 +173,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// How many tokens the steps were fed that this turn reads.
     pub(super) fn rows(&self, due: &[Id]) -> usize {
         let due = self.active.iter().filter(|active| due.contains(&active.id));
-        due.map(|active| 1 + active.guesses.fed.len()).sum()
+        due.map(|active| active.rows).sum()
     }
 
     /// Whether guesses are to be made in this turn, or verified: then its tokens have to be read before the next step is
@@ -222,6 +223,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         } = self;
         let due: Vec<Id> = standing(active, due, failed)
             .filter(|active| active.finished.is_none() && !active.ahead)
+            // Not behind tokens that needed no choice, which are fed in one step already.
+            .filter(|active| model.len(&active.sequence) + 1 == active.tokens.len())
             .map(|active| active.id)
             .collect();
         let mut room = speculation.config.room(model.batch_limit());

@@ -198,16 +198,104 @@ fn a_long_prompt_stops_no_answer_for_longer_than_a_chunk() {
 }
 
 #[test]
-fn requests_that_begin_alike_and_come_together_compute_it_once() {
-    let mut bench = Bench::new(MockScript::default(), &config());
-    let alike = "a system prompt that all of them have in common, and that is long ".repeat(4);
-    for index in 0..5 {
-        bench.submit(&format!("{alike}{index}"), params(8)).unwrap();
+fn short_prompts_are_fed_in_one_step_and_with_answers() {
+    let config = EngineConfig {
+        prefill_chunk: Some(100),
+        ..EngineConfig::default()
+    };
+    let mut bench = Bench::new(MockScript::default().with_batch_limit(8), &config);
+    let prompts: Vec<String> = (0..5)
+        .map(|index| format!("{index} {}", "x".repeat(20)))
+        .collect();
+    for prompt in &prompts {
+        bench.submit(prompt, params(40)).unwrap();
+    }
+    bench.turn();
+    bench.turn();
+    bench.turn();
+    // 22 tokens each: four prompts, the beginning of the fifth, its rest with the second tokens of the answers, and from
+    // then on a token of each.
+    let steps = &bench.worker.model.fed;
+    assert_eq!(
+        steps[..3],
+        [vec![22, 22, 22, 22, 12], vec![1, 1, 1, 1, 10], vec![1; 5]]
+    );
+    bench.finish();
+    for (sent, prompt) in bench.requests.iter().zip(&prompts) {
+        assert_eq!(sent.text, *prompt);
+    }
+    assert_eq!(
+        bench.worker.model.fed.len(),
+        25,
+        "a step for each token, and one for the rest"
+    );
+}
+
+/// A step holds no more tokens of prompts than a chunk, however many there are.
+#[test]
+fn prompts_together_are_no_longer_than_a_chunk() {
+    let mut bench = Bench::new(MockScript::default().with_batch_limit(32), &config());
+    bench.submit("the answer that runs", params(60)).unwrap();
+    (0..3).for_each(|_| bench.turn());
+    for index in 0..9 {
+        bench.submit(&format!("{index} of nine"), params(3)).unwrap();
     }
     bench.finish();
-    let cached: Vec<u32> = bench.requests.iter().map(|sent| sent.cached).collect();
-    let alike = alike.len() as u32;
-    assert_eq!(cached, [0, alike, alike, alike, alike]);
+    let steps = &bench.worker.model.fed;
+    let prompts = steps[3..]
+        .iter()
+        .map(|step| step.iter().filter(|&&rows| rows > 1).sum::<usize>());
+    let most = prompts.max();
+    assert_eq!(most, Some(16));
+    assert!(bench.requests.iter().all(|sent| sent.ends.len() == 1));
+}
+
+/// What one of several prompts that are fed together cannot do costs the others nothing.
+#[test]
+fn a_fault_in_a_step_of_several_is_its_own() {
+    let script = MockScript::default()
+        .with_batch_limit(8)
+        .with_fault(3, MockFault::Device);
+    let mut bench = Bench::new(script, &config());
+    for prompt in ["one", "two", "six"] {
+        bench.submit(prompt, params(9)).unwrap();
+    }
+    bench.finish();
+    let failed: Vec<bool> = bench
+        .requests
+        .iter()
+        .map(|sent| sent.ends[0].0.is_err())
+        .collect();
+    assert_eq!(failed, [true, false, false]);
+    assert_eq!(
+        (&*bench.requests[1].text, &*bench.requests[2].text),
+        ("two", "six")
+    );
+}
+
+#[test]
+fn requests_that_begin_alike_and_come_together_compute_it_once() {
+    let cached = |prefill_chunk, alike: &str| {
+        let config = EngineConfig {
+            prefill_chunk: Some(prefill_chunk),
+            ..EngineConfig::default()
+        };
+        let mut bench = Bench::new(MockScript::default().with_batch_limit(8), &config);
+        for index in 0..5 {
+            bench.submit(&format!("{alike}{index}"), params(8)).unwrap();
+        }
+        bench.finish();
+        let steps = bench.worker.model.fed.len();
+        let cached: Vec<u32> = bench.requests.iter().map(|sent| sent.cached).collect();
+        (cached, steps)
+    };
+    let long = "a system prompt that all of them have in common, and that is long ".repeat(4);
+    // All of it is in one chunk: the others wait for that, and are fed what is theirs in one step with the first answer.
+    assert_eq!(cached(1000, &long), (vec![0, 264, 264, 264, 264], 9));
+    // The last chunk of the first has room for the second, for which no turn is lost.
+    assert_eq!(cached(16, &long).0, [0, 256, 264, 264, 264]);
+    // What is short is computed by all at once.
+    assert_eq!(cached(1000, "short "), (vec![0; 5], 8));
 }
 
 #[test]
@@ -351,6 +439,8 @@ struct Setting {
     draft_faults: Vec<(u64, MockFault)>,
     /// Milliseconds of a step, and of each token in it.
     pace: (u64, u64),
+    /// Sequences that a step takes.
+    batch_limit: usize,
 }
 
 fn lookup() -> impl Strategy<Value = LookupConfig> {
@@ -385,6 +475,7 @@ fn setting() -> impl Strategy<Value = Setting> {
             (0u64..4, 0u64..3),
             prop::option::of("[a-d]{0,40}"),
             prop::collection::vec((0u64..30, fault), 0..2),
+            1usize..6,
         ),
     )
         .prop_map(
@@ -394,7 +485,7 @@ fn setting() -> impl Strategy<Value = Setting> {
                 max_bytes,
                 whole,
                 faults,
-                (speculation, pace, drafted, draft_faults),
+                (speculation, pace, drafted, draft_faults, batch_limit),
             )| Setting {
                 max_batch,
                 max_queue,
@@ -407,6 +498,7 @@ fn setting() -> impl Strategy<Value = Setting> {
                 drafted,
                 draft_faults,
                 pace,
+                batch_limit,
             },
         )
 }
@@ -434,7 +526,9 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
     let Setting {
         max_batch, max_queue, ..
     } = *setting;
-    let mut script = MockScript::default().with_bytes_per_token(10);
+    let mut script = MockScript::default()
+        .with_bytes_per_token(10)
+        .with_batch_limit(setting.batch_limit);
     for &(number, fault) in &setting.faults {
         script = script.with_fault(number, fault);
     }
@@ -445,7 +539,8 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
         .drafted
         .clone()
         .map_or_else(MockScript::default, MockScript::reply)
-        .with_bytes_per_token(3);
+        .with_bytes_per_token(3)
+        .with_batch_limit(setting.batch_limit);
     for &(number, fault) in &setting.draft_faults {
         draft = draft.with_fault(number, fault);
     }
@@ -549,7 +644,12 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
             }
         }
     }
-    prop_assert!(faults <= setting.faults.len());
+    // Nobody can tell whose fault a panic in a step of several is.
+    let ends = |(_, fault): &(u64, MockFault)| match fault {
+        MockFault::Panic => setting.batch_limit,
+        _ => 1,
+    };
+    prop_assert!(faults <= setting.faults.iter().map(ends).sum::<usize>());
     // All that was taken is given back.
     let drafts = bench.worker.speculation.draft();
     prop_assert_eq!(drafts.map_or(0, MockModel::alive), 0);

@@ -1,67 +1,63 @@
-//! A turn: a chunk of a prompt, a token of every answer, and what ends with it.
+//! A turn: chunks of prompts, a token of every answer, and what ends with it.
 
 use std::sync::Arc;
 
 use mlx_engine_core::{EngineError, FinishReason, GenerateSummary, GenerationEvent};
 
-use super::active::{Active, forced, read};
+use super::active::{Active, Row, forced, read};
 use super::{TURNS_BETWEEN_CHUNKS, Worker, guarded};
 use crate::clock::Clock;
-use crate::scheduler::Id;
-use crate::{Feed, TokenModel};
+use crate::prefix::PrefixCache;
+use crate::scheduler::{Chunk, Id};
+use crate::{FeedError, TokenModel};
 
 /// Requests that an error of this turn ends.
 pub(super) type Failed = Vec<(Id, EngineError)>;
 
 impl<M: TokenModel, C: Clock> Worker<M, C> {
-    /// Takes a chunk of a prompt, and every answer a token further.
+    /// Takes prompts a chunk and every answer a token further.
     pub(crate) fn turn(&mut self) {
         self.sweep();
         self.admit();
         let began = self.clock.now();
-        let mut turn = self.scheduler.turn();
-        self.gauges.begin(began, turn.decode.len());
         let mut failed = Failed::new();
-        if let Some(chunk) = turn.chunk {
-            let fed = self.begin(chunk).and_then(|chunk| {
-                turn.chunk = Some(chunk);
-                self.prefill(chunk)?;
-                self.scheduler.fed(chunk);
-                Ok(())
-            });
-            if let Err(error) = fed {
-                failed.push((chunk.id, error));
-            }
-        }
-        let decoded = turn.chunk.is_none() && self.scoring.is_empty();
+        self.look_up(&mut failed);
+        let turn = self.scheduler.turn();
+        self.gauges.begin(began, turn.decode.len());
+        let decoded = turn.chunks.is_empty() && self.scoring.is_empty();
         self.scoring.step(&mut self.model);
         let due = &turn.decode;
         let rows = self.rows(due);
-        let context_length = self.context_length;
+        let mut chunks = turn.chunks.clone();
         if !self.expects_guesses(due, &failed) {
-            self.feed(due, &mut failed, |model, active| {
+            let context_length = self.context_length;
+            let ahead = |model: &M, active: &Active<M::Sequence>| {
                 let more = active.wants_more(context_length);
                 let free =
                     active.request.walk.is_none() && !active.answer.may_force(&active.request.params, 1);
-                (more && free && model.can_look_ahead(&active.sequence)).then_some(None)
-            });
+                (more && free && model.can_look_ahead(&active.sequence)).then(|| Row::unread(active))
+            };
+            if standing(&mut self.active, due, &failed).any(|active| ahead(&self.model, active).is_some()) {
+                // Prompts go with those that are fed first: the device computes while tokens are read.
+                self.feed(&mut chunks, due, &mut failed, ahead);
+            }
         }
         self.prepare(due, &mut failed);
         let read = self.read(due, &mut failed) + self.force(due, &mut failed);
         self.guess(due, &failed);
-        self.feed(due, &mut failed, |_, active| {
+        self.feed(&mut chunks, due, &mut failed, |model, active| {
             let stands = active.finished.is_none() && !active.ahead;
-            stands.then(|| active.tokens.last().copied())
+            stands.then(|| Row::read(active, model.len(&active.sequence)))
         });
         for active in &mut self.active {
             active.ahead = false;
         }
-        if turn.chunk.is_some() || !turn.decode.is_empty() {
+        if !turn.chunks.is_empty() || !turn.decode.is_empty() {
             let spent = self.clock.now().saturating_duration_since(began);
             self.scheduler.turned(&turn, spent);
             self.speculation.turned(rows, spent, decoded);
         }
-        if turn.chunk.is_some() {
+        if !turn.chunks.is_empty() {
             self.measure();
         }
         self.gauges.end(read);
@@ -75,44 +71,67 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
     }
 
-    /// Feeds a token to every answer that is due and for which `token` gives one, `Some(None)` being the one that is not
-    /// read yet, as many at once as the model takes.
+    /// Feeds chunks, and every answer that is due and for which `row` says what, as many in one step as the model takes.
     fn feed(
         &mut self,
+        chunks: &mut Vec<Chunk>,
         due: &[Id],
         failed: &mut Failed,
-        token: impl Fn(&M, &Active<M::Sequence>) -> Option<Option<u32>>,
+        row: impl Fn(&M, &Active<M::Sequence>) -> Option<Row>,
     ) {
         let began = self.clock.now();
-        let Self { model, active, .. } = self;
-        let mut fed = Vec::new();
-        for active in standing(active, due, failed) {
-            if let Some(token) = token(model, active) {
-                fed.push((active, token));
-            }
+        let chunks = std::mem::take(chunks);
+        let Self {
+            model,
+            active,
+            scheduler,
+            prefixes,
+            ..
+        } = self;
+        let mut left = Vec::new();
+        for active in active.iter_mut().filter(|active| stands(active, failed)) {
+            let chunk = chunks.iter().find(|chunk| chunk.id == active.id);
+            let row = match chunk {
+                Some(&chunk) => Some(Row::chunk(active, chunk)),
+                None if due.contains(&active.id) => row(model, active),
+                None => None,
+            };
+            left.extend(row.map(|row| (active, row)));
         }
-        let mut ended = Failed::new();
-        for some in fed.chunks_mut(model.batch_limit().max(1)) {
-            let mut batch: Vec<Feed<'_, M::Sequence>> = some
+        while !left.is_empty() {
+            let count = left.len().min(model.batch_limit().max(1));
+            let mut batch: Vec<_> = left[..count]
                 .iter_mut()
-                .map(|(active, token)| {
-                    let read = u32::from(token.is_none());
-                    Feed {
-                        number: (active.answer.generated() + read).into(),
-                        sequence: &mut active.sequence,
-                        params: &active.request.params,
-                        token: *token,
-                        guesses: &active.guesses.fed,
-                    }
-                })
+                .map(|(active, row)| row.feed(active))
                 .collect();
-            match guarded(|| model.feed(&mut batch)) {
-                Ok(()) => some.iter_mut().for_each(|(active, _)| active.ahead = true),
+            match guarded(|| Ok(model.feed(&mut batch))).unwrap_or_else(|error| Err(error.into())) {
+                Ok(()) => {
+                    for (active, row) in left.drain(..count) {
+                        active.rows = row.len();
+                        let Some(chunk) = row.chunk else {
+                            active.ahead = true;
+                            continue;
+                        };
+                        scheduler.fed(chunk);
+                        if let Err(error) = guarded(|| keep(model, prefixes, active, chunk)) {
+                            failed.push((active.id, error));
+                        }
+                    }
+                }
+                Err(FeedError {
+                    error,
+                    culprit: Some(culprit),
+                }) if culprit < count => {
+                    let (active, _) = left.remove(culprit);
+                    failed.push((active.id, error));
+                }
                 // The step was theirs together.
-                Err(error) => ended.extend(some.iter().map(|(active, _)| (active.id, error.clone()))),
+                Err(FeedError { error, .. }) => {
+                    let ended = left.drain(..count);
+                    failed.extend(ended.map(|(active, _)| (active.id, error.clone())));
+                }
             }
         }
-        failed.append(&mut ended);
         self.speculation
             .fed(self.clock.now().saturating_duration_since(began));
     }
@@ -130,20 +149,14 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         failed.append(&mut ended);
     }
 
-    /// Takes the tokens that need no choice behind those that were read, feeds them in one step, and says how many they were.
+    /// Takes the tokens that need no choice behind those that were read, and says how many they were. They are fed in the step
+    /// of all.
     fn force(&mut self, due: &[Id], failed: &mut Failed) -> usize {
-        self.generate(due, failed, |model, active, context_length, clock| {
+        self.generate(due, failed, |_, active, context_length, clock| {
             if active.finished.is_some() || active.ahead {
                 return Ok(0);
             }
-            let forced = forced(active, context_length, clock)?;
-            if forced > 0 && active.finished.is_none() {
-                let fed = model.len(&active.sequence);
-                let (params, number) = (&active.request.params, active.answer.generated().into());
-                model.begin(&mut active.sequence, &active.tokens[fed..], params, number)?;
-                active.ahead = true;
-            }
-            Ok(forced)
+            forced(active, context_length, clock)
         })
     }
 
@@ -274,6 +287,25 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     }
 }
 
+/// Keeps the state of a prompt after a chunk, where it cannot be had from a longer one.
+fn keep<M: TokenModel>(
+    model: &mut M,
+    prefixes: &mut PrefixCache<M::Sequence>,
+    active: &mut Active<M::Sequence>,
+    chunk: Chunk,
+) -> Result<(), EngineError> {
+    let kept = active.checkpoints.contains(&chunk.to) || chunk.last && !model.forks_anywhere();
+    if kept && let Some(fork) = model.fork(&mut active.sequence, chunk.to)? {
+        prefixes.keep(model, &active.tokens[..chunk.to], fork, active.shared);
+    }
+    Ok(())
+}
+
+/// Whether a request has not failed.
+fn stands<S>(active: &Active<S>, failed: &Failed) -> bool {
+    failed.iter().all(|(id, _)| *id != active.id)
+}
+
 /// Those of the requests that are due and have not failed.
 pub(super) fn standing<'a, S>(
     active: &'a mut [Active<S>],
@@ -282,5 +314,5 @@ pub(super) fn standing<'a, S>(
 ) -> impl Iterator<Item = &'a mut Active<S>> {
     active
         .iter_mut()
-        .filter(|active| due.contains(&active.id) && failed.iter().all(|(id, _)| *id != active.id))
+        .filter(|active| due.contains(&active.id) && stands(active, failed))
 }

@@ -127,7 +127,8 @@ impl Rope {
         )?)
     }
 
-    /// Rotates `[sequences, heads, 1, head_dim]`, where each sequence is at the position that `[sequences]` says.
+    /// Rotates `[sequences, heads, tokens, head_dim]`, where the first token of each sequence is at the position that
+    /// `[sequences]` says.
     pub(crate) fn forward_each(&self, x: &Array, positions: &Array) -> Result<Array, ModelError> {
         let theta = self.wavelengths.is_none().then_some(self.theta);
         let freqs = self.wavelengths.as_ref();
