@@ -367,14 +367,12 @@ impl MlxModel {
                 return Err(EngineError::internal(message));
             }
         };
-        let tokens = match feed.tokens {
-            Some(tokens) => FeedTokens::Read(tokens),
-            None => {
-                let unread = feed.sequence.steps.back().and_then(Step::unread);
-                let token =
-                    unread.ok_or_else(|| EngineError::internal("a token was fed that nobody chose"))?;
-                FeedTokens::Unread(token.clone())
-            }
+        let tokens = if let Some(tokens) = feed.tokens {
+            FeedTokens::Read(tokens)
+        } else {
+            let unread = feed.sequence.steps.back().and_then(Step::unread);
+            let token = unread.ok_or_else(|| EngineError::internal("a token was fed that nobody chose"))?;
+            FeedTokens::Unread(token.clone())
         };
         let fed = models::Feed { tokens, logits };
         self.decoder

@@ -131,9 +131,16 @@ async fn requests_at_the_same_time_are_answered_as_alone() {
         engine.generate(prompt, params)
     }))
     .await;
+    // Of what was computed together nothing is taken over.
+    let fresh = InferenceEngine::new().with_config(EngineConfig {
+        prefix_cache: mlx_engine::PrefixCacheConfig::OFF,
+        ..EngineConfig::default()
+    });
+    fresh.load_model(&model()).await.unwrap();
     for (index, together) in (0..).zip(together) {
         let (prompt, params) = request(index);
-        let alone = engine.generate(prompt, params).await.unwrap();
+        let alone = fresh.generate(prompt, params).await.unwrap();
+        assert_eq!(alone.usage.cached_tokens, 0);
         let together = together.unwrap();
         assert_eq!(together.tokens, alone.tokens, "request {index}");
         assert_eq!(

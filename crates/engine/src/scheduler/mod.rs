@@ -141,6 +141,23 @@ impl Ask {
         (self.arrived + AGEING * steps, self.id)
     }
 
+    /// What a prompt is fed next, at most `room` tokens.
+    fn chunk(&self, from: usize, room: usize) -> Chunk {
+        let cut = self
+            .cuts
+            .iter()
+            .copied()
+            .find(|&cut| cut > from)
+            .unwrap_or(self.prompt);
+        let to = cut.min(self.prompt).min(from.saturating_add(room));
+        Chunk {
+            id: self.id,
+            from,
+            to,
+            last: to == self.prompt,
+        }
+    }
+
     /// The limit that is exceeded, if one is.
     fn exceeded(&self, waits: bool, now: Instant) -> Option<Duration> {
         let spent = now.saturating_duration_since(self.arrived);
@@ -263,7 +280,7 @@ impl Scheduler {
                 Phase::Behind { other, tokens } if !self.is_fed_later(other, tokens) => {
                     return Some(running.ask.id);
                 }
-                Phase::Prefilling(fed) => room -= self.chunk(&running.ask, fed, room).len(),
+                Phase::Prefilling(fed) => room -= running.ask.chunk(fed, room).len(),
                 Phase::Behind { .. } | Phase::Decoding(_) => {}
             }
         }
@@ -310,7 +327,7 @@ impl Scheduler {
             if let Phase::Prefilling(fed) = running.phase
                 && room > 0
             {
-                let chunk = self.chunk(&running.ask, fed, room);
+                let chunk = running.ask.chunk(fed, room);
                 room -= chunk.len();
                 chunks.push(chunk);
             }
@@ -324,23 +341,6 @@ impl Scheduler {
                 .filter(decoding)
                 .map(|running| running.ask.id)
                 .collect(),
-        }
-    }
-
-    /// What a prompt is fed next, at most `room` tokens.
-    fn chunk(&self, ask: &Ask, from: usize, room: usize) -> Chunk {
-        let cut = ask
-            .cuts
-            .iter()
-            .copied()
-            .find(|&cut| cut > from)
-            .unwrap_or(ask.prompt);
-        let to = cut.min(ask.prompt).min(from.saturating_add(room));
-        Chunk {
-            id: ask.id,
-            from,
-            to,
-            last: to == ask.prompt,
         }
     }
 
