@@ -1,11 +1,17 @@
 //! `cargo xtask bench`: the benches of the workspace, with the test model at hand, or the peers in turn with ours.
 
+mod baseline;
+mod curves;
 mod llama;
 mod machine;
+mod mlx_lm;
 mod ours;
 mod peers;
+mod plot;
 mod process;
 mod report;
+
+use std::path::PathBuf;
 
 use crate::error::Result;
 use crate::packages::{self, Package};
@@ -14,8 +20,8 @@ use crate::workspace::{cargo, run as go, spell};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Run llama.cpp in turn with ours and print how they compare; it is fetched and built on the first call, for about
-    /// ten minutes
+    /// Run llama.cpp and mlx-lm in turn with ours, print how they compare and draw how speeds change with streams,
+    /// context and threads; llama.cpp is fetched and built on the first call, for about ten minutes
     #[arg(long)]
     peers: bool,
 
@@ -23,14 +29,30 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 3, requires = "peers", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 
-    /// Arguments for criterion for criterion, such as part of a bench's name
+    /// Measure the table alone, without the curves
+    #[arg(long, requires = "peers")]
+    no_curves: bool,
+
+    /// Compare with a report.json that an earlier call wrote, and fail where a figure has become worse
+    #[arg(long, value_name = "FILE", requires = "peers")]
+    baseline: Option<PathBuf>,
+
+    /// By how much a figure may be worse than in the baseline; the same machine drifts by 15
+    #[arg(long, value_name = "PERCENT", default_value_t = 15, requires = "baseline", value_parser = clap::value_parser!(u32).range(0..=1000))]
+    threshold: u32,
+
+    /// Arguments for criterion, such as part of a bench's name
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     selection: Vec<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.peers {
-        return peers::run(args.rounds);
+        return peers::run(peers::Options {
+            rounds: args.rounds,
+            curves: !args.no_curves,
+            baseline: args.baseline.as_deref().map(|path| (path, args.threshold)),
+        });
     }
     let workspace = packages::read()?;
     let jobs: Vec<_> = workspace.packages.iter().filter_map(arguments).collect();

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use crate::error::{Context, Result};
 use crate::packages::{self, Package, Workspace, bound_to_mlx};
-use crate::workspace::{cargo, on_path, run as go};
-use crate::{setup, workspace};
+use crate::setup::{self, Cache};
+use crate::workspace::{self, cargo, on_path, run as go};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -62,22 +62,27 @@ struct Suite {
 fn full(workspace: &Workspace, nextest: bool, selection: &[String]) -> Result<Vec<Suite>> {
     let cache = setup::fill(None, true)?;
     let mut selected = [&scope(selection)[..], &oracles(&workspace.packages, selection)].concat();
-    let gemma = cache.gemma();
-    if gemma.is_some() {
+    if cache.gemma().is_some() {
         selected.extend(with(GEMMA, &workspace.packages, selection));
     } else {
         println!("test: the tests of Gemma 3 are left out: cargo xtask setup --gemma brings the model");
     }
     let mut suites = runs(["with MLX", "documentation"], nextest, &selected, selection);
     for suite in &mut suites {
-        suite.command.env("MLX_ENGINE_TEST_MODEL", cache.test_model());
-        suite.command.env("MLX_ENGINE_TEST_DATA", cache.test_data());
-        if let Some(gemma) = &gemma {
-            suite.command.env("MLX_ENGINE_TEST_GEMMA", gemma);
-        }
-        suite.command.env("MLX_ENGINE_TEST_PYTHONPATH", cache.oracle()?);
+        with_data(&mut suite.command, &cache)?;
     }
     Ok(suites)
+}
+
+/// Names what the tests read: the models, the data and the oracles of the cache.
+pub(crate) fn with_data(command: &mut Command, cache: &Cache) -> Result<()> {
+    command.env("MLX_ENGINE_TEST_MODEL", cache.test_model());
+    command.env("MLX_ENGINE_TEST_DATA", cache.test_data());
+    if let Some(gemma) = cache.gemma() {
+        command.env("MLX_ENGINE_TEST_GEMMA", gemma);
+    }
+    command.env("MLX_ENGINE_TEST_PYTHONPATH", cache.oracle()?);
+    Ok(())
 }
 
 /// The tests of what works without MLX, built where no MLX can leak in.

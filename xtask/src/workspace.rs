@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 
 /// The root of the repository.
 pub(crate) fn root() -> PathBuf {
@@ -97,6 +97,20 @@ pub(crate) fn on_path(program: &str) -> bool {
     }
     env::var_os("PATH")
         .is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
+}
+
+/// A wheel does not keep who may run a file.
+#[cfg(unix)]
+pub(crate) fn executable(program: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    std::fs::set_permissions(program, std::fs::Permissions::from_mode(0o755))
+        .context("make executable", program)
+}
+
+#[cfg(not(unix))]
+pub(crate) fn executable(_: &Path) -> Result<()> {
+    Ok(())
 }
 
 #[cfg(test)]

@@ -6,11 +6,12 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use super::ours::Speeds;
 use super::process::measured;
 use crate::downloads::{self, Host};
 use crate::error::{Context, Error, Result};
 use crate::setup;
-use crate::workspace::{on_path, run as go};
+use crate::workspace::{executable, on_path, run as go};
 
 /// Programs of llama.cpp, made for this machine, and its fastest kind of the test model.
 pub(crate) struct Llama {
@@ -90,42 +91,44 @@ impl Llama {
         })
     }
 
-    /// Tokens a second of a prompt, of an answer behind nothing, and of one behind a prompt.
-    pub(crate) fn alone(&self, prompt: u32, answer: u32) -> Result<[f64; 3]> {
-        let test = |depth: u32, fed: u32, made: u32| -> Result<Vec<Value>> {
-            let mut command = Command::new(&self.bench);
-            command
-                .arg("-m")
-                .arg(&self.model)
-                .args(["-r", "3", "-o", "json", "-t"]);
-            command.arg(self.threads.to_string());
-            let numbers = [("-p", fed), ("-n", made), ("-d", depth)];
-            command.args(
-                numbers
-                    .into_iter()
-                    .flat_map(|(name, number)| [name.to_owned(), number.to_string()]),
-            );
-            let done = measured(&mut command)?;
-            serde_json::from_str(&done.stdout).map_err(|_| unread("llama-bench", &done.stdout))
-        };
-        let speed = |rows: &[Value], key: &str| {
-            let row = rows
-                .iter()
-                .find(|row| row[key].as_u64().is_some_and(|tokens| tokens > 0));
-            row.and_then(|row| row["avg_ts"].as_f64())
-                .ok_or_else(|| unread("llama-bench", &format!("{rows:?}")))
-        };
-        let plain = test(0, prompt, answer)?;
-        let deep = test(prompt, 0, answer)?;
-        Ok([
-            speed(&plain, "n_prompt")?,
-            speed(&plain, "n_gen")?,
-            speed(&deep, "n_gen")?,
-        ])
+    /// Tokens a second of a prompt, over `repeats` of it.
+    pub(crate) fn prefill(&self, prompt: u32, threads: u32, repeats: u32) -> Result<f64> {
+        self.test([prompt, 0, 0], threads, repeats)
+    }
+
+    /// Tokens a second of an answer behind `depth` tokens, over `repeats` of it.
+    pub(crate) fn decode(&self, depth: u32, answer: u32, threads: u32, repeats: u32) -> Result<f64> {
+        self.test([0, answer, depth], threads, repeats)
+    }
+
+    /// The one figure that `llama-bench` has for tokens fed, made, and before them.
+    fn test(&self, [fed, made, depth]: [u32; 3], threads: u32, repeats: u32) -> Result<f64> {
+        let mut command = Command::new(&self.bench);
+        command.arg("-m").arg(&self.model).args(["-o", "json"]);
+        let numbers = [
+            ("-t", threads),
+            ("-r", repeats),
+            ("-p", fed),
+            ("-n", made),
+            ("-d", depth),
+        ];
+        command.args(
+            numbers
+                .into_iter()
+                .flat_map(|(name, number)| [name.to_owned(), number.to_string()]),
+        );
+        let done = measured(&mut command)?;
+        let rows: Vec<Value> =
+            serde_json::from_str(&done.stdout).map_err(|_| unread("llama-bench", &done.stdout))?;
+        match &rows[..] {
+            [row] => row["avg_ts"].as_f64(),
+            _ => None,
+        }
+        .ok_or_else(|| unread("llama-bench", &done.stdout))
     }
 
     /// Tokens a second of all streams together, for each number of streams.
-    pub(crate) fn together(&self, prompt: u32, answer: u32, streams: &[u32]) -> Result<Vec<f64>> {
+    pub(crate) fn together(&self, prompt: u32, answer: u32, streams: &[u32]) -> Result<Vec<Speeds>> {
         let most = streams.iter().max().copied().unwrap_or(1);
         let list = streams.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
         let mut command = Command::new(&self.batched);
@@ -154,8 +157,14 @@ impl Llama {
             .iter()
             .map(|&streams| {
                 let row = rows.iter().find(|row| row["pl"] == streams);
-                row.and_then(|row| row["speed_tg"].as_f64())
-                    .ok_or_else(|| unread("llama-batched-bench", &done.stdout))
+                let speed = |key: &str| {
+                    row.and_then(|row| row[key].as_f64())
+                        .ok_or_else(|| unread("llama-batched-bench", &done.stdout))
+                };
+                Ok(Speeds {
+                    prefill: speed("speed_pp")?,
+                    decode: speed("speed_tg")?,
+                })
             })
             .collect()
     }
@@ -218,19 +227,6 @@ fn instructions(cpuinfo: &str) -> impl Iterator<Item = &'static str> {
         .into_iter()
         .filter(move |(_, needed)| needed.iter().all(|need| flags.iter().any(|flag| flag == need)))
         .map(|(option, _)| option)
-}
-
-/// A wheel does not keep who may run a file.
-#[cfg(unix)]
-fn executable(program: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).context("make executable", program)
-}
-
-#[cfg(not(unix))]
-fn executable(_: &Path) -> Result<()> {
-    Ok(())
 }
 
 #[cfg(test)]

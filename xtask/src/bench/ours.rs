@@ -9,6 +9,13 @@ use super::process::{Done, measured};
 use crate::error::{Error, Result};
 use crate::workspace::{cargo, run as go};
 
+/// Tokens a second: of what was fed, and of what was made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Speeds {
+    pub(crate) prefill: f64,
+    pub(crate) decode: f64,
+}
+
 /// The command, built as users build it, and the model.
 pub(crate) struct Ours {
     program: PathBuf,
@@ -39,23 +46,29 @@ impl Ours {
         }
     }
 
-    /// Tokens a second of a prompt, of an answer behind nothing, and of one behind a prompt.
-    pub(crate) fn alone(&self, prompt: u32, answer: u32) -> Result<[f64; 3]> {
-        let answer = answer.to_string();
-        let short = self.json(&["bench", "-p", "1", "-n", &answer, "-r", "3"], true)?;
-        let long = self.json(
-            &["bench", "-p", &prompt.to_string(), "-n", &answer, "-r", "3"],
+    /// Tokens a second of a prompt, and of an answer behind it, as medians of `repeats`.
+    pub(crate) fn one(&self, prompt: u32, answer: u32, threads: u32, repeats: u32) -> Result<Speeds> {
+        let [prompt, answer, threads, repeats] =
+            [prompt, answer, threads, repeats].map(|number| number.to_string());
+        let found = self.json(
+            &[
+                "bench",
+                "-p",
+                &prompt,
+                "-n",
+                &answer,
+                "--threads",
+                &threads,
+                "-r",
+                &repeats,
+            ],
             true,
         )?;
-        Ok([
-            number(&long, "prompt_tps")?,
-            number(&short, "generation_tps")?,
-            number(&long, "generation_tps")?,
-        ])
+        speeds(&found)
     }
 
     /// Tokens a second of all streams together, for each number of streams.
-    pub(crate) fn together(&self, prompt: u32, answer: u32, streams: &[u32]) -> Result<Vec<f64>> {
+    pub(crate) fn together(&self, prompt: u32, answer: u32, streams: &[u32]) -> Result<Vec<Speeds>> {
         let list = streams.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
         let (prompt, answer) = (prompt.to_string(), answer.to_string());
         let found = self.json(
@@ -63,7 +76,14 @@ impl Ours {
             true,
         )?;
         let rows = found["batches"].as_array().map(Vec::as_slice).unwrap_or_default();
-        rows.iter().map(|row| number(row, "generation_tps")).collect()
+        rows.iter().map(speeds).collect()
+    }
+
+    /// Writes the model as an MLX folder, with the integers that it has.
+    pub(crate) fn convert(&self, out: &Path) -> Result<()> {
+        let mut command = self.command(&["convert", "--model"]);
+        command.arg(&self.model).arg("--out").arg(out);
+        measured(&mut command).map(|_| ())
     }
 
     /// A whole process that says one token.
@@ -102,8 +122,14 @@ impl Ours {
     }
 }
 
-fn number(value: &Value, key: &str) -> Result<f64> {
-    value[key]
-        .as_f64()
-        .ok_or_else(|| Error::Refused(format!("mlx-engine bench did not print `{key}`: {value}")))
+fn speeds(value: &Value) -> Result<Speeds> {
+    let number = |key: &str| {
+        value[key]
+            .as_f64()
+            .ok_or_else(|| Error::Refused(format!("mlx-engine bench did not print `{key}`: {value}")))
+    };
+    Ok(Speeds {
+        prefill: number("prompt_tps")?,
+        decode: number("generation_tps")?,
+    })
 }
