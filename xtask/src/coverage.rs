@@ -1,22 +1,24 @@
 //! `cargo xtask coverage`: how many of each crate's lines the tests run.
 //!
 //! All tests of the workspace with the real MLX, the test model and the oracles, counted by the compiler
-//! (`-C instrument-coverage`), and read by `cargo llvm-cov`. What counts is each crate's code outside of its tests, run by whichever
-//! crate's test.
+//! (`-C instrument-coverage`). What counts is each crate's code outside of its tests, run by whichever crate's test.
 
+pub(crate) mod compiler;
 mod lines;
 mod tools;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use self::lines::Count;
 use self::tools::Tools;
 use crate::error::{Context, Error, Result};
 use crate::packages;
-use crate::workspace::{on_path, run as go, spell};
+use crate::workspace::{cargo, on_path, output, run as go, spell};
 use crate::{setup, test};
 
 #[derive(Debug, clap::Args)]
@@ -34,8 +36,10 @@ pub(crate) struct Args {
     files: bool,
 }
 
-/// The report of `cargo llvm-cov`, and ours.
-const LCOV: &str = "lcov.info";
+/// What this command writes in `target/coverage`: what programs counted, their sum, the lines of it, and those of each crate.
+const COUNTED: &str = "counted";
+const SUM: &str = "sum.profdata";
+const LINES: &str = "lcov.info";
 const REPORT: &str = "coverage.json";
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -44,28 +48,47 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     fs::create_dir_all(&folder).context("make the folder", &folder)?;
     let tools = Tools::ready(&folder)?;
     let cache = setup::fill(None, true)?;
-    let mut tests = tools.command()?;
-    if on_path("cargo-nextest") {
-        tests.arg("nextest");
-    }
-    tests.arg("--no-report");
+    let mut selected = Vec::new();
     if args.packages.is_empty() {
-        tests.args(["--workspace", "--exclude", env!("CARGO_PKG_NAME")]);
-        tests.args(test::oracles(&workspace.packages, &[]));
+        selected.extend(["--workspace", "--exclude", env!("CARGO_PKG_NAME")].map(str::to_owned));
+        selected.extend(test::oracles(&workspace.packages, &[]));
     }
     for package in &args.packages {
-        tests.args(["--package", package]);
+        selected.extend(["--package".to_owned(), package.clone()]);
     }
-    test::with_data(&mut tests, &cache)?;
+    let counted = folder.join(COUNTED);
+    let call = |words: &[&str]| -> Result<Command> {
+        let mut command = cargo();
+        command.args(words).args(&selected);
+        test::with_data(&mut command, &cache)?;
+        compiler::count(&mut command).context("find this program below", &folder)?;
+        // A few files for each program, which its processes add to.
+        command.env("LLVM_PROFILE_FILE", counted.join("%4m.profraw"));
+        Ok(command)
+    };
+
+    let programs = programs(&mut call(&[
+        "test",
+        "--no-run",
+        "--message-format=json-render-diagnostics",
+    ])?)?;
+    // What build scripts and macros counted is no test's.
+    match fs::remove_dir_all(&counted) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).context("empty", &counted);
+        }
+        _ => fs::create_dir_all(&counted).context("make the folder", &counted)?,
+    }
+    let runner: &[&str] = if on_path("cargo-nextest") {
+        &["nextest", "run", "--no-fail-fast"]
+    } else {
+        &["test", "--no-fail-fast", "--lib", "--bins", "--tests"]
+    };
+    let mut tests = call(runner)?;
     println!("coverage: {}", spell(&tests));
     go(&mut tests)?;
-    let lcov = folder.join(LCOV);
-    go(tools
-        .command()?
-        .args(["report", "--lcov", "--output-path"])
-        .arg(&lcov))?;
 
-    let text = fs::read_to_string(&lcov).context("read", &lcov)?;
+    let text = lcov(&tools, &folder, &programs)?;
     let files = lines::per_file(&lines::read(&text), &workspace.packages)?;
     let mut crates: BTreeMap<&str, Count> = BTreeMap::new();
     for ((name, file), count) in &files {
@@ -100,6 +123,61 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     enough(&crates, args.least)
 }
 
+/// Builds the tests, and says which programs that made: tests, and those that tests start.
+fn programs(build: &mut Command) -> Result<Vec<PathBuf>> {
+    println!("coverage: {}", spell(build));
+    build.stderr(std::process::Stdio::inherit());
+    let built = output(build)?;
+    if !built.status.success() {
+        return Err(Error::Failed {
+            command: spell(build),
+            status: built.status.to_string(),
+        });
+    }
+    Ok(executables(&String::from_utf8_lossy(&built.stdout)))
+}
+
+/// The programs that cargo's messages name.
+fn executables(messages: &str) -> Vec<PathBuf> {
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .collect()
+}
+
+/// Adds up what was counted, and writes it as lcov's records.
+fn lcov(tools: &Tools, folder: &Path, programs: &[PathBuf]) -> Result<String> {
+    let sum = folder.join(SUM);
+    let mut merge = Command::new(&tools.profdata);
+    // A process that a test kills may leave a file that is not whole.
+    merge
+        .args(["merge", "-sparse", "--failure-mode=all", "-o"])
+        .arg(&sum);
+    merge.arg(folder.join(COUNTED));
+    go(&mut merge)?;
+    let mut export = Command::new(&tools.cov);
+    export.args(["export", "--format=lcov", "--skip-expansions"]);
+    export.arg("--ignore-filename-regex=/(registry|rustc|rustlib)/");
+    export.arg(format!("--instr-profile={}", sum.display()));
+    for (program, at) in programs.iter().zip(0..) {
+        if at > 0 {
+            export.arg("-object");
+        }
+        export.arg(program);
+    }
+    let told = output(&mut export)?;
+    if !told.status.success() {
+        return Err(Error::Failed {
+            command: "llvm-cov export".to_owned(),
+            status: String::from_utf8_lossy(&told.stderr).into_owned(),
+        });
+    }
+    let path = folder.join(LINES);
+    fs::write(&path, &told.stdout).context("write", &path)?;
+    Ok(String::from_utf8_lossy(&told.stdout).into_owned())
+}
+
 /// Fails where a crate has too few.
 fn enough(crates: &BTreeMap<&str, Count>, least: u8) -> Result<()> {
     let few: Vec<_> = crates
@@ -119,6 +197,13 @@ fn enough(crates: &BTreeMap<&str, Count>, least: u8) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn programs_are_those_that_cargo_names() {
+        let messages = "{\"reason\":\"compiler-artifact\",\"executable\":null}\nno JSON\n\
+                        {\"reason\":\"compiler-artifact\",\"executable\":\"/w/target/debug/deps/a-1\"}\n";
+        assert_eq!(executables(messages), [PathBuf::from("/w/target/debug/deps/a-1")]);
+    }
 
     #[test]
     fn a_crate_below_the_least_is_named() {

@@ -5,6 +5,7 @@
 
 mod examples;
 mod links;
+mod named;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,7 +31,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let root = workspace::root();
     let mut found = fill(&root, args.check)?;
     references(args.check)?;
-    found.extend(links::broken(&pages(&root)?)?);
+    let pages = pages(&root)?;
+    found.extend(links::broken(&pages)?);
+    found.extend(named::wrong(&root, &pages)?);
     found.extend(unlisted(&root)?);
     if found.is_empty() {
         println!("docs: all is as the code has it");
@@ -135,7 +138,9 @@ mod tests {
     fn the_book_holds_together() {
         let root = workspace::root();
         let mut found = fill(&root, true).unwrap();
-        found.extend(links::broken(&pages(&root).unwrap()).unwrap());
+        let pages = pages(&root).unwrap();
+        found.extend(links::broken(&pages).unwrap());
+        found.extend(named::wrong(&root, &pages).unwrap());
         found.extend(unlisted(&root).unwrap());
         assert!(found.is_empty(), "{found:#?}");
     }

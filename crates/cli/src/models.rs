@@ -81,8 +81,8 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
             let criteria = SearchCriteria {
                 query: words.join(" "),
                 family: family.clone(),
-                model_type: model_type.map(Into::into),
-                capability: capability.map(Into::into),
+                model_type: *model_type,
+                capability: *capability,
                 min_parameters: *min_parameters,
                 max_parameters: *max_parameters,
                 max_size_bytes: *max_size,
@@ -118,7 +118,7 @@ pub(crate) async fn run(args: &Models) -> Result<(), Failure> {
                 Failure::usage("how much memory there is could not be found out: give --memory")
             })?;
             let device = DeviceDescription::new(memory, *bandwidth);
-            let mut picks = registry.recommended_models((*use_case).into(), &device);
+            let mut picks = registry.recommended_models(*use_case, &device);
             picks.truncate(*limit);
             if *json {
                 let picks: Vec<_> = picks

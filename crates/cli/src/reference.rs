@@ -3,7 +3,10 @@
 #[path = "../../mlx-engine/tests/reference/page.rs"]
 mod page;
 
-use clap::{Arg, Command, CommandFactory};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::{Arg, Command, CommandFactory, Parser};
 
 use crate::args::Cli;
 use page::{Page, cell};
@@ -19,6 +22,35 @@ fn reference_of_the_command_line() {
     cli.build();
     commands(&mut page, &cli, "");
     page.check("command-line.md");
+}
+
+/// Each command that the README and the book show, in blocks and in sentences.
+#[test]
+fn reference_to_a_command_is_one_that_is_taken() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut pages = vec![root.join("README.md")];
+    for folder in ["docs", "docs/guide"] {
+        let entries = fs::read_dir(root.join(folder)).unwrap();
+        let files = entries.map(|entry| entry.unwrap().path());
+        pages.extend(files.filter(|file: &PathBuf| file.extension().is_some_and(|end| end == "md")));
+    }
+    let mut taken = 0;
+    for page in pages {
+        let text = fs::read_to_string(&page).unwrap();
+        let folded = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let spans = folded.split('`').skip(1).step_by(2);
+        let shown = spans
+            .chain(text.lines())
+            .filter(|code| code.starts_with("mlx-engine "));
+        for command in shown {
+            let words = shlex::split(command).unwrap_or_else(|| panic!("{}: {command}", page.display()));
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{}: {command}: {error}", page.display());
+            }
+            taken += 1;
+        }
+    }
+    assert!(taken > 20, "{taken}");
 }
 
 fn commands(page: &mut Page, command: &Command, above: &str) {

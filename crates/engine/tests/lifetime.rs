@@ -114,8 +114,7 @@ fn engines_end_and_leave_no_thread_behind() {
     runtime().block_on(async {
         let script = MockScript::default().with_load_delay(Duration::from_millis(50));
         let load = Engine::mock("tiny", script, EngineConfig::default());
-        let given_up = tokio::time::timeout(Duration::from_millis(1), load).await;
-        assert!(given_up.is_err());
+        drop(futures::poll!(Box::pin(load)));
         no_thread_is_left();
     });
 }

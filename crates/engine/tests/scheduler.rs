@@ -195,15 +195,17 @@ async fn a_full_queue_refuses_and_says_when_to_come_again() {
         max_batch: 1,
         ..EngineConfig::default()
     };
-    let script = MockScript::reply("slow").with_step_delay(Duration::from_millis(100));
+    let script = MockScript::default().with_step_delay(Duration::from_millis(5));
     let engine = Engine::mock("tiny", script, config).await.unwrap();
-    let mut running = engine.stream(Prompt::text("first"), params()).await.unwrap();
+    let endless = params().with_ignore_eos(true).with_max_tokens(4000);
+    let mut running = engine.stream(Prompt::text("first"), endless).await.unwrap();
     running.next().await.unwrap().unwrap();
     let waiting = engine.stream(Prompt::text("second"), params()).await.unwrap();
     let Err(refused) = engine.stream(Prompt::text("third"), params()).await else {
         panic!("the queue is full")
     };
     assert!(matches!(refused, EngineError::QueueFull { .. }) && refused.retry_after().is_some());
+    drop(running);
     assert!(events(waiting).await.last().unwrap().is_ok());
 }
 

@@ -72,7 +72,9 @@ pub(super) fn per_file(lines: &Lines, packages: &[Package]) -> Result<BTreeMap<(
         }
     }
     for (package, path, count) in counted {
-        if !tests.contains(&path) && count.all > 0 {
+        // A module's own modules lie below its name.
+        let test = |module: &PathBuf| path == *module || path.starts_with(module.with_extension(""));
+        if !tests.iter().any(test) && count.all > 0 {
             let short = path.strip_prefix(&root).unwrap_or(&path).to_path_buf();
             found.insert((package, short), count);
         }
@@ -143,14 +145,29 @@ mod tests {
             "fn a() {\n}\n\nfn b() {}\n#[cfg(test)]\nmod tests {\n    fn t() {}\n}\n",
         )
         .unwrap();
+        let below = sources.join("b");
+        fs::create_dir_all(below.join("tests")).unwrap();
+        fs::write(below.join("mod.rs"), "fn b() {}\n#[cfg(test)]\nmod tests;\n").unwrap();
+        let mut lcov = Vec::new();
+        for (file, text) in [("tests.rs", "mod c;\nfn t() {}\n"), ("tests/c.rs", "fn c() {}\n")] {
+            fs::write(below.join(file), text).unwrap();
+            lcov.push(format!(
+                "SF:{}\nDA:1,1\nDA:2,1\nend_of_record\n",
+                below.join(file).display()
+            ));
+        }
+        lcov.push(format!(
+            "SF:{}\nDA:1,0\nend_of_record\n",
+            below.join("mod.rs").display()
+        ));
         let shown = a.display();
-        let lcov = format!(
+        lcov.push(format!(
             "TN:\nSF:{shown}\nDA:1,3\nDA:2,0\nend_of_record\nSF:{shown}\nDA:2,1\nDA:4,0,sum\nDA:7,1\nend_of_record\n\
              SF:/elsewhere/c.rs\nDA:1,0\nend_of_record\n"
-        );
-        let found = per_file(&read(&lcov), &[core]).unwrap();
+        ));
+        let found = per_file(&read(&lcov.concat()), &[core]).unwrap();
         let counts: Vec<_> = found.values().copied().collect();
-        assert_eq!(counts, [Count { all: 3, run: 2 }]);
+        assert_eq!(counts, [Count { all: 3, run: 2 }, Count { all: 1, run: 0 }]);
         assert!((counts[0].percent() - 66.67).abs() < 0.01);
     }
 

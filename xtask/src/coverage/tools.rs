@@ -1,6 +1,7 @@
-//! The programs that read which lines ran.
+//! LLVM's programs that read which lines ran.
 //!
-//! A user's own where there are some; elsewhere those that this workspace pins, so that nothing has to be installed.
+//! Those of the toolchain or of the user where there are some; elsewhere those that this workspace pins, so that nothing has to be
+//! installed.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -9,94 +10,62 @@ use std::process::Command;
 use crate::downloads::{self, Host};
 use crate::error::{Error, Result};
 use crate::setup;
-use crate::workspace::{self, cargo, executable, on_path, output};
+use crate::workspace::{self, executable, output};
 
-/// What has been found.
+/// `llvm-profdata`, which adds up what programs counted, and `llvm-cov`, which knows the lines.
 #[derive(Debug)]
 pub(crate) struct Tools {
-    /// A folder with `cargo-llvm-cov`, where it is not on the path.
-    folder: Option<PathBuf>,
-    /// `llvm-cov` and `llvm-profdata`, where the toolchain has none and the user named none.
-    llvm: Option<[PathBuf; 2]>,
+    pub(crate) profdata: PathBuf,
+    pub(crate) cov: PathBuf,
 }
 
 impl Tools {
     /// Finds them, or fetches them below `folder`.
     pub(crate) fn ready(folder: &Path) -> Result<Self> {
-        let own = on_path("cargo-llvm-cov");
-        let named = ["LLVM_COV", "LLVM_PROFDATA"]
-            .iter()
-            .all(|name| env::var_os(name).is_some());
-        let llvm = named || toolchain_has_them()?;
-        let host = Host::here()?;
-        let mut pieces = Vec::new();
-        if !own {
-            pieces.push(downloads::cargo_llvm_cov(host).ok_or_else(missing)?);
+        if let (Some(profdata), Some(cov)) = (env::var_os("LLVM_PROFDATA"), env::var_os("LLVM_COV")) {
+            return Ok(Self {
+                profdata: profdata.into(),
+                cov: cov.into(),
+            });
         }
-        if !llvm {
-            let ours = rustc_llvm()?;
-            if ours > downloads::LLVM_TOOLS_MAJOR {
-                return Err(missing());
-            }
-            pieces.push(downloads::llvm_tools(host).ok_or_else(missing)?);
+        let own = Self::within(&toolchain()?);
+        if own.profdata.is_file() && own.cov.is_file() {
+            return Ok(own);
         }
-        setup::fill_beside(&pieces, folder)?;
-        let programs = folder.join(downloads::CARGO_LLVM_COV);
-        let tools = folder.join(downloads::LLVM_TOOLS).join("bin");
-        let tools = ["llvm-cov", "llvm-profdata"].map(|name| tools.join(name));
-        if !own {
-            executable(&programs.join("cargo-llvm-cov"))?;
-        }
-        if !llvm {
-            tools.iter().try_for_each(|tool| executable(tool))?;
-        }
-        Ok(Self {
-            folder: (!own).then_some(programs),
-            llvm: (!llvm).then_some(tools),
-        })
+        let pinned = downloads::llvm_tools(Host::here()?).filter(|_| can_read(downloads::LLVM_TOOLS_MAJOR));
+        let piece = pinned.ok_or_else(|| Error::MissingTool {
+            tool: "llvm-profdata".to_owned(),
+            purpose: "counting the lines that tests run",
+            install: "install LLVM's tools (rustup component add llvm-tools) and run the command again",
+        })?;
+        setup::fill_beside(&[piece], folder)?;
+        let pinned = Self::within(&folder.join(downloads::LLVM_TOOLS).join("bin"));
+        executable(&pinned.profdata)?;
+        executable(&pinned.cov)?;
+        Ok(pinned)
     }
 
-    /// `cargo llvm-cov`, with what it needs.
-    pub(crate) fn command(&self) -> Result<Command> {
-        let mut command = cargo();
-        command.arg("llvm-cov");
-        if let Some(folder) = &self.folder {
-            let path = env::var_os("PATH").unwrap_or_default();
-            let folders = env::split_paths(&path).chain([folder.clone()]);
-            let path = env::join_paths(folders)
-                .map_err(|error| Error::Refused(format!("the path cannot be set: {error}")))?;
-            command.env("PATH", path);
+    fn within(folder: &Path) -> Self {
+        let named = |name: &str| folder.join(format!("{name}{}", env::consts::EXE_SUFFIX));
+        Self {
+            profdata: named("llvm-profdata"),
+            cov: named("llvm-cov"),
         }
-        if let Some([cov, profdata]) = &self.llvm {
-            command.env("LLVM_COV", cov).env("LLVM_PROFDATA", profdata);
-        }
-        Ok(command)
     }
 }
 
-/// The error of tools that are not there and not pinned for this machine.
-fn missing() -> Error {
-    Error::MissingTool {
-        tool: "cargo-llvm-cov, or LLVM's tools for it,".to_owned(),
-        purpose: "counting the lines that tests run",
-        install: "install them (cargo install cargo-llvm-cov, and rustup component add llvm-tools) and run the command again",
-    }
+/// Where the component `llvm-tools` of a toolchain lies.
+fn toolchain() -> Result<PathBuf> {
+    let library = PathBuf::from(rustc(&["--print", "target-libdir"])?.trim());
+    Ok(library.with_file_name("bin"))
 }
 
-/// Whether the toolchain came with LLVM's tools.
-fn toolchain_has_them() -> Result<bool> {
-    let told = rustc(&["--print", "target-libdir"])?;
-    let library = PathBuf::from(told.trim());
-    let tool = format!("llvm-profdata{}", env::consts::EXE_SUFFIX);
-    Ok(library
-        .parent()
-        .is_some_and(|folder| folder.join("bin").join(tool).is_file()))
-}
-
-/// The version of LLVM that writes what the tools read; they read that of older ones.
-fn rustc_llvm() -> Result<u32> {
-    let told = rustc(&["-vV"])?;
-    major(&told).ok_or_else(|| Error::Refused(format!("rustc does not say which LLVM it has: {told}")))
+/// Tools read what the same LLVM wrote, or an older one.
+fn can_read(tools: u32) -> bool {
+    rustc(&["-vV"])
+        .ok()
+        .and_then(|told| major(&told))
+        .is_some_and(|compiler| compiler <= tools)
 }
 
 fn major(told: &str) -> Option<u32> {
@@ -119,8 +88,18 @@ mod tests {
 
     #[test]
     fn rustc_says_which_llvm_it_has() {
-        assert!(rustc_llvm().unwrap() > 10);
+        assert!(can_read(u32::MAX) && !can_read(1));
         assert_eq!(major("rustc 1.95.0\nLLVM version: 22.1.2\n"), Some(22));
         assert_eq!(major("rustc 1.95.0\n"), None);
+    }
+
+    #[test]
+    fn the_tools_of_a_toolchain_lie_beside_its_libraries() {
+        let folder = toolchain().unwrap();
+        assert!(
+            folder.ends_with("bin") && folder.with_file_name("lib").is_dir(),
+            "{}",
+            folder.display()
+        );
     }
 }
