@@ -37,48 +37,41 @@ fn greedy(max_tokens: u32) -> GenerateParams {
         .with_max_tokens(max_tokens)
 }
 
-/// Answers that repeat what they were given, and some that do not; greedy and sampled in each way.
+/// Answers that repeat what they were given, and one that does not; greedy and sampled in each way.
 fn requests() -> Vec<(String, GenerateParams)> {
     let copy = format!("Repeat this letter word by word:\n\n{LETTER}");
     let sampled = |seed| {
         GenerateParams::default()
-            .with_max_tokens(24)
+            .with_max_tokens(40)
             .with_temperature(0.8)
             .with_seed(seed)
     };
     let penalised = GenerateParams {
         repetition_penalty: 1.1,
         presence_penalty: 0.2,
-        ..greedy(24)
+        ..greedy(40)
     };
     vec![
-        (copy.clone(), greedy(56)),
-        (copy.clone(), sampled(1)),
-        (copy.clone(), penalised),
+        (copy.clone(), greedy(90)),
         (
             "Count: 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2,".to_owned(),
-            greedy(24),
+            greedy(40),
         ),
-        ("What is the capital of France?".to_owned(), greedy(16)),
+        ("What is the capital of France?".to_owned(), greedy(30)),
+        (copy.clone(), sampled(1)),
         (
             copy.clone(),
             sampled(2).with_top_p(0.9).with_top_k(40).with_min_p(0.02),
         ),
-        (copy.clone(), greedy(24).with_top_logprobs(2)),
+        (copy.clone(), penalised),
+        (copy.clone(), greedy(40).with_top_logprobs(2)),
         (copy, greedy(200).with_stop(["Friday"])),
     ]
 }
 
-/// As many of the requests as say how keys and values are kept: what chooses tokens does not see them.
-const OF_EACH_CACHE: usize = 3;
-
 async fn answers(engine: &InferenceEngine) -> Vec<GenerateOutput> {
-    first_answers(engine, usize::MAX).await
-}
-
-async fn first_answers(engine: &InferenceEngine, count: usize) -> Vec<GenerateOutput> {
     let mut outputs = Vec::new();
-    for (prompt, params) in requests().into_iter().take(count) {
+    for (prompt, params) in requests() {
         outputs.push(engine.generate(prompt, params).await.expect("an answer"));
     }
     outputs
@@ -86,7 +79,6 @@ async fn first_answers(engine: &InferenceEngine, count: usize) -> Vec<GenerateOu
 
 /// Compares answers, and says how many tokens were guessed, and how many of them right.
 fn compare(plain: &[GenerateOutput], guessed: &[GenerateOutput]) -> (u32, u32) {
-    assert_eq!(plain.len(), guessed.len());
     for (plain, guessed) in plain.iter().zip(guessed) {
         assert_eq!(plain.tokens, guessed.tokens, "{}", plain.text);
         assert_eq!(
@@ -121,22 +113,18 @@ async fn answers_with_look_up_are_those_without() {
         max_positions,
         ..KvConfig::default()
     };
-    for (kv, count) in [
-        (kv(None, None), usize::MAX),
-        (kv(Some(8), None), OF_EACH_CACHE),
-        (kv(None, Some(96)), OF_EACH_CACHE),
-    ] {
+    for kv in [kv(None, None), kv(Some(8), None), kv(None, Some(96))] {
         let config = EngineConfig {
             kv,
             ..EngineConfig::default()
         };
-        let plain = first_answers(&load(config.clone()).await, count).await;
+        let plain = answers(&load(config.clone()).await).await;
         let engine = load(EngineConfig {
             speculation: lookup(),
             ..config
         })
         .await;
-        let guessed = first_answers(&engine, count).await;
+        let guessed = answers(&engine).await;
         let (drafted, accepted) = compare(&plain, &guessed);
         assert!(drafted > 20 && accepted > 5, "{accepted} of {drafted}");
         let statistics = engine.statistics().unwrap();
@@ -148,7 +136,6 @@ async fn answers_with_look_up_are_those_without() {
         let together = join_all(
             requests()
                 .into_iter()
-                .take(count)
                 .map(|(prompt, params)| engine.generate(prompt, params)),
         );
         let together: Vec<_> = together.await.into_iter().map(Result::unwrap).collect();
@@ -232,7 +219,7 @@ async fn a_draft_that_is_wrong_at_times_changes_nothing() {
         "{accepted} of {drafted}"
     );
     // The same seeds draw the same tokens: the distribution is the same whatever it is.
-    for seed in 0..8 {
+    for seed in 0..12 {
         let params = GenerateParams::default()
             .with_max_tokens(10)
             .with_temperature(1.0)

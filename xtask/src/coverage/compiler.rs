@@ -4,23 +4,23 @@
 //! dependencies are those of the tests, built once, and what runs is counted in our own code alone.
 
 use std::env;
+use std::path::Path;
 use std::process::{Command, ExitCode};
-
-/// Set where this program stands in for the compiler.
-const WRAPPER: &str = "MLX_ENGINE_XTASK_COUNTERS";
 
 /// Has a call of cargo put counters into the workspace's code.
 pub(super) fn count(command: &mut Command) -> std::io::Result<()> {
     command.env("RUSTC_WORKSPACE_WRAPPER", env::current_exe()?);
-    command.env(WRAPPER, "1");
     Ok(())
 }
 
 /// Does what cargo asks of its wrapper, where this program is called as one: the compiler and its arguments.
 pub(crate) fn stand_in() -> Option<ExitCode> {
-    env::var_os(WRAPPER)?;
     let mut arguments = env::args_os().skip(1);
     let compiler = arguments.next()?;
+    // None of our commands is called so.
+    if Path::new(&compiler).file_stem()? != "rustc" {
+        return None;
+    }
     let status = Command::new(&compiler)
         .args(arguments)
         .arg("-Cinstrument-coverage")

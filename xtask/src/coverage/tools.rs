@@ -1,6 +1,6 @@
 //! LLVM's programs that read which lines ran.
 //!
-//! Those of the toolchain or of the user where there are some; elsewhere those that this workspace pins, so that nothing has to be
+//! Those of the toolchain where it has some; elsewhere those that this workspace pins, so that nothing has to be
 //! installed.
 
 use std::env;
@@ -22,12 +22,6 @@ pub(crate) struct Tools {
 impl Tools {
     /// Finds them, or fetches them below `folder`.
     pub(crate) fn ready(folder: &Path) -> Result<Self> {
-        if let (Some(profdata), Some(cov)) = (env::var_os("LLVM_PROFDATA"), env::var_os("LLVM_COV")) {
-            return Ok(Self {
-                profdata: profdata.into(),
-                cov: cov.into(),
-            });
-        }
         let own = Self::within(&toolchain()?);
         if own.profdata.is_file() && own.cov.is_file() {
             return Ok(own);
