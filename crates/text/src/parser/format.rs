@@ -186,11 +186,6 @@ const UNTHOUGHT: Mark = unthought("</think>");
 const TOOL_CALL: (&str, &str) = ("<tool_call>", "</tool_call>");
 
 impl ToolFormat {
-    /// All of them.
-    pub fn all() -> impl Iterator<Item = Self> {
-        NAMES.into_iter().map(|(_, format)| format)
-    }
-
     /// The format that a chat template writes calls in; [`Plain`](Self::Plain) where it writes none that is known here.
     pub fn detect(template: &str) -> Self {
         // Some formats are others with more to them, so the order counts.
