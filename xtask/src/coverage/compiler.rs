@@ -24,6 +24,8 @@ pub(crate) fn stand_in() -> Option<ExitCode> {
     let status = Command::new(&compiler)
         .args(arguments)
         .arg("-Cinstrument-coverage")
+        // Not every build of LLVM's tools can read what is packed.
+        .arg("-Cllvm-args=-enable-name-compression=false")
         .status();
     Some(match status {
         Ok(status) if status.success() => ExitCode::SUCCESS,
