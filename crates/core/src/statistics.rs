@@ -31,6 +31,8 @@ pub struct EngineStatistics {
     pub prefix_cache_sequences: u64,
     /// Bytes of the weights.
     pub weight_bytes: u64,
+    /// Steps that were run again for one answer alone, as the step of several had failed.
+    pub redone_steps: u64,
     /// How often the worker went on after a panic outside a step.
     pub worker_restarts: u64,
     /// What is allocated; `None` for a backend that allocates nothing.

@@ -1,5 +1,6 @@
 //! Faults on purpose, under a model of either kind: what the caller is told, what the neighbours get, and what comes after.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ enum Point {
     Step(u64),
     /// A token is read.
     Read,
+    /// The token of this number is read.
+    ReadAt(u64),
     /// A sequence is cut for the cache, which is no step of a request.
     Truncate,
     /// The bytes of a request are asked for, before it is in the queue.
@@ -55,7 +58,11 @@ const VICTIM: u64 = 666;
 struct Plan {
     fault: Mutex<Option<(Point, Fault)>>,
     /// Whether the fault stays until the model is loaded again.
-    stays: bool,
+    stays: AtomicBool,
+    /// Whether nobody can tell whose fault it is where several are fed.
+    hides: AtomicBool,
+    /// Whether nothing that a step has left can be taken back.
+    forgets: AtomicBool,
     loads: Mutex<u32>,
     gate: (Mutex<bool>, Condvar),
     /// Told when something hangs.
@@ -66,7 +73,7 @@ impl Plan {
     fn until_reload(point: Point, fault: Fault) -> Arc<Self> {
         Arc::new(Self {
             fault: Mutex::new(Some((point, fault))),
-            stays: true,
+            stays: AtomicBool::new(true),
             ..Self::default()
         })
     }
@@ -96,7 +103,7 @@ impl Plan {
         if point != here {
             return None;
         }
-        if !self.stays {
+        if !self.stays.load(Ordering::Relaxed) {
             *planned = None;
         }
         Some(fault)
@@ -172,6 +179,10 @@ impl<M: TokenModel> TokenModel for Faulty<M> {
         self.model.truncate(sequence, len)
     }
 
+    fn undo(&mut self, sequence: &mut M::Sequence, len: usize) -> bool {
+        !self.plan.forgets.load(Ordering::Relaxed) && self.model.undo(sequence, len)
+    }
+
     fn fork(&mut self, sequence: &mut M::Sequence, len: usize) -> Result<Option<M::Sequence>, EngineError> {
         self.model.fork(sequence, len)
     }
@@ -206,7 +217,7 @@ impl<M: TokenModel> TokenModel for Faulty<M> {
             if feed.params.seed == Some(VICTIM) {
                 self.plan.meet(point).map_err(|error| FeedError {
                     error,
-                    culprit: Some(index),
+                    culprit: (!self.plan.hides.load(Ordering::Relaxed)).then_some(index),
                 })?;
             }
         }
@@ -223,6 +234,8 @@ impl<M: TokenModel> TokenModel for Faulty<M> {
     ) -> Result<Chosen, EngineError> {
         if params.seed == Some(VICTIM) {
             self.plan.meet(Point::Read)?;
+            self.plan
+                .meet(Point::ReadAt((tokens.len() - prompt_len) as u64))?;
         }
         self.model.read(sequence, params, tokens, prompt_len, mask)
     }
@@ -305,7 +318,11 @@ async fn load(kind: Kind, plan: &Arc<Plan>, config: EngineConfig) -> Result<Engi
             let kept = config.clone();
             Engine::load(config, None, move |_, _| {
                 Ok(faulty(
-                    crate::engine::load_mock("faulty".to_owned(), MockScript::default(), &kept)?,
+                    crate::engine::load_mock(
+                        "faulty".to_owned(),
+                        MockScript::default().with_batch_limit(8),
+                        &kept,
+                    )?,
                     plan,
                 ))
             })
@@ -430,6 +447,152 @@ async fn a_fault_is_one_requests_and_the_neighbours_get_the_tokens_that_they_get
             assert_eq!(tokens(&engine, "Blue").await, behind);
         }
     }
+}
+
+/// Has the victim and two others decode together, and says what became of each and how many steps were run again. The
+/// worker is held at the victim's prompt until all of them are with it.
+async fn together(
+    engine: &Engine,
+    plan: &Plan,
+    fault: (Point, Fault),
+    stays: bool,
+) -> ([Result<Vec<u32>, EngineError>; 3], u64) {
+    let before = engine.statistics().expect("it tells").redone_steps;
+    *plan.gate.0.lock().unwrap() = false;
+    plan.stays.store(false, Ordering::Relaxed);
+    *plan.fault.lock().unwrap() = Some((Point::Prefill, Fault::Pause));
+    let first = engine.stream(prompt(), victim());
+    let others = async {
+        plan.hangs.notified().await;
+        plan.stays.store(stays, Ordering::Relaxed);
+        *plan.fault.lock().unwrap() = Some(fault);
+        // The first poll of each hands its request over.
+        let (one, two, ()) = futures::join!(
+            engine.stream(Prompt::text(RED), greedy()),
+            engine.stream(Prompt::text(BLUE), sampled()),
+            async { plan.open() },
+        );
+        (one, two)
+    };
+    let (first, (one, two)) = futures::join!(first, others);
+    let ends = [first, one, two].map(async |events| Ok(collect_events(events?).await?.tokens));
+    let [first, one, two] = ends;
+    let ends = futures::join!(first, one, two);
+    *plan.fault.lock().unwrap() = None;
+    let after = engine.statistics().expect("it tells");
+    assert_eq!((after.running, after.queued), (0, 0));
+    (ends.into(), after.redone_steps - before)
+}
+
+/// Prompts whose answers are as long on the mock, which says them back.
+const RED: &str = "Red as the evening sun,";
+const BLUE: &str = "Blue as the morning sea,";
+
+/// A request whose logits are read before the next step begins.
+fn sampled() -> GenerateParams {
+    greedy().with_temperature(0.9).with_top_p(0.9).with_seed(5)
+}
+
+#[tokio::test]
+async fn a_step_of_several_that_fails_is_run_again_for_each_alone() {
+    for &kind in KINDS {
+        let points = [Point::Step(8), Point::ReadAt(8)];
+        check_together(kind, Plan::default(), &points, &faults(kind), &[true, false]).await;
+    }
+}
+
+/// As where MLX's graph has failed.
+#[tokio::test]
+async fn a_sequence_that_cannot_be_taken_back_is_computed_anew() {
+    for &kind in KINDS {
+        let plan = Plan::default();
+        plan.forgets.store(true, Ordering::Relaxed);
+        check_together(kind, plan, &[Point::Step(8)], &[Fault::Device], &[true, false]).await;
+    }
+}
+
+async fn check_together(kind: Kind, plan: Plan, points: &[Point], faults: &[Fault], stays: &[bool]) {
+    plan.hides.store(true, Ordering::Relaxed);
+    let plan = Arc::new(plan);
+    let config = EngineConfig {
+        prefill_chunk: Some(16),
+        ..EngineConfig::default()
+    };
+    let engine = load(kind, &plan, config).await.unwrap();
+    let alone = async |prompt, params| engine.generate(prompt, params).await.expect("an answer").tokens;
+    let expected = [
+        alone(prompt(), victim()).await,
+        alone(Prompt::text(RED), greedy()).await,
+        alone(Prompt::text(BLUE), sampled()).await,
+    ];
+    engine.clear_prefix_cache().await.unwrap();
+    for (&point, &fault) in points
+        .iter()
+        .flat_map(|point| faults.iter().map(move |fault| (point, fault)))
+    {
+        for &stays in stays {
+            let (found, redone) = together(&engine, &plan, (point, fault), stays).await;
+            let case = format!("{kind:?} {point:?} {fault:?} stays {stays}: {found:?}");
+            let [first, one, two] = found;
+            match first {
+                Err(error) if stays => assert!(is(&error, fault) && error.is_retryable(), "{case}"),
+                first => assert_eq!(
+                    (stays, first.ok().as_ref()),
+                    (false, Some(&expected[0])),
+                    "{case}"
+                ),
+            }
+            assert_eq!(
+                (one.unwrap(), two.unwrap()),
+                (expected[1].clone(), expected[2].clone()),
+                "{case}"
+            );
+            // Reading fails for the victim alone; a step for all that were in it. What is sampled by its logits is in the next.
+            let steps = if matches!(point, Point::Step(_)) {
+                2..=3
+            } else {
+                1..=1
+            };
+            assert!(steps.contains(&redone), "{redone} {case}");
+            engine.clear_prefix_cache().await.unwrap();
+        }
+    }
+}
+
+/// Needs the process for itself, as the limit is the process's.
+#[cfg(feature = "mlx")]
+#[tokio::test]
+async fn memory_that_one_of_several_lacks_is_its_own_lack() {
+    let plan = Arc::new(Plan::default());
+    let engine = load(Kind::Mlx, &plan, config()).await.unwrap();
+    let short = greedy().with_max_tokens(40).with_ignore_eos(true);
+    let expected = engine
+        .generate(Prompt::text("Red"), short.clone())
+        .await
+        .unwrap()
+        .tokens;
+    engine.clear_prefix_cache().await.unwrap();
+    // It runs, and is within the first of its pages to the end.
+    let mut running = engine.stream(Prompt::text("Red"), short).await.unwrap();
+    assert!(running.next().await.unwrap().is_ok());
+    // The other gets to the end of its first page, and is held where it has begun.
+    *plan.fault.lock().unwrap() = Some((Point::Step(1), Fault::Pause));
+    let long = victim().with_max_tokens(100).with_ignore_eos(true);
+    let words = Prompt::text("one two three four five six seven eight nine ten ".repeat(5));
+    let other = engine.stream(words, long);
+    let limit = async {
+        plan.hangs.notified().await;
+        mlx_engine_models::set_memory_limit(Some(1));
+        plan.open();
+    };
+    let (other, ()) = futures::join!(other, limit);
+    let (other, running) = futures::join!(collect_events(other.unwrap()), collect_events(running));
+    let error = other.unwrap_err();
+    assert!(matches!(error, EngineError::OutOfMemory), "{error:?}");
+    assert_eq!(running.unwrap().tokens, expected);
+    assert!(engine.statistics().unwrap().redone_steps > 0, "they ran together");
+    mlx_engine_models::set_memory_limit(None);
+    assert_eq!(tokens(&engine, "Blue").await.len(), 12);
 }
 
 #[tokio::test]

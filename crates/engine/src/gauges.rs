@@ -22,6 +22,7 @@ pub(crate) struct Gauges {
     prefix_cache_bytes: AtomicU64,
     prefix_cache_sequences: AtomicU64,
     weight_bytes: AtomicU64,
+    redone_steps: AtomicU64,
     worker_restarts: AtomicU64,
 }
 
@@ -51,6 +52,7 @@ impl Gauges {
             prefix_cache_bytes: AtomicU64::new(0),
             prefix_cache_sequences: AtomicU64::new(0),
             weight_bytes: AtomicU64::new(0),
+            redone_steps: AtomicU64::new(0),
             worker_restarts: AtomicU64::new(0),
         }
     }
@@ -80,6 +82,11 @@ impl Gauges {
     pub(crate) fn restarted(&self) {
         self.turn_since.store(0, Ordering::Relaxed);
         self.worker_restarts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A step is run again for one answer alone.
+    pub(crate) fn redone(&self) {
+        self.redone_steps.fetch_add(1, Ordering::Relaxed);
     }
 
     /// So many guesses were verified, and so many of them were right.
@@ -115,6 +122,7 @@ impl Gauges {
             prefix_cache_bytes: read(&self.prefix_cache_bytes),
             prefix_cache_sequences: read(&self.prefix_cache_sequences),
             weight_bytes: read(&self.weight_bytes),
+            redone_steps: read(&self.redone_steps),
             worker_restarts: read(&self.worker_restarts),
             memory: None,
         }

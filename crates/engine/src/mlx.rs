@@ -434,8 +434,15 @@ impl TokenModel for MlxModel {
         possible
     }
 
+    fn undo(&mut self, sequence: &mut MlxSequence, len: usize) -> bool {
+        // Arrays of MLX's graph that have failed are part of what was to follow them.
+        let lasts = self.decoder.outlives_failed_steps();
+        lasts && self.truncate(sequence, len) && sequence.sequence.check(len).is_ok()
+    }
+
     fn fork(&mut self, sequence: &mut MlxSequence, len: usize) -> Result<Option<MlxSequence>, EngineError> {
-        if !sequence.sequence.can_truncate(len) {
+        // What failed to be computed is not handed on.
+        if !sequence.sequence.can_truncate(len) || sequence.sequence.check(len).is_err() {
             return Ok(None);
         }
         let fork = sequence.sequence.fork(len).map_err(run_error)?;
@@ -504,6 +511,8 @@ impl TokenModel for MlxModel {
         let (step, sampler) =
             step.ok_or_else(|| EngineError::internal("a token was read that nobody chose"))?;
         let sampled = step.read(sampler, tokens, prompt_len, mask).map_err(run_error)?;
+        // The logits are those behind the last of the tokens.
+        sequence.sequence.check(tokens.len()).map_err(run_error)?;
         Ok(Chosen {
             token: sampled.token,
             logprob: sampled.logprob,

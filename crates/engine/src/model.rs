@@ -37,7 +37,7 @@ pub struct FeedError {
     /// What happened.
     pub error: EngineError,
     /// Which of those that were fed is to blame, where it is one: then none of them was fed, and the others can be fed
-    /// without it. Where `None`, none of them can go on.
+    /// without it. Where `None`, each has to be [taken back](TokenModel::undo) first.
     pub culprit: Option<usize>,
 }
 
@@ -50,7 +50,7 @@ impl From<EngineError> for FeedError {
 /// A model as the scheduler sees it: sequences that take tokens and give tokens.
 ///
 /// All calls come from the one thread that the model lives on. An error ends the request that the sequence belongs to
-/// and no other.
+/// and no other; where it is not known to which, each is fed alone.
 pub trait TokenModel {
     /// What the model remembers of one sequence.
     type Sequence;
@@ -71,6 +71,12 @@ pub trait TokenModel {
 
     /// Forgets all but the first `len` tokens. `false` where that cannot be; then the sequence is of no more use.
     fn truncate(&mut self, sequence: &mut Self::Sequence, len: usize) -> bool;
+
+    /// Takes back what a step that failed may have left of a sequence behind its first `len` tokens. `false` where that
+    /// cannot be known or done; then the sequence is of no more use.
+    fn undo(&mut self, sequence: &mut Self::Sequence, len: usize) -> bool {
+        self.truncate(sequence, len)
+    }
 
     /// Another sequence that has seen the first `len` tokens of this one, with nothing chosen; both go their own ways. A
     /// token of this one may be being chosen meanwhile. `None` where it cannot be cut there: a model whose sequences

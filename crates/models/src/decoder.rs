@@ -205,6 +205,12 @@ impl Decoder {
         self.plan.rules.iter().all(|rule| rule.window.is_none())
     }
 
+    /// Whether a sequence of which a step has failed can be cut to what there was before and go on. On a CPU it can: keys and
+    /// values have their places. Of MLX's graph an array that has failed is a part of those that follow.
+    pub fn outlives_failed_steps(&self) -> bool {
+        matches!(self.body, Body::Host(_))
+    }
+
     /// How keys and values are kept.
     pub fn kv_config(&self) -> &KvConfig {
         &self.kv
@@ -265,7 +271,8 @@ impl Decoder {
         }
     }
 
-    /// Feeds tokens and returns the logits after the last, `[1, vocab_size]` float32, not evaluated yet.
+    /// Feeds tokens and returns the logits after the last, `[1, vocab_size]` float32, not evaluated yet. Whether they could be
+    /// computed [`Sequence::check`] tells once they are.
     ///
     /// # Errors
     ///
@@ -430,6 +437,7 @@ impl Decoder {
     ) -> Result<Vec<f32>, ModelError> {
         let logits = self.forward_all(tokens, sequence)?;
         logits.eval()?;
+        sequence.check(sequence.len())?;
         let rows = logits.try_as_slice::<f32>()?.chunks_exact(self.spec.vocab_size);
         let vocabulary = self.spec.vocab_size;
         rows.zip(next)

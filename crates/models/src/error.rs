@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use mlx_engine_checkpoint::CheckpointError;
+use mlx_engine_kernels::KernelError;
 
 /// Why a model could not be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +139,16 @@ pub enum ModelError {
     NoTokens,
     /// The kernels of the CPU refused.
     #[error(transparent)]
-    Kernel(mlx_engine_kernels::KernelError),
+    Kernel(KernelError),
+    /// A step gave logits that are no numbers.
+    #[error("the logits are not finite: the checkpoint is damaged, or a number overflowed")]
+    NotFinite,
+    /// A step panicked.
+    #[error("a step panicked: {message}")]
+    StepPanicked {
+        /// What it said.
+        message: String,
+    },
     /// The load was given up by the caller.
     #[error("loading was cancelled")]
     Cancelled,
@@ -164,7 +174,11 @@ impl ModelError {
     ///
     /// MLX says so in the text of an exception and nowhere else; its allocators begin with these words.
     pub fn is_out_of_memory(&self) -> bool {
-        let Self::Mlx(text) = self else { return false };
+        let text = match self {
+            Self::Kernel(KernelError::OutOfMemory { .. }) => return true,
+            Self::Mlx(text) => text,
+            _ => return false,
+        };
         [
             "[malloc",
             "[metal::malloc]",

@@ -46,7 +46,13 @@ impl Sequence {
     /// [`len`](Self::len). The memory is kept for the tokens that follow.
     pub fn truncate(&mut self, len: usize) {
         let possible = self.can_truncate(len);
+        let before = self.offset;
         self.offset = if possible { self.offset.min(len) } else { 0 };
+        if let Cache::Host(cache) = &mut self.cache
+            && self.offset < before
+        {
+            cache.faults.cut(self.offset);
+        }
         if self.offset == 0 {
             self.released.fill(0);
         }
@@ -97,7 +103,21 @@ impl Sequence {
             Cache::Graph(layers) => layers.iter().flat_map(KvCache::arrays).collect(),
             Cache::Host(cache) => cache.written.iter().collect(),
         };
-        Ok(transforms::eval(arrays)?)
+        transforms::eval(arrays)?;
+        self.check(self.offset)
+    }
+
+    /// Looks whether steps failed that have run. On a CPU an array of logits does not say so itself: a step of several
+    /// sequences may fail for one of them, whose logits are zeros then.
+    ///
+    /// # Errors
+    ///
+    /// What the step failed with that was to compute one of the first `len` tokens, where one did so far.
+    pub fn check(&self, len: usize) -> Result<(), ModelError> {
+        match &self.cache {
+            Cache::Graph(_) => Ok(()),
+            Cache::Host(cache) => cache.check(len),
+        }
     }
 
     /// Bytes that the keys and values take, with what is reserved and what other sequences share.

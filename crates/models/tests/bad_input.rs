@@ -275,7 +275,8 @@ fn logits_that_are_no_numbers_are_an_error() {
     let decoder = changed("llama", |_| {}, damage).expect("it loads");
     let mut sequence = decoder.sequence();
     let logits = decoder.forward(&[1, 2], &mut sequence).expect("it is built");
-    let error = logits.eval().expect_err("it fails").to_string();
+    logits.eval().expect("the sequence tells, not the array");
+    let error = sequence.check(2).expect_err("it fails").to_string();
     assert!(error.contains("the logits are not finite"), "{error}");
 }
 

@@ -310,6 +310,13 @@ impl Page {
         for (name, help, value) in guesses {
             self.single(name, "counter", help, value);
         }
+        let redone = "Steps that were run again for one answer alone.";
+        self.single(
+            "engine_redone_steps_total",
+            "counter",
+            redone,
+            engine.redone_steps,
+        );
         let restarts = "How often the worker went on after a panic.";
         self.single(
             "engine_worker_restarts_total",

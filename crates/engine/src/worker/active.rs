@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use mlx_engine_core::{EngineError, FinishReason};
 
+use super::guarded;
 use super::guesses::Guesses;
 use crate::clock::Clock;
 use crate::request::{Answer, Request};
@@ -28,6 +29,10 @@ pub(super) struct Active<S> {
     pub(super) started: Instant,
     /// Whether the token after the one that is read was begun in this turn.
     pub(super) ahead: bool,
+    /// Whether the step that was begun last was one with others, and whether the one that is read was.
+    pub(super) together: Together,
+    /// What a step failed with that was one with others: it is to be run again, alone.
+    pub(super) redo: Option<EngineError>,
     /// Tokens that the step was fed which is read next.
     pub(super) rows: usize,
     pub(super) finished: Option<FinishReason>,
@@ -37,9 +42,37 @@ pub(super) struct Active<S> {
 }
 
 impl<S> Active<S> {
+    /// Whether it goes on and its next step was not begun.
+    pub(super) fn waits(&self) -> bool {
+        self.finished.is_none() && !self.ahead && self.redo.is_none()
+    }
+
     /// Whether a token may follow the one that is being chosen.
     pub(super) fn wants_more(&self, context_length: usize) -> bool {
         self.answer.generated() + 1 < self.request.params.max_tokens && self.tokens.len() + 1 < context_length
+    }
+}
+
+/// Whether steps of a request were one with those of others, or went on from what another has computed: then it is not known
+/// whose fault it is that one fails.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Together {
+    pub(super) begun: bool,
+    pub(super) read: bool,
+}
+
+/// Why no token was read.
+#[derive(Debug)]
+pub(super) enum Unread {
+    /// The step failed.
+    Step(EngineError),
+    /// The token cannot be of use.
+    Request(EngineError),
+}
+
+impl From<EngineError> for Unread {
+    fn from(error: EngineError) -> Self {
+        Self::Request(error)
     }
 }
 
@@ -49,7 +82,7 @@ pub(super) fn read<M: TokenModel>(
     active: &mut Active<M::Sequence>,
     context_length: usize,
     clock: &impl Clock,
-) -> Result<Option<FinishReason>, EngineError> {
+) -> Result<Option<FinishReason>, Unread> {
     let room = active.tokens.len() + 1 < context_length;
     let Request { params, walk, .. } = &mut active.request;
     let mut masked = Ok(());
@@ -58,13 +91,9 @@ pub(super) fn read<M: TokenModel>(
             masked = walk.mask(logits);
         }
     };
-    let chosen = model.read(
-        &mut active.sequence,
-        params,
-        &active.tokens,
-        active.prompt_len,
-        &mut mask,
-    )?;
+    let (sequence, tokens) = (&mut active.sequence, &active.tokens);
+    let chosen = guarded(|| model.read(sequence, params, tokens, active.prompt_len, &mut mask));
+    let chosen = chosen.map_err(Unread::Step)?;
     masked?;
     active.tokens.push(chosen.token);
     let complete = match walk {
@@ -81,6 +110,8 @@ pub(super) struct Row {
     tokens: Option<Vec<u32>>,
     choices: usize,
     number: u64,
+    /// Tokens that the sequence has seen before.
+    pub(super) from: usize,
     /// Where it is a part of the prompt.
     pub(super) chunk: Option<Chunk>,
 }
@@ -92,6 +123,7 @@ impl Row {
             tokens: Some(active.tokens[chunk.from..chunk.to].to_vec()),
             choices: usize::from(chunk.last),
             number: 0,
+            from: chunk.from,
             chunk: Some(chunk),
         }
     }
@@ -102,6 +134,7 @@ impl Row {
             tokens: None,
             choices: 1,
             number: u64::from(active.answer.generated()) + 1,
+            from: active.tokens.len(),
             chunk: None,
         }
     }
@@ -113,8 +146,14 @@ impl Row {
             tokens: Some([&active.tokens[fed..], guesses].concat()),
             choices: 1 + guesses.len(),
             number: active.answer.generated().into(),
+            from: fed,
             chunk: None,
         }
+    }
+
+    /// Whether what it feeds is not read yet.
+    pub(super) fn is_unread(&self) -> bool {
+        self.tokens.is_none()
     }
 
     pub(super) fn len(&self) -> usize {

@@ -7,6 +7,7 @@ mod maintain;
 mod memory;
 mod prompts;
 mod queue;
+mod redo;
 mod scoring;
 mod speculate;
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use mlx_engine_core::EngineError;
 
-use super::active::Active;
+use super::active::{Active, Together};
 use super::guesses::Guesses;
 use super::{Worker, guarded};
 use crate::TokenModel;
@@ -162,6 +162,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 shared: 0,
                 started: self.clock.now(),
                 ahead: false,
+                together: Together::default(),
+                redo: None,
                 rows: 0,
                 finished: None,
                 guesses: Guesses::new(off),

@@ -222,7 +222,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             ..
         } = self;
         let due: Vec<Id> = standing(active, due, failed)
-            .filter(|active| active.finished.is_none() && !active.ahead)
+            .filter(|active| active.waits())
             // Not behind tokens that needed no choice, which are fed in one step already.
             .filter(|active| model.len(&active.sequence) + 1 == active.tokens.len())
             .map(|active| active.id)

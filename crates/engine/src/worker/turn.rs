@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use mlx_engine_core::{EngineError, FinishReason, GenerateSummary, GenerationEvent};
 
-use super::active::{Active, Row, forced, read};
+use super::active::{Active, Row, Unread, forced, read};
+use super::redo::alone;
 use super::{TURNS_BETWEEN_CHUNKS, Worker, guarded};
 use crate::clock::Clock;
 use crate::prefix::PrefixCache;
-use crate::scheduler::{Chunk, Id};
+use crate::scheduler::{Chunk, Id, Scheduler};
 use crate::{FeedError, TokenModel};
 
 /// Requests that an error of this turn ends.
@@ -24,6 +25,18 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.look_up(&mut failed);
         let turn = self.scheduler.turn();
         self.gauges.begin(began, turn.decode.len());
+        let span = (!turn.chunks.is_empty() || !turn.decode.is_empty()).then(|| {
+            let fed: usize = turn.chunks.iter().map(|chunk| chunk.to - chunk.from).sum();
+            tracing::debug_span!(
+                "gen_ai.step",
+                "gen_ai.provider.name" = "mlx_engine",
+                "gen_ai.request.model" = &*self.identity.model,
+                "mlx_engine.step.answers" = turn.decode.len(),
+                "mlx_engine.step.prompt_tokens" = fed,
+                "gen_ai.usage.output_tokens" = tracing::field::Empty,
+            )
+        });
+        let entered = span.as_ref().map(tracing::Span::enter);
         let decoded = turn.chunks.is_empty() && self.scoring.is_empty();
         self.scoring.step(&mut self.model);
         let due = &turn.decode;
@@ -46,11 +59,18 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let read = self.read(due, &mut failed) + self.force(due, &mut failed);
         self.guess(due, &failed);
         self.feed(&mut chunks, due, &mut failed, |model, active| {
-            let stands = active.finished.is_none() && !active.ahead;
-            stands.then(|| Row::read(active, model.len(&active.sequence)))
+            active
+                .waits()
+                .then(|| Row::read(active, model.len(&active.sequence)))
         });
+        self.redo(due, &mut failed);
         for active in &mut self.active {
             active.ahead = false;
+            active.together.read = active.together.begun;
+        }
+        drop(entered);
+        if let Some(span) = span {
+            span.record("gen_ai.usage.output_tokens", read);
         }
         if !turn.chunks.is_empty() || !turn.decode.is_empty() {
             let spent = self.clock.now().saturating_duration_since(began);
@@ -86,6 +106,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             active,
             scheduler,
             prefixes,
+            gauges,
             ..
         } = self;
         let mut left = Vec::new();
@@ -107,13 +128,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             match guarded(|| Ok(model.feed(&mut batch))).unwrap_or_else(|error| Err(error.into())) {
                 Ok(()) => {
                     for (active, row) in left.drain(..count) {
-                        active.rows = row.len();
-                        let Some(chunk) = row.chunk else {
-                            active.ahead = true;
-                            continue;
-                        };
-                        scheduler.fed(chunk);
-                        if let Err(error) = guarded(|| keep(model, prefixes, active, chunk)) {
+                        if let Err(error) = fed(model, scheduler, prefixes, active, &row, count > 1) {
                             failed.push((active.id, error));
                         }
                     }
@@ -125,10 +140,30 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                     let (active, _) = left.remove(culprit);
                     failed.push((active.id, error));
                 }
-                // The step was theirs together.
-                Err(FeedError { error, .. }) => {
-                    let ended = left.drain(..count);
+                Err(FeedError { error, .. }) if count == 1 => {
+                    let ended = left.drain(..1);
                     failed.extend(ended.map(|(active, _)| (active.id, error.clone())));
+                }
+                // Whose fault it was is not known: each is fed alone.
+                Err(FeedError { error, .. }) => {
+                    tracing::warn!(%error, "a step of several requests failed, and each is taken further alone");
+                    if matches!(error, EngineError::OutOfMemory) {
+                        // What is only kept makes room.
+                        prefixes.clear();
+                    }
+                    for (active, row) in left.drain(..count) {
+                        if row.is_unread() {
+                            // Once its token is read.
+                            active.redo = Some(error.clone());
+                            continue;
+                        }
+                        gauges.redone();
+                        let done = guarded(|| alone(model, active, &row))
+                            .and_then(|()| fed(model, scheduler, prefixes, active, &row, false));
+                        if let Err(error) = done {
+                            failed.push((active.id, error));
+                        }
+                    }
                 }
             }
         }
@@ -153,7 +188,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// of all.
     fn force(&mut self, due: &[Id], failed: &mut Failed) -> usize {
         self.generate(due, failed, |_, active, context_length, clock| {
-            if active.finished.is_some() || active.ahead {
+            if !active.waits() {
                 return Ok(0);
             }
             forced(active, context_length, clock)
@@ -167,7 +202,16 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.generate(due, failed, |model, active, context_length, clock| {
             let mut count = 0;
             loop {
-                active.finished = read(model, active, context_length, clock)?;
+                match read(model, active, context_length, clock) {
+                    Ok(finished) => active.finished = finished,
+                    Err(Unread::Step(error)) if active.together.read => {
+                        // What was begun ahead went on from it.
+                        (active.ahead, active.redo) = (false, Some(error));
+                        active.guesses.settle();
+                        return Ok(count);
+                    }
+                    Err(Unread::Step(error) | Unread::Request(error)) => return Err(error),
+                }
                 count += 1;
                 let last = active.tokens.last().copied();
                 let right = last.is_some_and(|token| active.guesses.confirm(token));
@@ -285,6 +329,27 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
         }
     }
+}
+
+/// Notes that a request was fed, in a step with others or alone.
+fn fed<M: TokenModel>(
+    model: &mut M,
+    scheduler: &mut Scheduler,
+    prefixes: &mut PrefixCache<M::Sequence>,
+    active: &mut Active<M::Sequence>,
+    row: &Row,
+    together: bool,
+) -> Result<(), EngineError> {
+    active.rows = row.len();
+    active.together.begun = together;
+    let Some(chunk) = row.chunk else {
+        active.ahead = true;
+        return Ok(());
+    };
+    // What it took over may have failed to be computed.
+    active.together.begun |= active.cached.is_some_and(|cached| cached > 0);
+    scheduler.fed(chunk);
+    guarded(|| keep(model, prefixes, active, chunk))
 }
 
 /// Keeps the state of a prompt after a chunk, where it cannot be had from a longer one.

@@ -10,6 +10,7 @@ use mlx_engine_kernels::{
 use mlx_rs::{Array, Stream, transforms};
 use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_UINT32};
 
+use super::faults::Faults;
 use crate::kv::{KvPlan, KvRule};
 use crate::memory::{Held, check_room};
 use crate::{DecoderSpec, ModelError};
@@ -20,6 +21,8 @@ pub(crate) struct HostCache {
     /// What the last step gives back when it has written its keys and values. The next step takes it, so that MLX runs
     /// both, and in this order.
     pub(crate) written: Option<Array>,
+    /// What went wrong in its steps.
+    pub(crate) faults: Faults,
 }
 
 /// For each kind of attention, pages of 64 positions; `None` where what they held is no longer seen.
@@ -195,6 +198,7 @@ impl HostCache {
         Self {
             pages: Arc::default(),
             written: None,
+            faults: Faults::default(),
         }
     }
 
@@ -214,11 +218,13 @@ impl HostCache {
         let mut fork = Self {
             pages: Arc::new(Mutex::new(self.lock().fork(now))),
             written: None,
+            faults: Faults::default(),
         };
         let Some(written) = in_flight else {
             return Ok(fork);
         };
         let (from, to) = (self.pages(), fork.pages());
+        let (faults, own) = (self.faults.clone(), fork.faults.clone());
         let op = HostOp::new(c"fork", move |_, outputs| {
             if let Some(done) = outputs.first_mut() {
                 done.as_mut_slice::<u32>()?.fill(0);
@@ -228,6 +234,9 @@ impl HostCache {
                 .unwrap_or_else(PoisonError::into_inner)
                 .fork(positions);
             *to.lock().unwrap_or_else(PoisonError::into_inner) = shared;
+            if let Some(fault) = faults.below(positions) {
+                own.note(0, fault);
+            }
             Ok(())
         });
         let outputs = [HostOutput::new(&[1], mlx_dtype__MLX_UINT32)];
@@ -245,6 +254,15 @@ impl HostCache {
         self.written = Some(shared.clone());
         fork.written = Some(shared);
         Ok(fork)
+    }
+
+    /// # Errors
+    ///
+    /// What the step failed with that was to compute one of the first `positions`, where one did so far.
+    pub(crate) fn check(&self, positions: usize) -> Result<(), ModelError> {
+        self.faults
+            .below(positions)
+            .map_or(Ok(()), |fault| Err(fault.into()))
     }
 
     fn lock(&self) -> MutexGuard<'_, Pages> {

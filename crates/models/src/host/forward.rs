@@ -6,6 +6,7 @@ use mlx_engine_kernels::{
 };
 
 use super::cache::{PagePlan, Pages};
+use super::faults::Faults;
 use super::{Block, Linear, Model};
 use crate::memory::Held;
 use crate::spec::Activation;
@@ -14,12 +15,21 @@ use crate::spec::Activation;
 pub(super) struct Part<'a> {
     /// The sequence's keys and values, which grow with it.
     pub(super) pages: &'a mut Pages,
+    /// What went wrong in its steps.
+    pub(super) faults: &'a Faults,
     /// Positions before the first row.
     pub(super) position: usize,
     /// Tokens that are fed.
     pub(super) rows: usize,
     /// How many of the last of them give logits.
     pub(super) wanted: usize,
+}
+
+impl Part<'_> {
+    /// Whether the positions before the first row are there.
+    pub(super) fn is_sound(&self) -> bool {
+        self.faults.below(self.position).is_none()
+    }
 }
 
 /// Memory that a step needs and the next one uses again.

@@ -5,9 +5,11 @@
 //! again. Keys and values live in pages outside MLX.
 
 mod cache;
+mod faults;
 mod forward;
 mod load;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -19,6 +21,7 @@ use mlx_rs::{Array, Stream};
 use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_FLOAT32, mlx_dtype__MLX_UINT32};
 
 pub(crate) use cache::{HostCache, LAYOUT, PagePlan};
+use faults::StepFault;
 use forward::{Part, Workspace};
 
 use crate::kv::KvPlan;
@@ -133,7 +136,7 @@ impl HostDecoder {
     }
 
     /// Feeds `[tokens]` ids, those of one sequence after those of another, and returns the logits of the rows that each
-    /// wants, `[wanted, vocab_size]` float32.
+    /// wants, `[wanted, vocab_size]` float32: zeros where the step fails, which the [faults](faults::Faults) of the sequence tell.
     pub(crate) fn forward(
         &self,
         ids: &Array,
@@ -149,7 +152,8 @@ impl HostDecoder {
                     wanted,
                     ..
                 } = *sequence;
-                (sequence.cache.pages(), [position, rows, wanted])
+                let faults = sequence.cache.faults.clone();
+                (sequence.cache.pages(), faults, [position, rows, wanted])
             })
             .collect();
         let wanted: usize = sequences.iter().map(|sequence| sequence.wanted).sum();
@@ -167,14 +171,16 @@ impl HostDecoder {
             let mut parts: Vec<Part<'_>> = locked
                 .iter_mut()
                 .zip(&parts)
-                .map(|(pages, &(_, [position, rows, wanted]))| Part {
+                .map(|(pages, (_, faults, [position, rows, wanted]))| Part {
                     pages,
-                    position,
-                    rows,
-                    wanted,
+                    faults,
+                    position: *position,
+                    rows: *rows,
+                    wanted: *wanted,
                 })
                 .collect();
-            model.run(&plan, ids, &mut parts, logits)
+            model.run(&plan, ids, &mut parts, logits);
+            Ok(())
         });
         let mut inputs = vec![ids.as_ptr()];
         let before = sequences
@@ -262,18 +268,82 @@ pub(crate) fn argmax(logits: &Array) -> Result<Array, ModelError> {
 }
 
 impl Model {
-    /// Runs a step.
-    fn run(
+    /// Runs a step. What fails is written down for the sequences that it failed for, and for no others: where the step of all
+    /// fails, each is run alone. Keys and values have their places, so that nothing is there twice.
+    fn run(&self, plan: &PagePlan, ids: &[u32], parts: &mut [Part<'_>], logits: &mut [f32]) {
+        // A sequence whose last step failed lacks keys and values.
+        let sound = parts.iter().all(Part::is_sound);
+        if sound && self.attempt(plan, ids, parts, logits).is_ok() {
+            self.check(parts, logits);
+            return;
+        }
+        let (mut ids, mut logits) = (ids, logits);
+        for part in parts.chunks_mut(1) {
+            let [one] = &*part else { continue };
+            let (rows, wanted) = (one.rows, one.wanted * self.spec.vocab_size);
+            let Some((own_ids, other_ids)) = ids.split_at_checked(rows) else {
+                return;
+            };
+            let Some((own_logits, other_logits)) = logits.split_at_mut_checked(wanted) else {
+                return;
+            };
+            (ids, logits) = (other_ids, other_logits);
+            if !one.is_sound() {
+                own_logits.fill(0.0);
+                continue;
+            }
+            match self.attempt(plan, own_ids, part, own_logits) {
+                Ok(()) => self.check(part, own_logits),
+                Err(fault) => {
+                    own_logits.fill(0.0);
+                    if let [one] = &*part {
+                        one.faults.note(one.position, fault);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Runs a step of all parts together.
+    fn attempt(
         &self,
         plan: &PagePlan,
         ids: &[u32],
         parts: &mut [Part<'_>],
         logits: &mut [f32],
-    ) -> Result<(), String> {
+    ) -> Result<(), StepFault> {
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = self.forward(&mut workspace, plan, ids, parts, logits);
+        let done = catch_unwind(AssertUnwindSafe(|| {
+            self.forward(&mut workspace, plan, ids, parts, logits)
+        }));
         workspace.count();
-        done.map_err(|error| error.to_string())?;
+        match done {
+            Ok(done) => Ok(done?),
+            Err(panic) => {
+                let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+                let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+                Err(StepFault::Panicked(
+                    text.unwrap_or_else(|| "no message".to_owned()),
+                ))
+            }
+        }
+    }
+
+    /// Looks whether the logits are numbers.
+    fn check(&self, parts: &[Part<'_>], mut logits: &mut [f32]) {
+        for part in parts {
+            let Some((own, others)) = logits.split_at_mut_checked(part.wanted * self.spec.vocab_size) else {
+                return;
+            };
+            logits = others;
+            if !self.is_finite(own) {
+                own.fill(0.0);
+                part.faults.note(part.position, StepFault::NotFinite);
+            }
+        }
+    }
+
+    fn is_finite(&self, logits: &[f32]) -> bool {
         let finite = AtomicBool::new(true);
         let pieces: Vec<&[f32]> = logits.chunks(LOGITS).collect();
         self.pool.split(pieces.len(), |range| {
@@ -281,10 +351,6 @@ impl Model {
                 finite.store(false, Ordering::Relaxed);
             }
         });
-        if finite.into_inner() {
-            Ok(())
-        } else {
-            Err("the logits are not finite: the checkpoint is damaged, or a number overflowed".to_owned())
-        }
+        finite.into_inner()
     }
 }

@@ -49,6 +49,7 @@ fn engine() -> Monitored<Arc<Scripted>> {
         prefix_cache_bytes: 800,
         prefix_cache_sequences: 9,
         weight_bytes: 1000,
+        redone_steps: 6,
         worker_restarts: 1,
         memory: Some(DeviceMemory {
             active_bytes: 1100,
