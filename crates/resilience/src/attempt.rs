@@ -2,11 +2,13 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use futures::{Stream, StreamExt};
-use mlx_engine_core::{EngineError, EventStream, GenerationEvent};
+use mlx_engine_core::{EngineError, EventStream, GenerateParams, GenerationEvent, LlmEngine, Prompt};
 use mlx_engine_monitor::{ErrorClass, ErrorKind};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
@@ -112,16 +114,73 @@ impl Drop for Leave {
     }
 }
 
+/// A request as the engine gets it. One that a recovery ends before it has begun is handed over again.
+#[derive(Clone)]
+pub(crate) struct Submission {
+    engine: Arc<dyn LlmEngine>,
+    control: Arc<Control>,
+    prompt: Prompt,
+    params: GenerateParams,
+    /// Recoveries when it was handed over last.
+    recoveries: Arc<AtomicU64>,
+}
+
+impl Submission {
+    pub(crate) fn new(
+        engine: Arc<dyn LlmEngine>,
+        control: Arc<Control>,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> Self {
+        let recoveries = Arc::new(AtomicU64::new(control.recoveries()));
+        Self {
+            engine,
+            control,
+            prompt,
+            params,
+            recoveries,
+        }
+    }
+
+    /// Hands it over, and again as long as recoveries take the engine away.
+    pub(crate) async fn submit(&self) -> Result<EventStream, EngineError> {
+        loop {
+            self.control.recovered().await;
+            self.recoveries
+                .store(self.control.recoveries(), Ordering::Relaxed);
+            match self.engine.stream(self.prompt.clone(), self.params.clone()).await {
+                Err(error) if self.was_taken(&error) => {}
+                submitted => return submitted,
+            }
+        }
+    }
+
+    /// Whether it was a recovery that took the engine away.
+    fn was_taken(&self, error: &EngineError) -> bool {
+        let since = self.recoveries.load(Ordering::Relaxed);
+        self.control.recoveries() != since && ErrorKind::of(error).class() == ErrorClass::Fault
+    }
+}
+
 /// The events of an attempt, within their limits.
 pub(crate) struct Guarded {
     /// None once the attempt is over: dropping it cancels what runs.
-    running: Option<(EventStream, Place)>,
+    running: Option<(Running, Place)>,
+    submission: Submission,
+    /// Whether the engine has begun with it.
+    started: bool,
     leave: Leave,
     total: Option<Timer>,
     /// Until the first token, and between two of them after that.
     phase: Option<Timer>,
     between: Option<Duration>,
     begun: bool,
+}
+
+enum Running {
+    Events(EventStream),
+    /// It is handed over again.
+    Again(BoxFuture<'static, Result<EventStream, EngineError>>),
 }
 
 struct Timer {
@@ -147,14 +206,16 @@ impl Timer {
 impl Guarded {
     pub(crate) fn new(
         events: EventStream,
+        submission: Submission,
         place: Place,
         leave: Leave,
-        total: Option<Deadline>,
-        first_token: Option<Deadline>,
-        between: Option<Duration>,
+        [total, first_token]: [Option<Deadline>; 2],
     ) -> Self {
+        let between = submission.control.configuration.timeouts.between_tokens;
         Self {
-            running: Some((events, place)),
+            running: Some((Running::Events(events), place)),
+            submission,
+            started: false,
             leave,
             total: total.map(Timer::until),
             phase: first_token.map(Timer::until),
@@ -185,6 +246,19 @@ impl Guarded {
         Poll::Ready(Some(Err(EngineError::DeadlineExceeded { limit })))
     }
 
+    /// Hands the request over again, where a recovery ended it before it had begun.
+    fn again(&mut self, error: &EngineError) -> bool {
+        let Some((running, _)) = self.running.as_mut().filter(|_| !self.started) else {
+            return false;
+        };
+        let taken = self.submission.was_taken(error);
+        if taken {
+            let submission = self.submission.clone();
+            *running = Running::Again(Box::pin(async move { submission.submit().await }));
+        }
+        taken
+    }
+
     fn fail(&mut self, error: EngineError) -> Poll<Option<Result<GenerationEvent, EngineError>>> {
         self.running = None;
         Poll::Ready(Some(Err(self.leave.failed(error))))
@@ -195,12 +269,30 @@ impl Stream for Guarded {
     type Item = Result<GenerationEvent, EngineError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let Some((events, _)) = &mut self.running else {
-            return Poll::Ready(None);
+        let polled = loop {
+            let polled = match &mut self.running {
+                None => return Poll::Ready(None),
+                Some((running, _)) => match running {
+                    Running::Events(events) => events.poll_next_unpin(cx),
+                    Running::Again(submitted) => match submitted.as_mut().poll(cx) {
+                        Poll::Pending => Poll::Pending,
+                        Poll::Ready(Err(error)) => Poll::Ready(Some(Err(error))),
+                        Poll::Ready(Ok(events)) => {
+                            *running = Running::Events(events);
+                            continue;
+                        }
+                    },
+                },
+            };
+            match &polled {
+                Poll::Ready(Some(Err(error))) if self.again(error) => {}
+                _ => break polled,
+            }
         };
-        match events.poll_next_unpin(cx) {
+        match polled {
             Poll::Pending => self.wait(cx),
             Poll::Ready(Some(Ok(event))) => {
+                self.started = true;
                 match event {
                     GenerationEvent::Started { .. } => {}
                     GenerationEvent::Finished(_) => {

@@ -164,8 +164,13 @@ pub struct TimeoutConfiguration {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RecoveryConfiguration {
-    /// Whether recovery begins by itself when the circuit opens.
+    /// Whether recovery begins by itself when the circuit opens, and when the engine hangs.
     pub automatic: bool,
+    /// How long one turn of the engine, a chunk of a prompt and a token of each answer, may take before it counts as hanging;
+    /// above 0, never where none. An engine that [tells](mlx_engine_core::EngineStatistics::turn_s) how long it has been at one is
+    /// looked at while requests run.
+    #[serde(with = "seconds::option", skip_serializing_if = "Option::is_none")]
+    pub hang_limit: Option<Duration>,
     /// Recoveries that begin by themselves within [`automatic_window`](Self::automatic_window); at least 1. One that
     /// is asked for is never refused.
     pub max_automatic: u32,
@@ -186,6 +191,7 @@ impl Default for RecoveryConfiguration {
     fn default() -> Self {
         Self {
             automatic: true,
+            hang_limit: Some(Duration::from_mins(2)),
             max_automatic: 3,
             automatic_window: Duration::from_mins(10),
             fall_back: false,
@@ -222,6 +228,7 @@ impl ResilienceConfiguration {
             ("timeouts.first_token", timeouts.first_token),
             ("timeouts.between_tokens", timeouts.between_tokens),
             ("timeouts.total", timeouts.total),
+            ("recovery.hang_limit", recovery.hang_limit),
         ];
         for (field, limit) in limits {
             above_zero(field, limit.unwrap_or(Duration::MAX))?;
@@ -322,6 +329,7 @@ mod tests {
         check("timeouts", "first_token", json!(0));
         check("timeouts", "between_tokens", json!(0));
         check("timeouts", "total", json!(0));
+        check("recovery", "hang_limit", json!(0));
         check("recovery", "max_automatic", json!(0));
         check("recovery", "automatic_window", json!(0));
         check("recovery", "step_timeout", json!(0));

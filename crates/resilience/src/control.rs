@@ -1,8 +1,8 @@
 //! What all requests of an engine share: the circuit, the places, the budget, and the recovery that runs.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep};
 use crate::attempt::{Deadline, Leave};
 use crate::breaker::{CircuitBreaker, Pass, Verdict};
 use crate::bulkhead::Bulkhead;
-use crate::recovery::{self, AutomaticLimit};
+use crate::recovery::{self, AutomaticLimit, Occasion};
 use crate::retry::{Budget, chance, delay};
 use crate::{Recover, RecoveryReport, ResilienceConfiguration};
 
@@ -28,6 +28,8 @@ pub(crate) struct Control {
     /// Recoveries that took a step.
     recoveries: AtomicU64,
     one_recovery: tokio::sync::Mutex<()>,
+    /// Whether somebody looks for a hang.
+    watched: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -62,6 +64,7 @@ impl Control {
             }),
             recoveries: AtomicU64::new(0),
             one_recovery: tokio::sync::Mutex::default(),
+            watched: AtomicBool::new(false),
             configuration,
         }
     }
@@ -118,7 +121,7 @@ impl Control {
             // Before anybody is told that the circuit is open: requests wait for the recovery instead.
             let gate = Gate::close(self);
             runtime.spawn(async move {
-                control.recover(true).await;
+                control.recover(Occasion::Failures).await;
                 drop(gate);
             });
         }
@@ -158,20 +161,71 @@ impl Control {
         (in_time && self.lock().budget.withdraw()).then_some(wait)
     }
 
-    pub(crate) async fn recover(self: &Arc<Self>, automatic: bool) -> RecoveryReport {
+    /// Looks for a hang from now on, as long as there are requests.
+    pub(crate) fn watch(self: &Arc<Self>) {
+        let recovery = &self.configuration.recovery;
+        let Some(limit) = recovery.hang_limit.filter(|_| recovery.automatic) else {
+            return;
+        };
+        if !self.watched.swap(true, Ordering::AcqRel)
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let watch = Watch(Arc::downgrade(self));
+            runtime.spawn(watch.run(limit));
+        }
+    }
+
+    pub(crate) async fn recover(self: &Arc<Self>, occasion: Occasion) -> RecoveryReport {
         let _one = self.one_recovery.lock().await;
         let _gate = Gate::close(self);
         let begins = || {
             self.recoveries.fetch_add(1, Ordering::AcqRel);
         };
         let configuration = &self.configuration.recovery;
-        let report = recovery::run(&*self.recoverer, configuration, automatic, begins).await;
+        let report = recovery::run(&*self.recoverer, configuration, occasion, begins).await;
         let mut state = self.lock();
         if report.recovered {
             state.breaker.reset();
         }
         state.last_recovery = Some(report.clone());
         report
+    }
+}
+
+/// Looks for a hang. It ends with the last request, or with its runtime, and begins anew with the next request. It keeps no
+/// engine alive.
+struct Watch(Weak<Control>);
+
+impl Watch {
+    async fn run(self, limit: Duration) {
+        // A hang is found within a quarter of its limit.
+        let tick = (limit / 4).max(Duration::from_millis(1));
+        loop {
+            sleep(tick).await;
+            let Some(control) = self.0.upgrade().filter(|control| control.bulkhead.running() > 0) else {
+                return;
+            };
+            let statistics = control.recoverer.statistics();
+            let turn = statistics
+                .and_then(|statistics| statistics.turn_s)
+                .unwrap_or_default();
+            let turn = Duration::try_from_secs_f64(turn).unwrap_or(Duration::MAX);
+            if turn < limit || *control.recovering.borrow() {
+                continue;
+            }
+            if control.lock().automatic.begin(control.now()) {
+                tracing::error!(?turn, "the engine hangs, recovery begins");
+                control.recover(Occasion::Hang { turn }).await;
+            }
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(control) = self.0.upgrade() {
+            control.watched.store(false, Ordering::Release);
+        }
     }
 }
 

@@ -216,12 +216,30 @@ pub enum StepOutcome {
     TimedOut,
 }
 
-/// Brings an engine back: the cheapest step first, each followed by a proof, until one succeeds. `begins` is called
-/// before the first step.
+/// Why a recovery begins.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Occasion {
+    /// Somebody asks for it.
+    Asked,
+    /// Too many requests failed.
+    Failures,
+    /// A turn has taken too long so far.
+    Hang { turn: Duration },
+}
+
+impl RecoveryStep {
+    /// Whether it is the worker that takes the step.
+    fn needs_worker(self) -> bool {
+        matches!(self, Self::ClearCaches | Self::RebuildStream)
+    }
+}
+
+/// Brings an engine back: the cheapest step first, each followed by a proof, until one succeeds. What a worker would have to
+/// do that does not answer is left out. `begins` is called before the first step.
 pub(crate) async fn run(
     engine: &dyn Recover,
     configuration: &RecoveryConfiguration,
-    automatic: bool,
+    occasion: Occasion,
     begins: impl FnOnce(),
 ) -> RecoveryReport {
     let began = Instant::now();
@@ -230,17 +248,25 @@ pub(crate) async fn run(
         before: None,
         steps: Vec::new(),
         backend: None,
-        automatic,
+        automatic: occasion != Occasion::Asked,
         took_s: 0.0,
     };
-    report.before = prove(engine, configuration.proof_timeout).await.err();
+    report.before = match occasion {
+        // What it does not do for those who wait it will not do for us.
+        Occasion::Hang { turn } => Some(ProbeFailure::Abandoned {
+            after_s: turn.as_secs_f64(),
+        }),
+        _ => prove(engine, configuration.proof_timeout).await.err(),
+    };
+    let answers = !matches!(report.before, Some(ProbeFailure::Abandoned { .. }));
     match report.before {
         None => report.recovered = true,
         // An engine that is busy is not helped by what would end its requests.
         Some(failure) if failure.is_fault() || matches!(failure, ProbeFailure::Abandoned { .. }) => {
             begins();
             for step in RecoveryStep::ALL {
-                if !engine.can(step) || (step == RecoveryStep::FallBack && !configuration.fall_back) {
+                let allowed = step != RecoveryStep::FallBack || configuration.fall_back;
+                if !allowed || !engine.can(step) || (step.needs_worker() && !answers) {
                     continue;
                 }
                 let began = Instant::now();

@@ -11,9 +11,9 @@ use mlx_engine_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::attempt::{Deadline, Guarded};
+use crate::attempt::{Deadline, Guarded, Submission};
 use crate::control::Control;
-use crate::recovery::Unrecoverable;
+use crate::recovery::{Occasion, Unrecoverable};
 use crate::{BreakerState, Recover, RecoveryReport, ResilienceConfiguration};
 
 /// An engine that is protected from too much at once and from being asked when it cannot answer, whose requests can be tried
@@ -24,7 +24,7 @@ use crate::{BreakerState, Recover, RecoveryReport, ResilienceConfiguration};
 /// A request waits while a recovery runs, then for a place in the bulkhead. The breaker counts what finishes as a
 /// success, and as a fault what fails by a [fault of the engine](mlx_engine_monitor::ErrorClass::Fault) or takes longer than it
 /// may; an error of the caller's and an engine that is full say nothing. A request that a recovery ends is
-/// [`Unavailable`](EngineError::Unavailable) and may be tried again.
+/// [`Unavailable`](EngineError::Unavailable) and may be tried again; one that had not begun is handed over again by itself.
 #[derive(Debug)]
 pub struct Resilient<E> {
     engine: Arc<E>,
@@ -119,7 +119,7 @@ impl<E: LlmEngine + 'static> Resilient<E> {
     /// New requests wait meanwhile. One recovery runs at a time, and it goes on where the future is dropped.
     pub async fn attempt_recovery(&self) -> RecoveryReport {
         let control = Arc::clone(&self.control);
-        let report = tokio::spawn(async move { control.recover(false).await }).await;
+        let report = tokio::spawn(async move { control.recover(Occasion::Asked).await }).await;
         report.unwrap_or_else(|_| RecoveryReport::interrupted(self.backend()))
     }
 
@@ -159,13 +159,12 @@ impl<E: LlmEngine + 'static> Resilient<E> {
             // One may have begun while a place was waited for.
             control.recovered().await;
             let mut leave = control.leave()?;
+            control.watch();
             let first_token = Deadline::after(timeouts.first_token);
+            let engine: Arc<dyn LlmEngine> = Arc::clone(&self.engine) as _;
+            let submission = Submission::new(engine, Arc::clone(control), prompt, params);
             let admitted = Deadline::enforce(first_token, async {
-                Ok(self
-                    .engine
-                    .stream(prompt, params)
-                    .await
-                    .map_err(|error| leave.failed(error)))
+                Ok(submission.submit().await.map_err(|error| leave.failed(error)))
             });
             let admitted = match admitted.await {
                 Ok(admitted) => admitted,
@@ -174,8 +173,9 @@ impl<E: LlmEngine + 'static> Resilient<E> {
                     return Err(late);
                 }
             };
-            let between = timeouts.between_tokens;
-            Ok(Guarded::new(admitted?, place, leave, total, first_token, between))
+            let limits = [total, first_token];
+            let events = admitted?;
+            Ok(Guarded::new(events, submission, place, leave, limits))
         })
         .await
     }

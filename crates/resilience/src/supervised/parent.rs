@@ -100,6 +100,8 @@ struct State {
     starts: u64,
     last_end: Option<String>,
     stopping: bool,
+    /// No more requests are taken, and the process ends with the last that was.
+    draining: bool,
     /// Somebody wants a new process.
     restart: bool,
     /// The thread is gone.
@@ -156,6 +158,7 @@ impl Supervised {
                 starts: 0,
                 last_end: None,
                 stopping: false,
+                draining: false,
                 restart: false,
                 over: false,
                 silent_since: Instant::now(),
@@ -231,6 +234,43 @@ impl Supervised {
         };
         self.shared.changed.notify_all();
         outcome(&mut stage, next).await
+    }
+
+    /// Takes no more requests, waits until those that it has are over, and then ends as
+    /// [`unload`](LlmEngine::unload) does. One that is unloaded meanwhile waits no longer.
+    ///
+    /// # Errors
+    ///
+    /// Why the process could not be waited for.
+    pub async fn drain(&self) -> Result<(), EngineError> {
+        self.end(true).await
+    }
+
+    async fn end(&self, drain: bool) -> Result<(), EngineError> {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(thread) = thread else {
+            if !drain {
+                self.shared.hurry();
+            }
+            return Ok(());
+        };
+        let shared = Arc::clone(&self.shared);
+        let (ended, wait) = oneshot::channel();
+        // Off the caller's executor.
+        let stopping = std::thread::Builder::new()
+            .name("engine-unload".to_owned())
+            .spawn(move || {
+                if drain {
+                    shared.drain();
+                }
+                shared.stop();
+                let _ = ended.send(thread.join().is_ok());
+            });
+        stopping.map_err(|error| EngineError::device("the process could not be waited for", error))?;
+        match wait.await {
+            Ok(true) => Ok(()),
+            _ => Err(EngineError::internal("the supervisor panicked")),
+        }
     }
 
     fn serves(&self) -> Option<Ready> {
@@ -312,7 +352,7 @@ impl Shared {
     /// Takes a request, for the process that runs or the next.
     fn submit(self: &Arc<Self>, request: Request) -> Result<Guard, EngineError> {
         let mut state = self.lock();
-        if state.stopping || state.over {
+        if state.stopping || state.draining || state.over {
             return Err(state.not_loaded());
         }
         let stage = self.stage.borrow().clone();
@@ -345,6 +385,29 @@ impl Shared {
                 let _ = link.send(frame);
             }
         }
+        self.tell_who_drains(&state);
+    }
+
+    /// Who waits for the last request hears of its end.
+    fn tell_who_drains(&self, state: &State) {
+        if state.draining && state.requests.is_empty() {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Takes no more requests, and waits until there are none.
+    fn drain(&self) {
+        let mut state = self.lock();
+        state.draining = true;
+        while !state.stopping && !state.over && !state.requests.is_empty() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits for no request any longer.
+    fn hurry(&self) {
+        self.lock().stopping = true;
+        self.changed.notify_all();
     }
 
     /// Runs processes, one after the other, until the engine is unloaded.
@@ -362,6 +425,7 @@ impl Shared {
                 state.last_end = Some(end.how.clone());
             }
             state.requests.lost(&lost(&end.how));
+            self.tell_who_drains(&state);
             if state.starts == 1 && !end.was_ready {
                 self.stage(&state, ChildState::GivenUp, Some(error));
                 return;
@@ -384,6 +448,7 @@ impl Shared {
                     "the engine's process ended too often and stays ended"
                 );
                 state.requests.fail_all(&error);
+                self.tell_who_drains(&state);
                 self.stage(&state, ChildState::GivenUp, Some(error));
             }
             let until = wait.map(|wait| Instant::now() + wait);
@@ -549,9 +614,18 @@ impl Shared {
                     return None;
                 }
                 FromChild::Admitted { id } => state.requests.admitted(id),
-                FromChild::Event { id, event } => state.requests.event(id, event),
-                FromChild::Error { id, error } => state.requests.error(id, error),
-                FromChild::Answer { id, value } => state.requests.answer(id, value),
+                FromChild::Event { id, event } => {
+                    state.requests.event(id, event);
+                    self.tell_who_drains(&state);
+                }
+                FromChild::Error { id, error } => {
+                    state.requests.error(id, error);
+                    self.tell_who_drains(&state);
+                }
+                FromChild::Answer { id, value } => {
+                    state.requests.answer(id, value);
+                    self.tell_who_drains(&state);
+                }
             }
         }
     }
@@ -697,24 +771,7 @@ impl LlmEngine for Supervised {
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        Box::pin(async move {
-            let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let Some(thread) = thread else { return Ok(()) };
-            let shared = Arc::clone(&self.shared);
-            let (ended, wait) = oneshot::channel();
-            // Off the caller's executor.
-            let stopping = std::thread::Builder::new()
-                .name("engine-unload".to_owned())
-                .spawn(move || {
-                    shared.stop();
-                    let _ = ended.send(thread.join().is_ok());
-                });
-            stopping.map_err(|error| EngineError::device("the process could not be waited for", error))?;
-            match wait.await {
-                Ok(true) => Ok(()),
-                _ => Err(EngineError::internal("the supervisor panicked")),
-            }
-        })
+        Box::pin(self.end(false))
     }
 }
 

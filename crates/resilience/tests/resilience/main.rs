@@ -4,5 +4,6 @@
 mod supervised;
 mod support;
 
+mod hang;
 mod recovery;
 mod retry;

@@ -255,6 +255,49 @@ async fn start_as(world: &World, configuration: SupervisorConfiguration) -> Supe
         .expect("it starts")
 }
 
+#[tokio::test]
+async fn draining_takes_nothing_more_and_ends_with_the_last_answer() {
+    let world = World::default();
+    let engine = Arc::new(start(&world).await);
+    let events = engine.stream(Prompt::text("forever"), GenerateParams::default());
+    let mut running = events.await.unwrap();
+    assert!(running.next().await.unwrap().is_ok());
+    let drains = tokio::spawn({
+        let engine = Arc::clone(&engine);
+        async move { engine.drain().await }
+    });
+    // It is taken back as soon as the other thread has begun.
+    while ask(&*engine, "late").await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    assert!(running.next().await.unwrap().is_ok(), "what runs goes on");
+    assert!(!drains.is_finished() && engine.backend().is_some());
+    drop(running);
+    drains.await.unwrap().unwrap();
+    assert_eq!(engine.status().state, ChildState::Unloaded);
+
+    // Who unloads waits for no answer.
+    let engine = Arc::new(start(&world).await);
+    let events = engine.stream(Prompt::text("forever"), GenerateParams::default());
+    let mut running = events.await.unwrap();
+    let drains = tokio::spawn({
+        let engine = Arc::clone(&engine);
+        async move { engine.drain().await }
+    });
+    while ask(&*engine, "late").await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    engine.unload().await.unwrap();
+    drains.await.unwrap().unwrap();
+    let error = loop {
+        match running.next().await.expect("an end") {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, EngineError::NotLoaded { .. }), "{error}");
+}
+
 async fn ask(engine: &impl LlmEngine, text: &str) -> Result<String, EngineError> {
     let output = engine
         .generate(Prompt::text(text), GenerateParams::default())

@@ -8,10 +8,11 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
 use mlx_engine_core::{
-    Backend, Device, EngineError, EventStream, FinishReason, GenerateParams, GenerateSummary,
-    GenerationEvent, LlmEngine, ModelConfiguration, ModelType, Prompt, Timings, Usage,
+    Backend, Device, EngineError, EngineStatistics, EventStream, FinishReason, GenerateParams,
+    GenerateSummary, GenerationEvent, LlmEngine, ModelConfiguration, ModelType, Prompt, Timings, Usage,
 };
-use tokio::time::sleep;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
 
 /// What becomes of one request.
 #[derive(Clone, Debug)]
@@ -24,7 +25,12 @@ pub(crate) enum Fate {
     FailLater(EngineError),
     /// It starts after so long, and answers after so long again.
     Slow(Duration, Duration),
+    /// It starts, and the engine hangs.
     Hang,
+    /// It is in the queue of an engine that hangs.
+    Queued,
+    /// An engine that hangs does not hear of it.
+    Unadmitted,
     /// It starts, and fails after so long.
     SlowFailure(Duration, EngineError),
 }
@@ -35,6 +41,10 @@ pub(crate) struct Fated {
     pub(crate) fates: Mutex<VecDeque<Fate>>,
     pub(crate) broken: bool,
     pub(crate) asked: AtomicU32,
+    /// Since when a turn has run, where one does: from the first request that hangs on.
+    pub(crate) turn: Mutex<Option<Instant>>,
+    /// Tells those that hang that nobody waits for the engine any more.
+    pub(crate) given_up: watch::Sender<bool>,
 }
 
 impl Fated {
@@ -54,6 +64,16 @@ impl Fated {
 
     pub(crate) fn asked(&self) -> u32 {
         self.asked.load(Ordering::Relaxed)
+    }
+}
+
+async fn given_up_for_good(mut given_up: watch::Receiver<bool>) {
+    let _ = given_up.wait_for(|given_up| *given_up).await;
+}
+
+fn lost() -> EngineError {
+    EngineError::WorkerLost {
+        message: "given up".to_owned(),
     }
 }
 
@@ -119,7 +139,30 @@ impl LlmEngine for Fated {
                     });
                     return Ok(stream::iter([started]).chain(failure).boxed());
                 }
-                Fate::Hang => return Ok(stream::iter([started]).chain(stream::pending()).boxed()),
+                Fate::Hang => {
+                    self.turn
+                        .lock()
+                        .expect("not poisoned")
+                        .get_or_insert_with(Instant::now);
+                    let given_up = self.given_up.subscribe();
+                    let end = stream::once(async move {
+                        given_up_for_good(given_up).await;
+                        Err(lost())
+                    });
+                    return Ok(stream::iter([started]).chain(end).boxed());
+                }
+                Fate::Queued => {
+                    let given_up = self.given_up.subscribe();
+                    let end = stream::once(async move {
+                        given_up_for_good(given_up).await;
+                        Err(lost())
+                    });
+                    return Ok(end.boxed());
+                }
+                Fate::Unadmitted => {
+                    given_up_for_good(self.given_up.subscribe()).await;
+                    return Err(lost());
+                }
             };
             Ok(stream::iter(events).boxed())
         })
@@ -133,7 +176,25 @@ impl LlmEngine for Fated {
         Some(Arc::new(ModelConfiguration::new("tiny", ModelType::Base)))
     }
 
+    fn statistics(&self) -> Option<EngineStatistics> {
+        let turn = *self.turn.lock().expect("not poisoned");
+        Some(EngineStatistics {
+            turn_s: turn.map(|since| since.elapsed().as_secs_f64()),
+            ..EngineStatistics::default()
+        })
+    }
+
+    fn abandon(&self) {
+        self.given_up.send_replace(true);
+    }
+
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        Box::pin(async { Ok(()) })
+        let hangs = self.turn.lock().expect("not poisoned").is_some();
+        Box::pin(async move {
+            if hangs {
+                std::future::pending::<()>().await;
+            }
+            Ok(())
+        })
     }
 }
