@@ -317,6 +317,12 @@ pub(crate) struct Optimize {
     /// How long it may take, in seconds
     #[arg(long, value_name = "S", default_value_t = 60.0)]
     pub(crate) time_limit: f64,
+    /// Ask what this file says, in place of a prompt that means nothing; guessing ahead is tried with it alone
+    #[arg(long, value_name = "F")]
+    pub(crate) sample: Option<PathBuf>,
+    /// Try keys and values as integers too, which changes answers a little
+    #[arg(long)]
+    pub(crate) kv_integers: bool,
     /// Write the configuration to keep to this file, for `--config`
     #[arg(long, value_name = "F")]
     pub(crate) output: Option<PathBuf>,

@@ -4,12 +4,15 @@ use mlx_engine::{OptimizeOptions, OptimizeReport};
 
 use crate::args::Optimize;
 use crate::failure::Failure;
+use crate::input;
 use crate::load;
 use crate::output::{errln, outln};
 
 pub(crate) async fn run(args: Optimize) -> Result<(), Failure> {
     let options = OptimizeOptions {
         time_limit_s: args.time_limit,
+        sample: args.sample.as_deref().map(input::file).transpose()?,
+        kv_integers: args.kv_integers,
         ..OptimizeOptions::new(args.goal.into())
     };
     options.validate().map_err(mlx_engine::EngineError::from)?;
@@ -44,7 +47,7 @@ fn print(report: &OptimizeReport) -> Result<(), Failure> {
             (Some(measured), _) => outln!(
                 "{:<14} {:>6}  {:.3} s  {:.1} tok/s  {:.1} MB  {:+.1}%{kept}",
                 trial.knob,
-                trial.value,
+                shown(&trial.value),
                 measured.seconds,
                 measured.tokens_per_second,
                 measured.peak_memory_bytes as f64 / 1e6,
@@ -53,7 +56,7 @@ fn print(report: &OptimizeReport) -> Result<(), Failure> {
             (None, error) => outln!(
                 "{:<14} {:>6}  failed: {}",
                 trial.knob,
-                trial.value,
+                shown(&trial.value),
                 error.as_deref().unwrap_or("nobody knows why")
             ),
         }
@@ -69,4 +72,13 @@ fn print(report: &OptimizeReport) -> Result<(), Failure> {
     let config = serde_json::to_string(&report.config).map_err(|error| Failure::other(error.to_string()))?;
     outln!("config         {config}");
     Ok(())
+}
+
+/// A value in a word: what has parts is shown by its name.
+fn shown(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::String(text) => text.clone(),
+        serde_json::Value::Object(parts) => parts.keys().next().cloned().unwrap_or_default(),
+        value => value.to_string(),
+    }
 }

@@ -8,7 +8,7 @@ use mlx_engine_core::{
     Backend, Device, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine,
     ModelConfiguration, Prompt,
 };
-use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn, Score};
+use mlx_engine_engine::{Engine, EngineConfig, MockScript, PrefixCacheReport, ProgressFn, Score};
 use mlx_engine_resilience::{Program, Service, Supervised, SupervisorConfiguration, connection, serve};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -68,9 +68,29 @@ pub(crate) async fn prepare(engine: &Supervised, config: &EngineConfig) -> Resul
     engine.call(PREPARE, written(config)?).await.map(drop)
 }
 
+pub(crate) async fn prefix_cache(engine: &Supervised) -> Result<PrefixCacheReport, EngineError> {
+    read(engine.call(PREFIX_CACHE, Value::Null).await?)
+}
+
+pub(crate) async fn clear_prefix_cache(engine: &Supervised) -> Result<u64, EngineError> {
+    read(engine.call(CLEAR_PREFIX_CACHE, Value::Null).await?)
+}
+
+pub(crate) async fn pin_prefix(engine: &Supervised, prompt: &Prompt) -> Result<(), EngineError> {
+    engine.call(PIN_PREFIX, written(prompt)?).await.map(drop)
+}
+
+pub(crate) async fn unpin_prefix(engine: &Supervised, prompt: &Prompt) -> Result<bool, EngineError> {
+    read(engine.call(UNPIN_PREFIX, written(prompt)?).await?)
+}
+
 /// The methods.
 const SCORE: &str = "score";
 const PREPARE: &str = "prepare";
+const PREFIX_CACHE: &str = "prefix_cache";
+const CLEAR_PREFIX_CACHE: &str = "clear_prefix_cache";
+const PIN_PREFIX: &str = "pin_prefix";
+const UNPIN_PREFIX: &str = "unpin_prefix";
 
 /// The engine that the process serves.
 struct Child(Engine);
@@ -120,6 +140,10 @@ impl Service for Child {
                     crate::served::prepare(&self.0, read(argument)?).await?;
                     Ok(Value::Null)
                 }
+                PREFIX_CACHE => written(&self.0.prefix_cache().await?),
+                CLEAR_PREFIX_CACHE => written(&self.0.clear_prefix_cache().await?),
+                PIN_PREFIX => written(&self.0.pin_prefix(read(argument)?).await?),
+                UNPIN_PREFIX => written(&self.0.unpin_prefix(read(argument)?).await?),
                 _ => Err(EngineError::internal(format!(
                     "the engine has no method `{method}`"
                 ))),

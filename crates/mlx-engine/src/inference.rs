@@ -419,7 +419,10 @@ impl InferenceEngine {
     /// proved better than the one in use, measured in turn. The report tells what was tried and what it gained; its
     /// `config` can be written to a file and given to [`with_config`](Self::with_config) at the next start.
     ///
-    /// Only what changes no token is tried: how prompts are cut and how many requests run at once. Other requests would
+    /// Tried are how prompts are cut, how many requests run at once, the threads of a CPU and, where
+    /// [`sample`](OptimizeOptions::sample) says what is asked, guessing ahead: nothing that changes an answer, but for rounding where
+    /// requests run together on a GPU. [`kv_integers`](OptimizeOptions::kv_integers) allows keys and values as integers too, which do. For
+    /// threads, keys and values and guesses the model is loaded again. Other requests would
     /// disturb the measuring and be disturbed by it. What was kept of earlier requests is forgotten. Dropping the future ends the
     /// search after the measurement that runs, and the engine keeps the configuration that it had. Needs a tokio runtime.
     ///
@@ -461,14 +464,11 @@ impl InferenceEngine {
     ///
     /// # Errors
     ///
-    /// As [`unload`](Self::unload), and [`EngineError::Internal`] for an engine in a process of its own, which cannot wait: it is
-    /// left as it is.
+    /// As [`unload`](Self::unload).
     pub async fn unload_with(&self, mode: UnloadMode) -> Result<(), EngineError> {
-        match self.engine() {
-            Ok(engine) => engine.unload_with(mode).await?,
-            Err(error @ EngineError::Internal { .. }) if mode == UnloadMode::Drain => return Err(error),
-            // What is not there or not ready is what unloading is about.
-            Err(_) => {}
+        // What is not there or not ready is what unloading is about.
+        if let Ok(engine) = self.slot().engine() {
+            engine.unload_with(mode).await?;
         }
         self.unload().await
     }
@@ -477,36 +477,36 @@ impl InferenceEngine {
     ///
     /// # Errors
     ///
-    /// As [`engine`](Self::engine).
+    /// [`EngineError::NotLoaded`] and [`EngineError::LoadInProgress`].
     pub async fn prefix_cache(&self) -> Result<PrefixCacheReport, EngineError> {
-        self.engine()?.prefix_cache().await
+        self.slot().engine()?.prefix_cache().await
     }
 
     /// Gives up what is kept and not pinned, and says how many bytes that were.
     ///
     /// # Errors
     ///
-    /// As [`engine`](Self::engine).
+    /// [`EngineError::NotLoaded`] and [`EngineError::LoadInProgress`].
     pub async fn clear_prefix_cache(&self) -> Result<u64, EngineError> {
-        self.engine()?.clear_prefix_cache().await
+        self.slot().engine()?.clear_prefix_cache().await
     }
 
     /// Keeps the keys and values of a prompt, such as a long system prompt, until it is unpinned.
     ///
     /// # Errors
     ///
-    /// As [`engine`](Self::engine) and [`Engine::pin_prefix`].
+    /// As [`prefix_cache`](Self::prefix_cache) and [`Engine::pin_prefix`].
     pub async fn pin_prefix(&self, prompt: impl Into<Prompt>) -> Result<(), EngineError> {
-        self.engine()?.pin_prefix(prompt.into()).await
+        self.slot().engine()?.pin_prefix(prompt.into()).await
     }
 
     /// Lets a prompt go that was pinned; `false` where it is not pinned.
     ///
     /// # Errors
     ///
-    /// As [`engine`](Self::engine) and [`Engine::unpin_prefix`].
+    /// As [`prefix_cache`](Self::prefix_cache) and [`Engine::unpin_prefix`].
     pub async fn unpin_prefix(&self, prompt: impl Into<Prompt>) -> Result<bool, EngineError> {
-        self.engine()?.unpin_prefix(prompt.into()).await
+        self.slot().engine()?.unpin_prefix(prompt.into()).await
     }
 }
 

@@ -45,6 +45,8 @@ pub mod environment;
 mod fetch;
 mod inference;
 mod optimize;
+#[cfg(feature = "otlp")]
+pub mod otlp;
 mod platform;
 mod resolve;
 mod served;

@@ -7,7 +7,7 @@ use mlx_engine_core::{
     Backend, Device, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine,
     ModelConfiguration, Prompt,
 };
-use mlx_engine_engine::{Engine, EngineConfig, Score};
+use mlx_engine_engine::{Engine, EngineConfig, PrefixCacheReport, Score, UnloadMode};
 #[cfg(unix)]
 use mlx_engine_resilience::Supervised;
 
@@ -69,6 +69,50 @@ impl Served {
             Self::Here(engine) => engine.score(text).await,
             #[cfg(unix)]
             Self::Apart(engine) => apart::score(engine, text).await,
+        }
+    }
+}
+
+impl Served {
+    pub(crate) async fn prefix_cache(&self) -> Result<PrefixCacheReport, EngineError> {
+        match self {
+            Self::Here(engine) => engine.prefix_cache().await,
+            #[cfg(unix)]
+            Self::Apart(engine) => apart::prefix_cache(engine).await,
+        }
+    }
+
+    pub(crate) async fn clear_prefix_cache(&self) -> Result<u64, EngineError> {
+        match self {
+            Self::Here(engine) => engine.clear_prefix_cache().await,
+            #[cfg(unix)]
+            Self::Apart(engine) => apart::clear_prefix_cache(engine).await,
+        }
+    }
+
+    pub(crate) async fn pin_prefix(&self, prompt: Prompt) -> Result<(), EngineError> {
+        match self {
+            Self::Here(engine) => engine.pin_prefix(prompt).await,
+            #[cfg(unix)]
+            Self::Apart(engine) => apart::pin_prefix(engine, &prompt).await,
+        }
+    }
+
+    pub(crate) async fn unpin_prefix(&self, prompt: Prompt) -> Result<bool, EngineError> {
+        match self {
+            Self::Here(engine) => engine.unpin_prefix(prompt).await,
+            #[cfg(unix)]
+            Self::Apart(engine) => apart::unpin_prefix(engine, &prompt).await,
+        }
+    }
+
+    pub(crate) async fn unload_with(&self, mode: UnloadMode) -> Result<(), EngineError> {
+        match self {
+            Self::Here(engine) => engine.unload_with(mode).await,
+            #[cfg(unix)]
+            Self::Apart(engine) if mode == UnloadMode::Drain => engine.drain().await,
+            #[cfg(unix)]
+            Self::Apart(engine) => engine.unload().await,
         }
     }
 }

@@ -390,6 +390,24 @@ impl Recover for Slot {
 }
 
 impl Slot {
+    /// Loads what was loaded last with another configuration. Where that fails, the one that it had is the one that is tried
+    /// next.
+    pub(crate) async fn reload(&self, config: &EngineConfig) -> Result<(), EngineError> {
+        let last = self.last().clone();
+        let Some((model, settings)) = last else {
+            return Err(EngineError::NotLoaded {
+                model: "none".to_owned(),
+            });
+        };
+        let mut changed = settings.clone();
+        changed.config = config.clone();
+        let loaded = self.load(&model, &changed, None).await;
+        if loaded.is_err() {
+            *self.last() = Some((model, settings));
+        }
+        loaded.map(drop)
+    }
+
     /// Loads what was loaded last.
     async fn again(&self, model: &str, settings: Settings) -> Result<(), EngineError> {
         let loaded = self.load(model, &settings, None).await;

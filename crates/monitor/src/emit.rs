@@ -95,10 +95,15 @@ mod trace {
     pub(super) fn span(operation: &'static str, params: &GenerateParams, seen: &Seen) -> tracing::Span {
         tracing::info_span!(
             "gen_ai.request",
+            "otel.name" = %format_args!("{operation} {}", seen.model_id().unwrap_or("none")),
+            "otel.kind" = "internal",
+            "otel.status_code" = Empty,
+            "gen_ai.provider.name" = "mlx_engine",
             "gen_ai.operation.name" = operation,
             "gen_ai.request.model" = seen.model_id(),
             "gen_ai.request.max_tokens" = params.max_tokens,
             "gen_ai.request.temperature" = params.temperature,
+            "gen_ai.request.top_p" = params.top_p,
             "gen_ai.response.model" = Empty,
             "gen_ai.response.finish_reasons" = Empty,
             "gen_ai.usage.input_tokens" = Empty,
@@ -117,6 +122,7 @@ mod trace {
         span.record("gen_ai.usage.output_tokens", ended.generated_tokens);
         if let Some(error) = super::error_type(ended) {
             span.record("error.type", error);
+            span.record("otel.status_code", "ERROR");
         }
         if let Some(time) = ended.time_to_first_token {
             span.record("time_to_first_token_s", time.as_secs_f64());

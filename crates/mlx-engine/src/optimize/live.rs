@@ -1,19 +1,25 @@
 //! Measuring on the engine that is loaded.
 
+use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::{BoxFuture, try_join_all};
-use mlx_engine_core::{EngineError, GenerateParams, LlmEngine, Prompt};
+use mlx_engine_core::{Device, EngineError, GenerateParams, LlmEngine, Prompt};
 use mlx_engine_engine::EngineConfig;
 
+use super::knobs::{Place, needs_load};
 use super::{Bench, Measured, OptimizeOptions};
 use crate::served::Served;
+use crate::slot::Slot;
 
 /// The engine that is loaded, as what measures.
 pub(crate) struct Live {
+    slot: Arc<Slot>,
     engine: Served,
+    /// What it was loaded with; none where that failed.
+    loaded: Option<EngineConfig>,
     options: OptimizeOptions,
     origin: Instant,
     cancelled: Arc<AtomicBool>,
@@ -22,9 +28,17 @@ pub(crate) struct Live {
 }
 
 impl Live {
-    pub(crate) fn new(engine: Served, options: OptimizeOptions, cancelled: Arc<AtomicBool>) -> Self {
+    pub(crate) fn new(
+        slot: Arc<Slot>,
+        engine: Served,
+        config: EngineConfig,
+        options: OptimizeOptions,
+        cancelled: Arc<AtomicBool>,
+    ) -> Self {
         Self {
+            slot,
             engine,
+            loaded: Some(config),
             options,
             origin: Instant::now(),
             cancelled,
@@ -32,8 +46,33 @@ impl Live {
         }
     }
 
+    /// Has the engine work by this configuration, and forget what it has computed. What cannot be changed otherwise is changed by
+    /// loading the model again.
+    pub(crate) async fn apply(&mut self, config: &EngineConfig) -> Result<(), EngineError> {
+        let loaded = self.loaded.take();
+        if loaded.is_none_or(|loaded| needs_load(&loaded, config)) {
+            self.slot.reload(config).await?;
+            self.engine = self.slot.engine()?;
+            // The first steps of a model that was loaded are slower than those that follow.
+            let params = GenerateParams::default().with_max_tokens(2).with_ignore_eos(true);
+            self.engine.generate(Prompt::tokens(32..64), params).await?;
+        }
+        self.loaded = Some(config.clone());
+        self.engine.prepare(config).await
+    }
+
+    /// What the request of this number asks. No two begin alike, as what was seen before is not computed again.
+    fn prompt(&self, number: u32) -> Prompt {
+        match &self.options.sample {
+            Some(text) => Prompt::user(format!("{number}. {text}")),
+            None => Prompt::tokens(
+                (0..self.options.prompt_tokens.max(1)).map(|i| 32 + (i * 7 + number * 13) % 200),
+            ),
+        }
+    }
+
     async fn run(&mut self, config: &EngineConfig) -> Result<Measured, EngineError> {
-        self.engine.prepare(config).await?;
+        self.apply(config).await?;
         let requests = match self.options.goal {
             super::OptimizeGoal::Throughput => self.options.concurrency.max(1),
             _ => 1,
@@ -45,9 +84,8 @@ impl Live {
             .with_ignore_eos(true);
         let began = Instant::now();
         let asked = (0..requests).map(|request| {
-            let first = self.round * requests + request;
-            let tokens = (0..self.options.prompt_tokens.max(1)).map(|i| 32 + (i * 7 + first * 13) % 200);
-            self.engine.generate(Prompt::tokens(tokens), params.clone())
+            let prompt = self.prompt(self.round * requests + request);
+            self.engine.generate(prompt, params.clone())
         });
         let outputs = try_join_all(asked).await?;
         let seconds = began.elapsed().as_secs_f64();
@@ -77,5 +115,12 @@ impl Bench for Live {
 
     fn cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
+    }
+
+    fn place(&self) -> Place {
+        Place {
+            device: self.engine.device().unwrap_or(Device::Cpu),
+            threads: std::thread::available_parallelism().map_or(1, NonZero::get),
+        }
     }
 }

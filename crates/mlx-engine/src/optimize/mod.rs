@@ -46,6 +46,13 @@ pub struct OptimizeOptions {
     pub answer_tokens: u32,
     /// Requests at once, where the goal is throughput; at least 1.
     pub concurrency: u32,
+    /// A question of the kind that the engine will get, which is asked in place of `prompt_tokens` that mean nothing. Guessing ahead
+    /// is tried with one alone: what it gains is in what is said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample: Option<String>,
+    /// Whether keys and values may become integers of 8 or 4 bits, which changes answers a little. They stay as they are
+    /// otherwise.
+    pub kv_integers: bool,
 }
 
 impl Default for OptimizeOptions {
@@ -56,6 +63,8 @@ impl Default for OptimizeOptions {
             prompt_tokens: 1024,
             answer_tokens: 32,
             concurrency: 8,
+            sample: None,
+            kv_integers: false,
         }
     }
 }
@@ -201,10 +210,16 @@ pub(crate) async fn optimize(
     let slot = Arc::clone(slot);
     // On a task of its own: where the caller gives up, the engine still gets its configuration back.
     let found = tokio::spawn(async move {
-        let mut bench = Live::new(engine.clone(), options.clone(), cancelled);
+        let mut bench = Live::new(
+            Arc::clone(&slot),
+            engine,
+            config.clone(),
+            options.clone(),
+            cancelled,
+        );
         let found = search(&mut bench, &config, &options).await;
         let keep = found.as_ref().map_or(&config, |report| &report.config);
-        engine.prepare(keep).await?;
+        bench.apply(keep).await?;
         if let Ok(report) = &found {
             slot.keep_config(&report.config);
         }

@@ -6,7 +6,7 @@ use futures::future::BoxFuture;
 use mlx_engine_core::EngineError;
 use mlx_engine_engine::EngineConfig;
 
-use super::knobs::{KNOBS, Knob};
+use super::knobs::{KNOBS, Place};
 use super::{Measured, OptimizeGoal, OptimizeOptions, OptimizeOutcome, OptimizeReport, Trial};
 
 /// What measures a configuration.
@@ -23,6 +23,9 @@ pub(crate) trait Bench: Send {
 
     /// Whether nobody waits for the result any more.
     fn cancelled(&self) -> bool;
+
+    /// Where it is measured.
+    fn place(&self) -> Place;
 }
 
 /// What is better by less than this part is noise.
@@ -59,8 +62,8 @@ pub(crate) async fn search(
     let mut skipped = 0;
     for knob in KNOBS.iter().filter(|knob| knob.goals.contains(&options.goal)) {
         let from = best.0.clone();
-        for &value in knob.values {
-            let Some(candidate) = knob.turned(&from, value) else {
+        for value in (knob.values)(&bench.place(), options) {
+            let Some(candidate) = knob.turned(&from, &value) else {
                 continue;
             };
             // The comparison at the end is worth more than another try.
@@ -70,7 +73,7 @@ pub(crate) async fn search(
             }
             let mut trial = Trial {
                 knob: knob.name.to_owned(),
-                value: Knob::shown(value),
+                value,
                 measured: None,
                 error: None,
                 gain: 0.0,
@@ -253,6 +256,13 @@ mod tests {
         fn cancelled(&self) -> bool {
             self.asked >= self.gives_up_after
         }
+
+        fn place(&self) -> Place {
+            Place {
+                device: mlx_engine_core::Device::Cpu,
+                threads: 4,
+            }
+        }
     }
 
     fn fake<F: FnMut(&EngineConfig, u32) -> Result<Measured, EngineError> + Send>(takes: F) -> Fake<F> {
@@ -309,6 +319,35 @@ mod tests {
         assert_eq!(report.trials.iter().filter(|trial| trial.kept).count(), 2);
         let json = serde_json::to_string(&report).unwrap();
         assert_eq!(serde_json::from_str::<OptimizeReport>(&json).unwrap(), report);
+    }
+
+    #[test]
+    fn threads_keys_and_values_and_guesses_are_kept_where_they_gain() {
+        use mlx_engine_engine::SpeculationConfig;
+
+        let mut bench = fake(|config, _| {
+            let threads = if config.threads == Some(2) { 1.0 } else { 2.0 };
+            let kv = if config.kv.bits == Some(8) { 1.0 } else { 2.0 };
+            let guesses = if config.speculation == SpeculationConfig::Off {
+                2.0
+            } else {
+                1.0
+            };
+            seconds(threads + kv + guesses)
+        });
+        let asked = OptimizeOptions {
+            kv_integers: true,
+            sample: Some("a text".to_owned()),
+            ..options(OptimizeGoal::Latency)
+        };
+        let report = block_on(search(&mut bench, &EngineConfig::default(), &asked)).unwrap();
+        assert_eq!((report.before.seconds, report.after.seconds), (6.0, 3.0));
+        let config = &report.config;
+        assert_eq!((config.threads, config.kv.bits), (Some(2), Some(8)));
+        assert!(matches!(config.speculation, SpeculationConfig::Lookup(_)));
+        // It can be loaded at the next start.
+        let json = serde_json::to_string(config).unwrap();
+        assert_eq!(&serde_json::from_str::<EngineConfig>(&json).unwrap(), config);
     }
 
     #[test]
