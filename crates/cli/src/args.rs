@@ -15,6 +15,10 @@ use crate::failure::Failure;
 #[derive(Debug, Parser)]
 #[command(name = "mlx-engine", version)]
 pub(crate) struct Cli {
+    /// Send spans of requests and steps to this collector for OTLP over HTTP, such as http://localhost:4318
+    #[cfg(feature = "otlp")]
+    #[arg(long, global = true, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    pub(crate) otlp: Option<String>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -258,6 +262,9 @@ pub(crate) struct Chat {
     pub(crate) tools: Tools,
     #[command(flatten)]
     pub(crate) sampling: Sampling,
+    /// Tell at the end what was counted and how the engine is; at a terminal it is told in any case
+    #[arg(long)]
+    pub(crate) verbose: bool,
 }
 
 #[derive(Debug, Args)]

@@ -54,6 +54,9 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
             text => failed |= !turn(&mut session, text, &mut lines).await?,
         }
     }
+    if lines.is_interactive() || args.verbose {
+        stats::report(&engine);
+    }
     // At a terminal the user has seen it; a script has only the exit code.
     if failed && !lines.is_interactive() {
         return Err(Failure::Told);

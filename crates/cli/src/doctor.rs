@@ -1,6 +1,9 @@
 //! `mlx-engine doctor`.
 
-use mlx_engine::{FallbackPolicy, HealthReport, InferenceEngine, hub_cache, platform};
+use mlx_engine::{
+    BreakerState, DetailedStatus, FallbackPolicy, InferenceEngine, RecoveryConfiguration,
+    ResilienceConfiguration, ResilienceStatus, hub_cache, platform,
+};
 use serde_json::json;
 
 use crate::args::Doctor;
@@ -14,14 +17,17 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
     let hint = mlx.as_ref().err().and_then(mlx_engine::EngineError::hint);
     let kernels = kernels();
     let cache = hub_cache();
-    let health = match &args.model {
+    let examined = match &args.model {
         Some(model) => Some(examined(model).await?),
         None => None,
     };
     if args.json {
         outln!(
             "{}",
-            json!({"platform": platform, "mlx": reason.is_none(), "problem": reason, "hint": hint, "hub_cache": cache, "health": health,
+            json!({"platform": platform, "mlx": reason.is_none(), "problem": reason, "hint": hint, "hub_cache": cache,
+                   "health": examined.as_ref().map(|model| &model.status.health), "status": examined.as_ref().map(|model| &model.status),
+                   "resilience": examined.as_ref().map(|model| &model.resilience),
+                   "recovery": examined.as_ref().map(|model| &model.recovery),
                    "cpu_kernels": kernels.as_ref().ok().map(|(name, _)| name), "cpu_threads": kernels.as_ref().ok().map(|(_, threads)| threads)})
         );
         return Ok(());
@@ -57,11 +63,8 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
         Some(path) => outln!("hub cache   {} (not there yet)", path.display()),
         None => outln!("hub cache   unknown: HOME is not set"),
     }
-    if let Some(health) = &health {
-        outln!("model       {}", health.status);
-        for reason in &health.reasons {
-            outln!("            {reason}");
-        }
+    if let Some(model) = &examined {
+        print(model);
     }
     if let Some(hint) = hint {
         outln!("to do       {hint}; `cargo xtask setup` brings MLX to a checkout");
@@ -69,8 +72,63 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The health of a model, by a token of it.
-async fn examined(model: &str) -> Result<HealthReport, Failure> {
+/// What was found of a model.
+struct Examined {
+    status: DetailedStatus,
+    resilience: ResilienceStatus,
+    recovery: RecoveryConfiguration,
+    load_s: f64,
+    /// How long the token took that was asked for.
+    token_s: f64,
+}
+
+fn print(model: &Examined) {
+    let health = &model.status.health;
+    outln!("model       {}", health.status);
+    for reason in &health.reasons {
+        outln!("            {reason}");
+    }
+    let said = |yes: bool| if yes { "yes" } else { "no" };
+    outln!(
+        "            live: {}, ready: {}",
+        said(model.status.live),
+        said(model.status.ready)
+    );
+    outln!("load        {:.2} s", model.load_s);
+    let probes = &model.status.metrics.probes;
+    let asked = probes.passed + probes.failed + probes.abandoned;
+    outln!(
+        "token       {} of {asked} came, {:.3} s",
+        probes.passed,
+        model.token_s
+    );
+    let recovery = &model.recovery;
+    let automatic = if recovery.automatic {
+        let hang = recovery.hang_limit.map_or(String::new(), |limit| {
+            format!(", a hang counts from {:.0} s on", limit.as_secs_f64())
+        });
+        format!(
+            "by itself {} times in {:.0} s at most{hang}",
+            recovery.max_automatic,
+            recovery.automatic_window.as_secs_f64()
+        )
+    } else {
+        "where it is asked for".to_owned()
+    };
+    outln!("recovery    {automatic}; {} so far", model.resilience.recoveries);
+    outln!(
+        "requests    circuit {}, {:.0} retries saved up",
+        match model.resilience.breaker {
+            BreakerState::Open => "open",
+            BreakerState::HalfOpen => "half open",
+            BreakerState::Closed => "closed",
+        },
+        model.resilience.retries_left
+    );
+}
+
+/// The health of a model, by a token of it, and how it would be brought back.
+async fn examined(model: &str) -> Result<Examined, Failure> {
     #[cfg(feature = "hub")]
     if crate::load::fetches(crate::args::Backend::Auto) {
         crate::pull::bring(model).await?;
@@ -79,7 +137,16 @@ async fn examined(model: &str) -> Result<HealthReport, Failure> {
         .with_registry(crate::registry::registry()?.clone())
         .with_fallback(FallbackPolicy::Never);
     engine.load_model(model).await?;
-    Ok(engine.check_health().await)
+    let began = std::time::Instant::now();
+    engine.check_health().await;
+    let token_s = began.elapsed().as_secs_f64();
+    Ok(Examined {
+        status: engine.detailed_status(),
+        resilience: engine.resilience_status(),
+        recovery: ResilienceConfiguration::default().recovery,
+        load_s: engine.load_seconds().unwrap_or_default(),
+        token_s,
+    })
 }
 
 /// The kernels of a CPU and their threads, or why there are none.

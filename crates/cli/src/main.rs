@@ -45,6 +45,11 @@ fn main() -> ExitCode {
             Err(error) => Failure::from(error).report(),
         };
     }
+    #[cfg(feature = "otlp")]
+    let otlp = match cli.otlp.as_deref().map(spans).transpose() {
+        Ok(otlp) => otlp,
+        Err(failure) => return failure.report(),
+    };
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -76,10 +81,24 @@ fn main() -> ExitCode {
     });
     // A read of stdin that nobody waits for must not hold the process up.
     runtime.shutdown_background();
+    #[cfg(feature = "otlp")]
+    if let Some(Err(error)) = otlp.map(mlx_engine::otlp::Otlp::shutdown) {
+        output::errln!("warning: {error}");
+    }
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
     }
+}
+
+/// Sends the spans of requests and steps to a collector from now on.
+#[cfg(feature = "otlp")]
+fn spans(endpoint: &str) -> Result<mlx_engine::otlp::Otlp, Failure> {
+    let failed = |error: mlx_engine::otlp::OtlpError| Failure::usage(error.to_string());
+    let otlp =
+        mlx_engine::otlp::Otlp::start(&mlx_engine::otlp::OtlpOptions::new(endpoint)).map_err(failed)?;
+    otlp.install().map_err(failed)?;
+    Ok(otlp)
 }
 
 /// The first Ctrl-C is the commands': they end what they do. The second ends the process, whatever it is at.

@@ -579,6 +579,19 @@ mod real {
             (0, &"healthy".into()),
             "{err}"
         );
+        let found = json(&out);
+        assert_eq!(found["resilience"]["breaker"], "closed");
+        assert_eq!(found["recovery"]["hang_limit"], 120.0);
+        assert_eq!(found["status"]["metrics"]["probes"]["passed"], 1);
+        let (_, out, _) = run(&["doctor", "--model", &model()], "");
+        for line in [
+            "model       healthy",
+            "live: yes, ready: yes",
+            "token       1 of 1 came",
+            "circuit closed",
+        ] {
+            assert!(out.contains(line), "{line}: {out}");
+        }
         let (code, _, err) = run(&["doctor", "--model", "no/such/model"], "");
         assert!(code == 1 && err.contains("not found"), "{err}");
     }
@@ -813,6 +826,10 @@ fn what_was_counted_is_told() {
     let chat = ["chat", "--model", "tiny", "--backend", "mock"];
     let (_, _, err) = run(&chat, "a\nb\n/stats\n");
     assert!(err.contains("requests    2 "), "{err}");
+    let (_, _, err) = run(&[&chat[..], &["--verbose"]].concat(), "a\nb\nc\n");
+    assert!(err.contains("requests    3 "), "{err}");
+    let (_, _, err) = run(&chat, "a\n");
+    assert!(!err.contains("requests"), "a script did not ask: {err}");
 }
 
 #[test]

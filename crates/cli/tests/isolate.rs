@@ -105,19 +105,50 @@ async fn a_kill_costs_what_runs_and_recovery_brings_a_token() {
 }
 
 #[tokio::test]
-async fn an_unload_that_cannot_wait_is_refused_and_costs_nothing() {
+async fn an_unload_that_waits_lets_what_was_taken_be_answered() {
     let engine = mock(SupervisorConfiguration::default());
     engine.load_model("tiny").await.unwrap();
     let events = running(&engine, GenerateParams::default().with_max_tokens(30)).await;
-    let error = engine.unload_with(UnloadMode::Drain).await.unwrap_err();
-    assert!(error.to_string().contains("a process of its own"), "{error}");
+    let waits = engine.stream(Prompt::text("the next one"), GenerateParams::default());
+    let waits = waits.await.unwrap();
+    // Nobody reads them meanwhile.
+    engine.unload_with(UnloadMode::Drain).await.unwrap();
+    assert_eq!(engine.backend(), None);
     let ends: Vec<_> = events.collect().await;
     assert!(
         matches!(ends.last(), Some(Ok(GenerationEvent::Finished(_)))),
         "{ends:?}"
     );
-    engine.unload_with(UnloadMode::Abort).await.unwrap();
-    assert_eq!(engine.backend(), None);
+    assert_eq!(
+        mlx_engine::collect_events(waits).await.unwrap().text,
+        "the next one"
+    );
+    let late = engine
+        .generate(Prompt::text("x"), GenerateParams::default())
+        .await;
+    assert!(matches!(late, Err(EngineError::NotLoaded { .. })), "{late:?}");
+}
+
+#[tokio::test]
+async fn what_is_kept_is_looked_after_across_the_processes() {
+    let engine = mock(SupervisorConfiguration::default());
+    engine.load_model("tiny").await.unwrap();
+    let prompt = Prompt::text("A long beginning that requests have in common");
+    engine.pin_prefix(prompt.clone()).await.unwrap();
+    let report = engine.prefix_cache().await.unwrap();
+    assert!(
+        report.entries.iter().any(|entry| entry.pinned) && report.bytes > 0,
+        "{report:?}"
+    );
+    let output = engine
+        .generate(prompt.clone(), GenerateParams::default())
+        .await
+        .unwrap();
+    assert!(output.usage.cached_tokens > 0);
+    assert!(engine.unpin_prefix(prompt.clone()).await.unwrap());
+    assert!(!engine.unpin_prefix(prompt).await.unwrap());
+    assert!(engine.clear_prefix_cache().await.unwrap() > 0);
+    assert_eq!(engine.prefix_cache().await.unwrap().bytes, 0);
 }
 
 #[tokio::test]

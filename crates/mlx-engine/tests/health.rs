@@ -182,6 +182,30 @@ async fn a_configuration_is_measured_and_the_engine_keeps_the_one_that_is_told()
         .unwrap();
     assert!(!output.text.is_empty());
 
+    // What changes answers, and what depends on the question, only where that is said.
+    let all = OptimizeOptions {
+        goal: OptimizeGoal::Latency,
+        sample: Some("Where is the sea?".to_owned()),
+        kv_integers: true,
+        ..options.clone()
+    };
+    let report = engine.optimize_performance(all).await.unwrap();
+    for knob in ["prefill_chunk", "threads", "kv.bits", "speculation"] {
+        assert!(
+            report.trials.iter().any(|trial| trial.knob == knob),
+            "{knob}: {report:?}"
+        );
+    }
+    assert!(
+        report.trials.iter().all(|trial| trial.error.is_none()),
+        "{report:?}"
+    );
+    assert_eq!(
+        engine.engine().unwrap().config().threads,
+        report.config.threads,
+        "it is applied"
+    );
+
     let wrong = OptimizeOptions {
         concurrency: 0,
         ..options.clone()

@@ -50,6 +50,40 @@ async fn the_capital_of_france_is_paris() {
 }
 
 #[tokio::test]
+async fn what_was_measured_to_be_best_is_in_use_and_loads_at_the_next_start() {
+    use mlx_engine::{OptimizeGoal, OptimizeOptions};
+
+    let engine = load().await;
+    let params = GenerateParams::default().with_temperature(0.0).with_max_tokens(8);
+    let question = "Name a color.";
+    let before = engine.generate(question, params.clone()).await.unwrap().tokens;
+    let options = OptimizeOptions {
+        sample: Some(question.to_owned()),
+        answer_tokens: 4,
+        time_limit_s: 120.0,
+        ..OptimizeOptions::new(OptimizeGoal::Latency)
+    };
+    let report = engine.optimize_performance(options).await.unwrap();
+    for knob in ["prefill_chunk", "threads", "speculation"] {
+        let mut trials = report.trials.iter().filter(|trial| trial.knob == knob);
+        assert!(trials.any(|trial| trial.measured.is_some()), "{knob}: {report:?}");
+    }
+    assert!(
+        report.trials.iter().all(|trial| trial.error.is_none()),
+        "{report:?}"
+    );
+    // Nothing of it changes an answer.
+    let after = engine.generate(question, params.clone()).await.unwrap().tokens;
+    assert_eq!(after, before);
+    assert_eq!(engine.engine().unwrap().config().threads, report.config.threads);
+    engine.unload().await.unwrap();
+    let json = serde_json::to_string(&report.config).unwrap();
+    let next = InferenceEngine::new().with_config(serde_json::from_str(&json).unwrap());
+    next.load_model(&model()).await.unwrap();
+    assert_eq!(next.generate(question, params).await.unwrap().tokens, before);
+}
+
+#[tokio::test]
 async fn keys_and_values_are_kept_as_the_configuration_says() {
     let params = GenerateParams::default()
         .with_temperature(0.0)
