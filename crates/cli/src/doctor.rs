@@ -64,7 +64,7 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
         None => outln!("hub cache   unknown: HOME is not set"),
     }
     if let Some(model) = &examined {
-        print(model);
+        print(model)?;
     }
     if let Some(hint) = hint {
         outln!("to do       {hint}; `cargo xtask setup` brings MLX to a checkout");
@@ -82,7 +82,7 @@ struct Examined {
     token_s: f64,
 }
 
-fn print(model: &Examined) {
+fn print(model: &Examined) -> Result<(), Failure> {
     let health = &model.status.health;
     outln!("model       {}", health.status);
     for reason in &health.reasons {
@@ -125,6 +125,7 @@ fn print(model: &Examined) {
         },
         model.resilience.retries_left
     );
+    Ok(())
 }
 
 /// The health of a model, by a token of it, and how it would be brought back.

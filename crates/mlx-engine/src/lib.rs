@@ -89,8 +89,9 @@ pub use mlx_engine_registry::{
     ModelQuery, ModelRegistry, Recommendation, RegistryError, SearchCriteria, SortBy, UseCase, Weights,
 };
 pub use mlx_engine_resilience::{
-    BreakerConfiguration, BudgetConfiguration, BulkheadConfiguration, RecoveryConfiguration, RecoveryReport,
-    RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration, TimeoutConfiguration,
+    BreakerConfiguration, BreakerState, BudgetConfiguration, BulkheadConfiguration, RecoveryConfiguration,
+    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration,
+    TimeoutConfiguration,
 };
 #[cfg(unix)]
 pub use mlx_engine_resilience::{ChildState, Program, SupervisedStatus, SupervisorConfiguration};

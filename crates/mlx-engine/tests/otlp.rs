@@ -44,13 +44,15 @@ type Bodies = Arc<Mutex<Vec<Bytes>>>;
 async fn collector() -> (String, Bodies) {
     let bodies = Bodies::default();
     let take = |State(bodies): State<Bodies>, body: Bytes| async move {
-        bodies.lock().unwrap().push(body);
+        bodies.lock().expect("not poisoned").push(body);
     };
     let router = Router::new()
         .route("/v1/traces", post(take))
         .with_state(Arc::clone(&bodies));
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a port");
+    let address = listener.local_addr().expect("an address");
     tokio::spawn(async move { axum::serve(listener, router).await });
     (format!("http://{address}"), bodies)
 }
@@ -64,15 +66,17 @@ fn read(bodies: &[Bytes]) -> Vec<Value> {
         .stdout(Stdio::piped())
         .spawn()
         .expect("python runs");
-    let mut stdin = python.stdin.take().unwrap();
+    let mut stdin = python.stdin.take().expect("a pipe");
     for body in bodies {
-        stdin.write_all(&(body.len() as u32).to_le_bytes()).unwrap();
-        stdin.write_all(body).unwrap();
+        stdin
+            .write_all(&(body.len() as u32).to_le_bytes())
+            .expect("it reads");
+        stdin.write_all(body).expect("it reads");
     }
     drop(stdin);
-    let output = python.wait_with_output().unwrap();
+    let output = python.wait_with_output().expect("it ends");
     assert!(output.status.success());
-    serde_json::from_slice(&output.stdout).unwrap()
+    serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
 /// The subscriber is the process's: there is one test.
