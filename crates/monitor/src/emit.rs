@@ -101,7 +101,8 @@ mod trace {
             "gen_ai.provider.name" = "mlx_engine",
             "gen_ai.operation.name" = operation,
             "gen_ai.request.model" = seen.model_id(),
-            "gen_ai.request.max_tokens" = params.max_tokens,
+            // An unsigned number would be sent as a text.
+            "gen_ai.request.max_tokens" = i64::from(params.max_tokens),
             "gen_ai.request.temperature" = params.temperature,
             "gen_ai.request.top_p" = params.top_p,
             "gen_ai.response.model" = Empty,
@@ -117,9 +118,12 @@ mod trace {
         if let Some(summary) = summary {
             span.record("gen_ai.response.model", summary.model.as_str());
             span.record("gen_ai.response.finish_reasons", display(summary.finish_reason));
-            span.record("gen_ai.usage.input_tokens", summary.usage.prompt_tokens);
+            span.record(
+                "gen_ai.usage.input_tokens",
+                i64::from(summary.usage.prompt_tokens),
+            );
         }
-        span.record("gen_ai.usage.output_tokens", ended.generated_tokens);
+        span.record("gen_ai.usage.output_tokens", ended.generated_tokens as i64);
         if let Some(error) = super::error_type(ended) {
             span.record("error.type", error);
             span.record("otel.status_code", "ERROR");

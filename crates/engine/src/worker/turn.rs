@@ -31,8 +31,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 "gen_ai.step",
                 "gen_ai.provider.name" = "mlx_engine",
                 "gen_ai.request.model" = &*self.identity.model,
-                "mlx_engine.step.answers" = turn.decode.len(),
-                "mlx_engine.step.prompt_tokens" = fed,
+                // An unsigned number would be sent as a text.
+                "mlx_engine.step.answers" = turn.decode.len() as i64,
+                "mlx_engine.step.prompt_tokens" = fed as i64,
                 "gen_ai.usage.output_tokens" = tracing::field::Empty,
             )
         });
@@ -70,7 +71,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
         drop(entered);
         if let Some(span) = span {
-            span.record("gen_ai.usage.output_tokens", read);
+            span.record("gen_ai.usage.output_tokens", read as i64);
         }
         if !turn.chunks.is_empty() || !turn.decode.is_empty() {
             let spent = self.clock.now().saturating_duration_since(began);

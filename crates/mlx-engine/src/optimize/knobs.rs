@@ -88,6 +88,10 @@ impl Knob {
         let mut json = serde_json::to_value(config).ok()?;
         let mut field = &mut json;
         for part in self.name.split('.') {
+            // A part that is as it is by default may not be written.
+            if field.is_null() {
+                *field = json!({});
+            }
             field = field.as_object_mut()?.entry(part).or_insert(Value::Null);
         }
         field.clone_from(value);
@@ -136,7 +140,10 @@ mod tests {
                 };
                 assert_eq!(found, value, "{}", knob.name);
                 assert!(knob.turned(&turned, value).is_none(), "it has it already");
-                json[part] = before.get(part).cloned().unwrap_or_default();
+                match before.get(part) {
+                    Some(value) => json[part] = value.clone(),
+                    None => drop(json.as_object_mut().unwrap().remove(part)),
+                }
                 let back: EngineConfig = serde_json::from_value(json).unwrap();
                 assert_eq!(back, EngineConfig::default(), "{}", knob.name);
             }
