@@ -32,6 +32,8 @@ struct World {
     launches: Arc<AtomicU32>,
     cancelled: Arc<AtomicU32>,
     notify: Arc<Notify>,
+    /// Lets the answer to "when told" end.
+    go: Arc<Notify>,
     connections: Arc<Mutex<Vec<UnixStream>>>,
     /// Launches from this on fail to load.
     fails_from: Option<u32>,
@@ -131,6 +133,14 @@ impl LlmEngine for Echo {
                 "forever" => {
                     let first = stream::iter([started, Ok(self.event("x".to_owned()))]);
                     return Ok(first.chain(Forever(self.world.clone())).boxed());
+                }
+                "when told" => {
+                    let go = Arc::clone(&self.world.go);
+                    let end = stream::once(async move {
+                        go.notified().await;
+                        Ok(finished(0))
+                    });
+                    return Ok(stream::iter([started]).chain(end).boxed());
                 }
                 "fail" => {
                     let fails = [started, Err(EngineError::OutOfMemory)];
@@ -259,7 +269,7 @@ async fn start_as(world: &World, configuration: SupervisorConfiguration) -> Supe
 async fn draining_takes_nothing_more_and_ends_with_the_last_answer() {
     let world = World::default();
     let engine = Arc::new(start(&world).await);
-    let events = engine.stream(Prompt::text("forever"), GenerateParams::default());
+    let events = engine.stream(Prompt::text("when told"), GenerateParams::default());
     let mut running = events.await.unwrap();
     assert!(running.next().await.unwrap().is_ok());
     let drains = tokio::spawn({
@@ -270,9 +280,9 @@ async fn draining_takes_nothing_more_and_ends_with_the_last_answer() {
     while ask(&*engine, "late").await.is_ok() {
         tokio::task::yield_now().await;
     }
-    assert!(running.next().await.unwrap().is_ok(), "what runs goes on");
-    assert!(!drains.is_finished() && engine.backend().is_some());
-    drop(running);
+    world.go.notify_one();
+    let last = running.next().await.unwrap();
+    assert!(matches!(last, Ok(GenerationEvent::Finished(_))), "{last:?}");
     drains.await.unwrap().unwrap();
     assert_eq!(engine.status().state, ChildState::Unloaded);
 
