@@ -84,13 +84,17 @@ fn main() {
                     .with_backend(BackendChoice::Mock)
                     .with_mock(MockScript::reply("x".repeat(TOKENS as usize)))
             };
-            let (here, apart) = (mock(), mock().with_child_process(program(), Default::default()));
+            let (here, apart) = (
+                mock(),
+                mock().with_child_process(program(), mlx_engine::SupervisorConfiguration::default()),
+            );
             here.load_model("mock").await.expect("it loads");
             apart.load_model("mock").await.expect("it loads");
             compare("mock", &here, &apart).await;
             if let Ok(model) = std::env::var("MLX_ENGINE_TEST_MODEL") {
                 let here = InferenceEngine::new();
-                let apart = InferenceEngine::new().with_child_process(program(), Default::default());
+                let apart = InferenceEngine::new()
+                    .with_child_process(program(), mlx_engine::SupervisorConfiguration::default());
                 here.load_model(&model).await.expect("it loads");
                 apart.load_model(&model).await.expect("it loads");
                 compare("model", &here, &apart).await;
