@@ -1,7 +1,7 @@
 //! `cargo xtask mutants`: faults put into the code one by one, each of which a test has to notice.
 //!
 //! Run over the parts that everything rests on and that are decided without MLX, so that each is built and tested in
-//! seconds. What survives and means nothing is named in `.cargo/mutants.toml`, with the reason.
+//! seconds.
 
 use std::fs;
 
@@ -79,8 +79,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         fs::create_dir_all(&out).context("make the folder", &out)?;
         let mut command = cargo();
         command.args(arguments(part, args)).arg("--output").arg(&out);
-        // A fault must not be able to reach what set-up fetched.
-        command.env("MLX_ENGINE_CACHE", out.join("no-cache"));
         println!("mutants: {} ({})", part.name, spell(&command));
         if go(&mut command).is_err() {
             survived.push(format!(
@@ -91,7 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         }
     }
     if survived.is_empty() {
-        println!("mutants: a test noticed each fault that is not named in .cargo/mutants.toml");
+        println!("mutants: a test noticed each fault");
         return Ok(());
     }
     Err(Error::Refused(format!(
