@@ -23,7 +23,7 @@ pub(crate) struct Args {
 }
 
 /// The crate whose unsafe code is looked at.
-const PACKAGE: &str = "mlx-engine-kernels";
+pub(crate) const PACKAGE: &str = "mlx-engine-kernels";
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     if !on_path("valgrind") {
@@ -35,16 +35,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     let mut build = cargo();
     build.args(["test", "-p", PACKAGE, "--lib", "--tests", "--no-run"]);
-    build.args(["--message-format", "json-render-diagnostics"]);
-    build.stderr(std::process::Stdio::inherit());
-    let built = output(&mut build)?;
-    if !built.status.success() {
-        return Err(Error::Failed {
-            command: spell(&build),
-            status: built.status.to_string(),
-        });
-    }
-    let programs = programs(&String::from_utf8_lossy(&built.stdout));
+    let programs = built(&mut build)?;
     for program in &programs {
         let mut command = Command::new("valgrind");
         // Threads that spin must not keep those that work from the one processor that valgrind has.
@@ -59,6 +50,20 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         programs.len()
     );
     Ok(())
+}
+
+/// Builds, and gives the programs.
+pub(crate) fn built(build: &mut Command) -> Result<Vec<PathBuf>> {
+    build.args(["--message-format", "json-render-diagnostics"]);
+    build.stderr(std::process::Stdio::inherit());
+    let built = output(build)?;
+    if !built.status.success() {
+        return Err(Error::Failed {
+            command: spell(build),
+            status: built.status.to_string(),
+        });
+    }
+    Ok(programs(&String::from_utf8_lossy(&built.stdout)))
 }
 
 /// The programs that cargo has built, from what it tells of each artifact.

@@ -259,15 +259,16 @@ fn join(spec: AttentionSpec, sequences: &[Queries<'_>], units: &[Unit], partials
     }
 }
 
-/// Runs a body with a constant number of rows: 12, 8, 4, 3, 2 or 1 at a time.
+/// Runs a body with a constant number of rows: 12, 8, 4, 3, 2 or 1 at a time, as far as their sums fit the registers of an
+/// instruction set.
 macro_rules! in_groups {
-    ($rows:expr, $first:ident, $count:ident => $body:expr) => {
+    ($simd:ident, $rows:expr, $first:ident, $count:ident => $body:expr) => {
         let mut $first = 0;
-        in_groups!(@ $rows, $first, $count => $body; 12, 8, 4, 3, 2, 1);
+        in_groups!(@ $simd, $rows, $first, $count => $body; 12, 8, 4, 3, 2, 1);
     };
-    (@ $rows:expr, $first:ident, $count:ident => $body:expr; $($size:literal),*) => {
+    (@ $simd:ident, $rows:expr, $first:ident, $count:ident => $body:expr; $($size:literal),*) => {
         $(
-            while $rows - $first >= $size {
+            while $size <= $simd::SUMS && $rows - $first >= $size {
                 const $count: usize = $size;
                 $body;
                 $first += $size;
@@ -317,7 +318,7 @@ impl Kernel for Attend<'_> {
         scratch.sums.resize(ROWS * width, 0.0);
         // The rows that are multiplied together lie side by side, element by element.
         scratch.queries.clear();
-        in_groups!(unit.rows, first, R => {
+        in_groups!(S, unit.rows, first, R => {
             let rows: [usize; R] = std::array::from_fn(|row| place(spec, sequence, unit, first + row).0);
             for element in 0..head_dim {
                 scratch.queries.extend(rows.map(|at| queries[at + element] * spec.scale));
@@ -410,7 +411,7 @@ fn scores_of<S: Simd, E: Element>(
     rows: usize,
     out: &mut [[f32; PAGE]; ROWS],
 ) {
-    in_groups!(rows, first, R => {
+    in_groups!(S, rows, first, R => {
         let (queries, _) = queries[first * head_dim..][..R * head_dim].as_chunks::<R>();
         if let Some(out) = out[first..].first_chunk_mut::<R>() {
             s.call(Scores::<E, R> { keys, queries, out });
@@ -524,7 +525,7 @@ fn add_values<S: Simd, E: Element>(
     let (values, _) = values.as_chunks::<LANES>();
     let (sums, _) = sums.as_chunks_mut::<LANES>();
     let vectors = width / LANES;
-    in_groups!(rows, first, R => {
+    in_groups!(S, rows, first, R => {
         let sums = &mut sums[first * vectors..][..R * vectors];
         if let Some(weights) = weights[first..].first_chunk::<R>() {
             s.call(AddValues::<E, R> { values, vectors, weights, seen, sums });

@@ -17,6 +17,15 @@ pub struct Isa(Level);
 pub(crate) enum Level {
     /// Whatever the target has by default: SSE2 on x86-64, NEON on aarch64.
     Portable,
+    /// NEON by its own instructions.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// The dot products of Armv8.2 (FEAT_DotProd), besides the above.
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod,
+    /// Products of unsigned bytes with signed ones (FEAT_I8MM), besides the above.
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -37,10 +46,24 @@ impl Isa {
 
     fn find() -> Vec<Self> {
         #[cfg_attr(
-            not(target_arch = "x86_64"),
+            not(any(target_arch = "x86_64", target_arch = "aarch64")),
             expect(unused_mut, reason = "nothing is added there")
         )]
         let mut found = vec![Self(Level::Portable)];
+        #[cfg(target_arch = "aarch64")]
+        {
+            use std::arch::is_aarch64_feature_detected as has;
+            // What lies in memory as bytes is looked at as numbers of 32 bits.
+            if cfg!(target_endian = "little") && has!("neon") {
+                found.push(Self(Level::Neon));
+                if has!("dotprod") {
+                    found.push(Self(Level::NeonDotprod));
+                    if has!("i8mm") {
+                        found.push(Self(Level::NeonI8mm));
+                    }
+                }
+            }
+        }
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
@@ -84,6 +107,12 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self.0 {
             Level::Portable => "portable",
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Level::NeonDotprod => "neon-dotprod",
+            #[cfg(target_arch = "aarch64")]
+            Level::NeonI8mm => "neon-i8mm",
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]

@@ -376,12 +376,13 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
 
-/// Runs a body with a constant number of rows, the first of the sizes as long as there are as many, then the next.
+/// Runs a body with a constant number of rows, the first of the sizes as long as there are as many, then the next; sizes
+/// beyond a limit are left out.
 macro_rules! in_groups {
-    ($rows:expr, [$($size:literal),*], $first:ident, $count:ident => $body:expr) => {
+    ($rows:expr, $limit:expr, [$($size:literal),*], $first:ident, $count:ident => $body:expr) => {
         let mut $first = 0;
         $(
-            while $rows - $first >= $size {
+            while $size <= $limit && $rows - $first >= $size {
                 const $count: usize = $size;
                 $body;
                 $first += $size;
@@ -411,14 +412,14 @@ fn integer_rows<S: Simd, const BITS: usize>(
     for (strip, sums) in sums.chunks_mut(integers.strip).enumerate() {
         let strip = integers.strip(strip, blocks);
         let rows = integers.strip;
-        if rows < FEW {
-            in_groups!(rows, [6, 5, 4, 3, 2, 1], first, M => {
+        if rows < FEW && S::KEEPS_BLOCK {
+            in_groups!(rows, FEW, [6, 5, 4, 3, 2, 1], first, M => {
                 let sums = &mut sums[first..][..M];
                 s.call(IntegerBlock::<BITS, M, true> { weights, lines, tile, strip, rows, first, sums });
             });
             continue;
         }
-        in_groups!(sums.len(), [16, 8, 7, 6, 5, 4, 3, 2, 1], first, M => {
+        in_groups!(sums.len(), LANES, [16, 8, 7, 6, 5, 4, 3, 2, 1], first, M => {
             let sums = &mut sums[first..][..M];
             s.call(IntegerBlock::<BITS, M, false> { weights, lines, tile, strip, rows, first, sums });
         });
@@ -528,19 +529,28 @@ impl<const BITS: usize, const M: usize, const RESTS: bool> Kernel for IntegerBlo
             }
             let numbers = unpack::<S, BITS>(s, block);
             let (scale, bias) = self.weights.scales.load(s, first_group + index / per_group);
-            let rows = sums.iter_mut().zip(bytes).zip(factors);
             if let Some(bias) = bias {
-                for ((total, bytes), factors) in rows {
-                    let dot = s.to_float(s.dot::<BITS>(s.zero(), &numbers, bytes));
-                    *total = s.fma(dot, s.mul(scale, s.splat(factors.scale)), *total);
-                    *total = s.fma(bias, s.splat(factors.sum), *total);
-                }
+                in_groups!(M, S::TOGETHER, [4, 3, 2, 1], first, R => {
+                    if let Some((totals, bytes, factors)) = some_of::<_, M, R>(first, &mut sums, bytes, factors) {
+                        let dots = s.dots::<BITS, R>([s.zero(); R], &numbers, bytes);
+                        for ((total, dot), factors) in totals.iter_mut().zip(dots).zip(factors) {
+                            *total = s.fma(s.to_float(dot), s.mul(scale, s.splat(factors.scale)), *total);
+                            *total = s.fma(bias, s.splat(factors.sum), *total);
+                        }
+                    }
+                });
             } else {
-                for ((total, bytes), factors) in rows {
-                    let start = times_middle::<S, BITS>(s, s.splat_i(factors.negated));
-                    let dot = s.to_float(s.dot::<BITS>(start, &numbers, bytes));
-                    *total = s.fma(dot, s.mul(scale, s.splat(factors.scale)), *total);
-                }
+                in_groups!(M, S::TOGETHER, [4, 3, 2, 1], first, R => {
+                    if let Some((totals, bytes, factors)) = some_of::<_, M, R>(first, &mut sums, bytes, factors) {
+                        let starts = std::array::from_fn(|row| {
+                            times_middle::<S, BITS>(s, s.splat_i(factors[row].negated))
+                        });
+                        let dots = s.dots::<BITS, R>(starts, &numbers, bytes);
+                        for ((total, dot), factors) in totals.iter_mut().zip(dots).zip(factors) {
+                            *total = s.fma(s.to_float(dot), s.mul(scale, s.splat(factors.scale)), *total);
+                        }
+                    }
+                });
             }
             if RESTS && refined != 0 {
                 for (row, (total, rest)) in of_rests.iter_mut().zip(rests).enumerate() {
@@ -554,6 +564,21 @@ impl<const BITS: usize, const M: usize, const RESTS: bool> Kernel for IntegerBlo
             s.store(if RESTS { s.add(total, rests) } else { total }, out);
         }
     }
+}
+
+/// `R` of `M` rows, from the first: their sums, and of a block their bytes and factors.
+#[inline(always)]
+fn some_of<'a, F, const M: usize, const R: usize>(
+    first: usize,
+    sums: &'a mut [F; M],
+    bytes: &'a [Bytes; M],
+    factors: &'a [Factors; M],
+) -> Option<(&'a mut [F; R], &'a [Bytes; R], &'a [Factors; R])> {
+    Some((
+        sums.get_mut(first..)?.first_chunk_mut()?,
+        bytes.get(first..)?.first_chunk()?,
+        factors.get(first..)?.first_chunk()?,
+    ))
 }
 
 /// Adds the product of a block of weights with the rest of a block of activations.
@@ -773,7 +798,8 @@ impl<const BITS: usize> Kernel for Dequantize<'_, BITS> {
 #[inline(always)]
 fn float_rows<S: Simd>(s: S, panel: &[[f32; LANES]], x: &Activations, sums: &mut [[f32; LANES]]) {
     let columns = panel.len();
-    in_groups!(x.rows(), [8, 4, 2, 1], first, M => {
+    // Each row has two vectors of sums.
+    in_groups!(x.rows(), S::SUMS / 2, [8, 4, 2, 1], first, M => {
         let rows: [&[f32]; M] = std::array::from_fn(|row| &x.floats[(first + row) * columns..][..columns]);
         sums[first..][..M].copy_from_slice(&s.call(FloatBlock::<M> { panel, rows }));
     });

@@ -46,7 +46,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "MLX_ENGINE_ISA",
         Reader::Program,
-        "The instructions that kernels on a CPU use: `portable`, `avx2`, `avx512vnni` or `amx`. The fastest that the machine has unless set",
+        "The instructions that kernels on a CPU use: `portable`, `avx2`, `avx512vnni` or `amx`, on Arm `portable`, `neon`, `neon-dotprod` or `neon-i8mm`. The fastest that the machine has unless set",
     ),
     variable(
         "MLX_ENGINE_LIBRARY",

@@ -234,7 +234,7 @@ pub(crate) fn unpack<S: Simd, const BITS: usize>(s: S, block: &[Line]) -> [S::I;
         for j in 0..4 {
             let both = s.line(&block[j]);
             out[j] = s.and(both, low);
-            out[j + 4] = s.and(s.shr::<4>(both), low);
+            out[j + 4] = s.shr_bytes::<4>(both);
         }
         line = 4;
         shift = 4;
@@ -243,9 +243,13 @@ pub(crate) fn unpack<S: Simd, const BITS: usize>(s: S, block: &[Line]) -> [S::I;
         let low = s.splat_i(0x0303_0303);
         for j in 0..2 {
             let four = s.line(&block[line + j]);
-            let parts = [four, s.shr::<2>(four), s.shr::<4>(four), s.shr::<6>(four)];
+            let parts = [
+                s.and(four, low),
+                s.and(s.shr::<2>(four), low),
+                s.and(s.shr::<4>(four), low),
+                s.shr_bytes::<6>(four),
+            ];
             for (i, part) in parts.into_iter().enumerate() {
-                let part = s.and(part, low);
                 let part = if shift == 4 { s.shl::<4>(part) } else { part };
                 out[j + 2 * i] = s.or(out[j + 2 * i], part);
             }
@@ -257,17 +261,16 @@ pub(crate) fn unpack<S: Simd, const BITS: usize>(s: S, block: &[Line]) -> [S::I;
         let bits = s.line(&block[line]);
         let one = s.splat_i(0x0101_0101);
         let parts = [
-            bits,
-            s.shr::<1>(bits),
-            s.shr::<2>(bits),
-            s.shr::<3>(bits),
-            s.shr::<4>(bits),
-            s.shr::<5>(bits),
-            s.shr::<6>(bits),
-            s.shr::<7>(bits),
+            s.and(bits, one),
+            s.and(s.shr::<1>(bits), one),
+            s.and(s.shr::<2>(bits), one),
+            s.and(s.shr::<3>(bits), one),
+            s.and(s.shr::<4>(bits), one),
+            s.and(s.shr::<5>(bits), one),
+            s.and(s.shr::<6>(bits), one),
+            s.shr_bytes::<7>(bits),
         ];
         for (out, part) in out.iter_mut().zip(parts) {
-            let part = s.and(part, one);
             let part = if shift == 4 {
                 s.shl::<4>(part)
             } else {

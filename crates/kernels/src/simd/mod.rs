@@ -21,9 +21,17 @@ mod avx2;
     reason = "intrinsics of an instruction set that is found at run time"
 )]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+#[expect(
+    unsafe_code,
+    reason = "intrinsics of an instruction set that is found at run time"
+)]
+mod neon;
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod no_matrix_unit;
 mod portable;
+#[cfg(test)]
+mod tests;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub(crate) use amx::{MatrixUnit, Sums, Tiles};
@@ -34,6 +42,8 @@ use bytemuck::{Pod, Zeroable};
 use half::f16;
 
 use crate::isa::{Isa, Level};
+#[cfg(target_arch = "aarch64")]
+use neon::Bytewise as _;
 pub(crate) use portable::Portable;
 
 /// Lanes of a vector, and rows of a tile of weights.
@@ -67,6 +77,16 @@ pub(crate) trait Simd: Copy {
     type F: Copy;
     /// Sixteen 32-bit integers, or 64 bytes.
     type I: Copy;
+
+    /// Vectors of sums that fit the registers, beside what is added to them. A kernel for more rows than that is slower than one
+    /// for these, several times.
+    const SUMS: usize = 16;
+
+    /// Rows of bytes whose products with a block of weights [`dots`](Self::dots) should be asked for together.
+    const TOGETHER: usize = 1;
+
+    /// Whether it pays to keep a block of weights unpacked for what follows only now and then.
+    const KEEPS_BLOCK: bool = true;
 
     /// Runs a kernel with this instruction set as a function of its own. A kernel of several parts calls them so: all
     /// in one function would need more stack than a thread has where nothing is optimised.
@@ -112,6 +132,11 @@ pub(crate) trait Simd: Copy {
     fn shr<const N: u32>(self, a: Self::I) -> Self::I;
     /// Each 32-bit lane moved left.
     fn shl<const N: u32>(self, a: Self::I) -> Self::I;
+    /// Each byte moved right, zeros from the left.
+    #[inline(always)]
+    fn shr_bytes<const N: u32>(self, a: Self::I) -> Self::I {
+        self.and(self.shr::<N>(a), self.splat_i(i32::from_ne_bytes([0xff >> N; 4])))
+    }
     fn to_float(self, a: Self::I) -> Self::F;
     /// The 32 bits of each lane as a float32.
     fn as_float(self, a: Self::I) -> Self::F;
@@ -120,6 +145,21 @@ pub(crate) trait Simd: Copy {
     /// `start` and the sums of the products of 32 columns of numbers of `BITS` bits, four bytes a step in each lane, with
     /// bytes that are the same for all lanes.
     fn dot<const BITS: usize>(self, start: Self::I, weights: &[Self::I; 8], x: &Bytes) -> Self::I;
+
+    /// [`dot`](Self::dot) of several rows of bytes, each with its own start.
+    #[inline(always)]
+    fn dots<const BITS: usize, const ROWS: usize>(
+        self,
+        starts: [Self::I; ROWS],
+        weights: &[Self::I; 8],
+        x: &[Bytes; ROWS],
+    ) -> [Self::I; ROWS] {
+        let mut sums = starts;
+        for (sum, x) in sums.iter_mut().zip(x) {
+            *sum = self.dot::<BITS>(*sum, weights, x);
+        }
+        sums
+    }
 
     /// Sixteen bytes as integers.
     #[inline(always)]
@@ -170,6 +210,12 @@ pub(crate) trait Kernel {
 pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa.level() {
         Level::Portable => Portable.call(kernel),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => neon::Widening::run(kernel),
+        #[cfg(target_arch = "aarch64")]
+        Level::NeonDotprod => neon::DotProduct::run(kernel),
+        #[cfg(target_arch = "aarch64")]
+        Level::NeonI8mm => neon::MixedSigns::run(kernel),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => avx2::run(kernel),
         #[cfg(target_arch = "x86_64")]
