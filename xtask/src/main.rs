@@ -1,5 +1,5 @@
 //! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `audit`, `docs`, `fixtures`, `coverage`, `mutants`, `fuzz`,
-//! `bench`, `sanitize`, `publish`.
+//! `bench`, `sanitize`, `cross`, `publish`.
 
 mod audit;
 mod bench;
@@ -10,6 +10,7 @@ mod bench;
 )]
 mod cache;
 mod coverage;
+mod cross;
 mod demo;
 mod docs;
 mod downloads;
@@ -74,6 +75,8 @@ enum Command {
     Bench(bench::Args),
     /// Run the tests of the kernels under valgrind
     Sanitize(sanitize::Args),
+    /// Run the tests of the kernels for Arm, emulated
+    Cross(cross::Args),
     /// List the crates in the order in which they are published, or publish them
     Publish(publish::Args),
 }
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Sanitize(args) => sanitize::run(&args),
+        Command::Cross(args) => cross::run(&args),
         Command::Publish(args) => publish::run(&args),
     };
     match done {
