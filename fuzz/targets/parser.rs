@@ -5,27 +5,6 @@ use libfuzzer_sys::fuzz_target;
 use mlx_engine_text::{OutputParser, ParsedEvent, Tool, ToolFormat};
 use serde_json::json;
 
-const FORMATS: [ToolFormat; 18] = [
-    ToolFormat::Plain,
-    ToolFormat::Hermes,
-    ToolFormat::JsonList,
-    ToolFormat::Llama3Json,
-    ToolFormat::Pythonic,
-    ToolFormat::Lfm2,
-    ToolFormat::Mistral,
-    ToolFormat::MistralArgs,
-    ToolFormat::DeepSeek,
-    ToolFormat::DeepSeek31,
-    ToolFormat::Qwen3Coder,
-    ToolFormat::Seed,
-    ToolFormat::FunctionJson,
-    ToolFormat::Glm,
-    ToolFormat::Gemma,
-    ToolFormat::Gemma4,
-    ToolFormat::Kimi,
-    ToolFormat::Harmony,
-];
-
 /// The events of an answer in these pieces, with neighbours that say the same kind of thing as one.
 fn events<'a>(format: ToolFormat, pieces: impl Iterator<Item = &'a str>) -> Vec<ParsedEvent> {
     let tool = Tool {
@@ -48,7 +27,7 @@ fn events<'a>(format: ToolFormat, pieces: impl Iterator<Item = &'a str>) -> Vec<
 
 fuzz_target!(|input: (u8, u8, &str)| {
     let (format, width, answer) = input;
-    let format = FORMATS[usize::from(format) % FORMATS.len()];
+    let format = ToolFormat::ALL[usize::from(format) % ToolFormat::ALL.len()];
     let whole = events(format, std::iter::once(answer));
     let width = usize::from(width % 7) + 1;
     let borders: Vec<usize> = answer

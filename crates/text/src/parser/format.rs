@@ -50,32 +50,57 @@ pub enum ToolFormat {
     Harmony,
 }
 
-/// The formats with their names.
-const NAMES: [(&str, ToolFormat); 18] = [
-    ("plain", ToolFormat::Plain),
-    ("hermes", ToolFormat::Hermes),
-    ("json-list", ToolFormat::JsonList),
-    ("llama3-json", ToolFormat::Llama3Json),
-    ("pythonic", ToolFormat::Pythonic),
-    ("lfm2", ToolFormat::Lfm2),
-    ("mistral", ToolFormat::Mistral),
-    ("mistral-args", ToolFormat::MistralArgs),
-    ("deepseek", ToolFormat::DeepSeek),
-    ("deepseek-3.1", ToolFormat::DeepSeek31),
-    ("qwen3-coder", ToolFormat::Qwen3Coder),
-    ("seed", ToolFormat::Seed),
-    ("function-json", ToolFormat::FunctionJson),
-    ("glm", ToolFormat::Glm),
-    ("gemma", ToolFormat::Gemma),
-    ("gemma4", ToolFormat::Gemma4),
-    ("kimi", ToolFormat::Kimi),
-    ("harmony", ToolFormat::Harmony),
-];
+impl ToolFormat {
+    /// Every format.
+    pub const ALL: [Self; 18] = [
+        Self::Plain,
+        Self::Hermes,
+        Self::JsonList,
+        Self::Llama3Json,
+        Self::Pythonic,
+        Self::Lfm2,
+        Self::Mistral,
+        Self::MistralArgs,
+        Self::DeepSeek,
+        Self::DeepSeek31,
+        Self::Qwen3Coder,
+        Self::Seed,
+        Self::FunctionJson,
+        Self::Glm,
+        Self::Gemma,
+        Self::Gemma4,
+        Self::Kimi,
+        Self::Harmony,
+    ];
+
+    /// The name, as a caller gives it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Hermes => "hermes",
+            Self::JsonList => "json-list",
+            Self::Llama3Json => "llama3-json",
+            Self::Pythonic => "pythonic",
+            Self::Lfm2 => "lfm2",
+            Self::Mistral => "mistral",
+            Self::MistralArgs => "mistral-args",
+            Self::DeepSeek => "deepseek",
+            Self::DeepSeek31 => "deepseek-3.1",
+            Self::Qwen3Coder => "qwen3-coder",
+            Self::Seed => "seed",
+            Self::FunctionJson => "function-json",
+            Self::Glm => "glm",
+            Self::Gemma => "gemma",
+            Self::Gemma4 => "gemma4",
+            Self::Kimi => "kimi",
+            Self::Harmony => "harmony",
+        }
+    }
+}
 
 impl fmt::Display for ToolFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let found = NAMES.iter().find(|(_, format)| format == self);
-        f.pad(found.map_or("plain", |(name, _)| name))
+        f.pad(self.name())
     }
 }
 
@@ -83,13 +108,11 @@ impl FromStr for ToolFormat {
     type Err = TextError;
 
     fn from_str(name: &str) -> Result<Self, TextError> {
-        let found = NAMES.iter().find(|(known, _)| *known == name);
-        found
-            .map(|(_, format)| *format)
-            .ok_or_else(|| TextError::ToolFormat {
-                name: name.to_owned(),
-                known: NAMES.map(|(name, _)| name).join(", "),
-            })
+        let found = Self::ALL.into_iter().find(|known| known.name() == name);
+        found.ok_or_else(|| TextError::ToolFormat {
+            name: name.to_owned(),
+            known: Self::ALL.map(Self::name).join(", "),
+        })
     }
 }
 

@@ -557,13 +557,9 @@ mod tests {
 
     #[test]
     fn formats_have_names() {
-        for format in [
-            ToolFormat::Plain,
-            ToolFormat::Hermes,
-            ToolFormat::Harmony,
-            ToolFormat::DeepSeek31,
-        ] {
+        for (index, format) in ToolFormat::ALL.into_iter().enumerate() {
             assert_eq!(format.to_string().parse::<ToolFormat>().unwrap(), format);
+            assert_eq!(format as usize, index, "none is left out");
         }
         let error = "xml".parse::<ToolFormat>().unwrap_err().to_string();
         assert!(
