@@ -2,7 +2,8 @@
 //!
 //! [`Matrix`] holds weights in the layout that the kernels read, quantized to 2, 3, 4, 5, 6 or 8 bits as in MLX's affine
 //! format, or as floats. [`Activations`] go in, [`project`] and [`gated`] multiply them, [`attend`] looks at keys and
-//! values in pages, and [`rms_norm`], [`layer_norm`] and [`rotate`] do the rest.
+//! values in pages, and [`rms_norm`], [`layer_norm`] and [`rotate`] do the rest. [`argmax`], [`top_k`] and [`draw`]
+//! choose from a vocabulary.
 //!
 //! Every kernel is written once, over vectors of sixteen lanes, and compiled for each [`Isa`]; the one to use is chosen
 //! when the program runs. Work is shared by the threads of a [`Pool`].
@@ -39,6 +40,7 @@ mod norm;
 mod pool;
 mod rope;
 mod simd;
+mod softmax;
 mod top;
 
 pub use activations::{Activations, Precision};
@@ -52,4 +54,5 @@ pub use matrix::{AffineSource, DenseSource, Matrix};
 pub use norm::{layer_norm, rms_norm};
 pub use pool::Pool;
 pub use rope::{RopeLayout, Rotation, rotate};
-pub use top::{all_finite, argmax};
+pub use softmax::{draw, draw_among, log_sum_exp, softmax};
+pub use top::{all_finite, argmax, at_least, top_k};

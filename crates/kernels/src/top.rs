@@ -1,10 +1,15 @@
 //! The likeliest of the vocabulary.
 
+use std::cmp::Ordering;
+
 use crate::isa::Isa;
 use crate::simd::{Kernel, LANES, Simd, dispatch};
 
 /// Numbers of which the largest is found before the next are looked at.
 const PIECE: usize = 1024;
+
+/// As [`PIECE`], where several are looked for.
+const SMALL_PIECE: usize = 128;
 
 /// The index of the largest, the first of equals; 0 where there is none.
 pub fn argmax(isa: Isa, values: &[f32]) -> usize {
@@ -17,6 +22,57 @@ pub fn argmax(isa: Isa, values: &[f32]) -> usize {
     }
     let piece = &values[best.1..];
     best.1 + piece.iter().position(|&value| value == best.0).unwrap_or(0)
+}
+
+/// The largest `count` numbers with their indices, largest first and the first of equals first. NaN is not among them.
+///
+/// A number is looked at by itself only where one of those beside it is among the largest so far, so that it takes little
+/// longer than [`argmax`] for a few of many.
+pub fn top_k(isa: Isa, values: &[f32], count: usize) -> Vec<(usize, f32)> {
+    let count = count.min(values.len());
+    if count == 0 {
+        return Vec::new();
+    }
+    // So many more are gathered before those beyond the count are dropped.
+    let room = count + count.max(SMALL_PIECE);
+    let mut found = Vec::with_capacity(room + SMALL_PIECE);
+    let mut least = f32::NEG_INFINITY;
+    for (index, piece) in values.chunks(SMALL_PIECE).enumerate() {
+        // What equals the least so far comes behind it.
+        if found.len() >= count && dispatch(isa, Largest { values: piece }) <= least {
+            continue;
+        }
+        let numbered = (index * SMALL_PIECE..).zip(piece.iter().copied());
+        found.extend(numbered.filter(|(_, value)| !value.is_nan()));
+        if found.len() >= room {
+            found.select_nth_unstable_by(count - 1, largest_first);
+            found.truncate(count);
+            least = found[count - 1].1;
+        }
+    }
+    if found.len() > count {
+        found.select_nth_unstable_by(count - 1, largest_first);
+        found.truncate(count);
+    }
+    found.sort_unstable_by(largest_first);
+    found
+}
+
+/// The numbers that are at least `least`, with their indices, largest first and the first of equals first.
+pub fn at_least(isa: Isa, values: &[f32], least: f32) -> Vec<(usize, f32)> {
+    let mut found = Vec::new();
+    for (index, piece) in values.chunks(SMALL_PIECE).enumerate() {
+        if dispatch(isa, Largest { values: piece }) >= least {
+            let numbered = (index * SMALL_PIECE..).zip(piece.iter().copied());
+            found.extend(numbered.filter(|(_, value)| *value >= least));
+        }
+    }
+    found.sort_unstable_by(largest_first);
+    found
+}
+
+fn largest_first(a: &(usize, f32), b: &(usize, f32)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
 /// Whether no number is infinite or NaN.
