@@ -11,7 +11,7 @@ mod load;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use mlx_engine_core::LoadProgress;
 pub(crate) use mlx_engine_kernels::PAGE;
@@ -233,39 +233,6 @@ pub(crate) struct HostRows<'a> {
 
 /// Logits of which a thread looks at so many before another may take some.
 const LOGITS: usize = 8192;
-
-/// The likeliest token of each row of logits, `[rows, vocab_size]`, not evaluated yet: MLX's own takes forty
-/// microseconds a row where a step takes two thousand.
-pub(crate) fn argmax(logits: &Array) -> Result<Array, ModelError> {
-    static OP: OnceLock<HostOp> = OnceLock::new();
-    let op = OP.get_or_init(|| {
-        let isa = Isa::from_environment().unwrap_or_else(|_| Isa::fastest());
-        HostOp::new(c"argmax", move |inputs, outputs| {
-            let (Some(logits), Some(tokens)) = (inputs.first(), outputs.first_mut()) else {
-                return Err("argmax takes logits and gives tokens".to_owned());
-            };
-            let (logits, tokens) = (logits.as_slice::<f32>()?, tokens.as_mut_slice::<u32>()?);
-            let width = logits.len() / tokens.len().max(1);
-            for (row, token) in logits.chunks_exact(width.max(1)).zip(tokens) {
-                *token = mlx_engine_kernels::argmax(isa, row) as u32;
-            }
-            Ok(())
-        })
-    });
-    let rows = [logits.shape().first().copied().unwrap_or(1)];
-    let outputs = [HostOutput::new(&rows, mlx_dtype__MLX_UINT32)];
-    let stream = Stream::cpu();
-    #[expect(unsafe_code, reason = "the graph is built through MLX's C interface")]
-    // SAFETY: the handles of the array and of the stream are alive; the result is owned and taken once.
-    let results = unsafe {
-        op.call(&[logits.as_ptr()], &outputs, stream.as_ptr())
-            .map_err(ModelError::Mlx)?
-            .into_iter()
-            .map(|array| Array::from_ptr(array))
-    };
-    let token = results.into_iter().next();
-    token.ok_or_else(|| ModelError::Mlx("argmax gave no array".to_owned()))
-}
 
 impl Model {
     /// Runs a step. What fails is written down for the sequences that it failed for, and for no others: where the step of all

@@ -1,17 +1,23 @@
 //! From logits to tokens.
 //!
-//! Without filters, penalties and log-probabilities the token is chosen on the device and need not be read before the
-//! next step is built. With them the logits of the step are read, and the token is chosen here.
+//! Without penalties and log-probabilities the token is chosen on the device and need not be read before the next step is
+//! built. With them the logits of the step are read, and the token is chosen here.
 //!
 //! The order is mlx-lm's: logit bias and penalties change the logits; log-probabilities are those of the changed
 //! logits; top-p, min-p and top-k filter by these probabilities; the temperature flattens what is left.
 
-use mlx_engine_core::{Device, GenerateParams};
-use mlx_rs::ops::indexing::{TryIndexOp, argmax_axis};
-use mlx_rs::{Array, Dtype, ops, random, transforms};
+mod device;
+mod filter;
 
-use crate::device::detect;
-use crate::{ModelError, host};
+use std::sync::OnceLock;
+
+use filter::Filter;
+use mlx_engine_core::GenerateParams;
+use mlx_engine_kernels::{Isa, log_sum_exp, top_k};
+use mlx_rs::ops::indexing::TryIndexOp;
+use mlx_rs::{Array, transforms};
+
+use crate::ModelError;
 
 /// Logits on the device, `[rows, vocab_size]` float32.
 pub type Logits = Array;
@@ -67,8 +73,7 @@ impl Sampler {
             || p.repetition_penalty != 1.0
             || p.presence_penalty != 0.0
             || p.frequency_penalty != 0.0
-            || !p.logit_bias.is_empty()
-            || (!p.is_greedy() && (p.top_p < 1.0 || p.top_k > 0 || p.min_p > 0.0)))
+            || !p.logit_bias.is_empty())
     }
 
     /// Begins the step of this number from its logits, `[1, vocab_size]`.
@@ -77,14 +82,11 @@ impl Sampler {
     ///
     /// Where MLX fails.
     pub fn start(&self, logits: &Array, number: u64) -> Result<Step, ModelError> {
-        let kind = if !self.on_device() {
-            StepKind::Logits(logits.clone())
-        } else if self.params.is_greedy() {
-            StepKind::Chosen(argmax(logits)?)
+        let kind = if self.on_device() {
+            let seed = mix(self.seed, number);
+            StepKind::Chosen(device::choose(logits, Filter::new(&self.params), seed)?)
         } else {
-            let key = random::key(mix(self.seed, number))?;
-            let scaled = ops::multiply(logits, Array::from_f32(1.0 / self.params.temperature))?;
-            StepKind::Chosen(random::categorical(scaled, -1, None, &key)?)
+            StepKind::Logits(logits.clone())
         };
         let (StepKind::Chosen(array) | StepKind::Logits(array)) = &kind;
         transforms::async_eval([array])?;
@@ -104,17 +106,20 @@ impl Sampler {
         let mut logits = logits.to_vec();
         self.change(&mut logits, tokens, prompt_len);
         mask(&mut logits);
-        let logprobs = log_softmax(&logits);
-        let token = if self.params.is_greedy() {
-            likeliest(&logits)
-        } else {
-            self.draw(&logprobs, uniform(mix(self.seed, number)))
-        };
+        let token = Filter::new(&self.params).choose(&logits, mix(self.seed, number));
         let top = usize::from(self.params.top_logprobs);
+        let wanted = self.params.logprobs || top > 0;
+        let shift = wanted.then(|| log_sum_exp(isa(), &logits));
+        let logprob = |logit: f32| (f64::from(logit) - shift.unwrap_or(0.0)) as f32;
         Sampled {
             token,
-            logprob: self.params.logprobs.then(|| logprobs[token as usize]),
-            top: top_of(&logprobs, top),
+            logprob: self.params.logprobs.then(|| logprob(logits[token as usize])),
+            // What may not come is no alternative.
+            top: top_k(isa(), &logits, top)
+                .into_iter()
+                .filter(|(_, logit)| *logit > f32::NEG_INFINITY)
+                .map(|(token, logit)| (token as u32, logprob(logit)))
+                .collect(),
         }
     }
 
@@ -150,48 +155,6 @@ impl Sampler {
                 }
             }
         }
-    }
-
-    /// Draws from what the filters leave, with `point` from 0 to 1.
-    fn draw(&self, logprobs: &[f32], point: f64) -> u32 {
-        let p = &self.params;
-        let mut kept: Vec<(u32, f32)> = (0..).zip(logprobs.iter().copied()).collect();
-        // Ties keep the order of the ids, so that the same seed gives the same token everywhere.
-        let by_logprob = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-        let unfiltered = p.top_p >= 1.0 && p.top_k == 0 && p.min_p <= 0.0;
-        if !unfiltered {
-            kept.sort_unstable_by(by_logprob);
-            if p.top_p < 1.0 {
-                let mut mass = 0.0;
-                let needed = kept.iter().position(|(_, logprob)| {
-                    mass += f64::from(*logprob).exp();
-                    mass >= f64::from(p.top_p)
-                });
-                kept.truncate(needed.map_or(kept.len(), |last| last + 1));
-            }
-            if p.min_p > 0.0 {
-                let least = kept[0].1 + p.min_p.ln();
-                kept.retain(|(_, logprob)| *logprob >= least);
-            }
-            if p.top_k > 0 {
-                kept.truncate(p.top_k as usize);
-            }
-        }
-        let highest = kept
-            .iter()
-            .map(|(_, logprob)| *logprob)
-            .fold(f32::NEG_INFINITY, f32::max);
-        let weight = |logprob: f32| (f64::from(logprob - highest) / f64::from(p.temperature)).exp();
-        let total: f64 = kept.iter().map(|(_, logprob)| weight(*logprob)).sum();
-        let mut left = point * total;
-        for &(token, logprob) in &kept {
-            left -= weight(logprob);
-            if left < 0.0 {
-                return token;
-            }
-        }
-        // Rounding may leave a crumb behind the last.
-        likeliest(logprobs)
     }
 }
 
@@ -257,55 +220,15 @@ pub fn row(logits: &Logits, row: usize) -> Result<Logits, ModelError> {
     Ok(logits.try_index((row..row + 1, ..))?)
 }
 
-/// The likeliest token of each row, not evaluated yet.
-fn argmax(logits: &Array) -> Result<Array, ModelError> {
-    if detect()?.device == Device::Cpu && logits.dtype() == Dtype::Float32 {
-        host::argmax(logits)
-    } else {
-        Ok(argmax_axis(logits, -1, false)?)
-    }
-}
-
-/// The index of the largest, the first of equals.
-fn likeliest(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (index, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = index;
-        }
-    }
-    best as u32
-}
-
-/// The `count` likeliest, likeliest first.
-fn top_of(logprobs: &[f32], count: usize) -> Vec<(u32, f32)> {
-    if count == 0 {
-        return Vec::new();
-    }
-    // What may not come is no alternative.
-    let possible = logprobs
-        .iter()
-        .copied()
-        .map(|logprob| (logprob > f32::NEG_INFINITY).then_some(logprob));
-    let mut all: Vec<(u32, f32)> = (0..)
-        .zip(possible)
-        .filter_map(|(token, logprob)| Some((token, logprob?)))
-        .collect();
-    let by_logprob = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    let count = count.min(all.len());
-    if count < all.len() {
-        all.select_nth_unstable_by(count, by_logprob);
-        all.truncate(count);
-    }
-    all.sort_unstable_by(by_logprob);
-    all
+/// The instruction set of the kernels that choose.
+fn isa() -> Isa {
+    static ISA: OnceLock<Isa> = OnceLock::new();
+    *ISA.get_or_init(|| Isa::from_environment().unwrap_or_else(|_| Isa::fastest()))
 }
 
 /// The logarithm of the softmax.
 pub fn log_softmax(logits: &[f32]) -> Vec<f32> {
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|logit| f64::from(logit - highest).exp()).sum();
-    let shift = f64::from(highest) + sum.ln();
+    let shift = log_sum_exp(isa(), logits);
     logits
         .iter()
         .map(|logit| (f64::from(*logit) - shift) as f32)
@@ -318,9 +241,4 @@ fn mix(seed: u64, number: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
-}
-
-/// From 0 to 1, 1 left out, from the upper 53 bits.
-fn uniform(bits: u64) -> f64 {
-    (bits >> 11) as f64 / (1_u64 << 53) as f64
 }
