@@ -124,6 +124,12 @@ pub struct Decoder {
     pub(crate) plan: Arc<KvPlan>,
 }
 
+impl Drop for Decoder {
+    fn drop(&mut self) {
+        device::settle();
+    }
+}
+
 #[derive(Debug)]
 pub(crate) enum Body {
     Graph(GraphDecoder),

@@ -62,3 +62,23 @@ pub fn rebuild_stream() -> Result<(), ModelError> {
     }
     Ok(())
 }
+
+/// Waits until what this thread has begun is done.
+///
+/// MLX frees what it keeps when the process ends, and does not wait for its own threads then: a step that gives its memory
+/// back meanwhile does so to what is gone.
+pub(crate) fn settle() {
+    let Ok(DeviceInfo { device }) = detect() else {
+        return;
+    };
+    let mut streams = vec![Stream::cpu()];
+    if device != Device::Cpu {
+        streams.push(Stream::gpu());
+    }
+    for stream in streams {
+        #[expect(unsafe_code, reason = "mlx-rs has no such call")]
+        // SAFETY: the handle is alive, and the call waits alone.
+        // Whoever wanted what failed has heard of it, or is gone.
+        let _ = unsafe { mlx_sys::mlx_synchronize(stream.as_ptr()) };
+    }
+}
