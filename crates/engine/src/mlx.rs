@@ -240,7 +240,13 @@ fn chunk(device: Device) -> usize {
 /// attention gives, and the three vectors of the MLP, all in float32.
 fn workspace_bytes_per_token(spec: &DecoderSpec) -> u64 {
     let attention = 2 * spec.heads * spec.head_dim + 2 * spec.kv_heads * spec.head_dim;
-    let floats = 4 * spec.hidden_size + attention + 3 * spec.intermediate_size;
+    let experts = spec.experts.as_ref();
+    // Of each expert that a token chooses, what goes in, what lies between the halves, and what comes out.
+    let of_experts = experts.map_or(0, |experts| {
+        experts.active * (2 * spec.hidden_size + 3 * experts.intermediate_size)
+    });
+    let mlp = (3 * spec.intermediate_size).max(of_experts);
+    let floats = 4 * spec.hidden_size + attention + mlp;
     (floats * size_of::<f32>()) as u64
 }
 

@@ -1,7 +1,8 @@
 //! Kernels for language models on a CPU: plain functions over slices, without MLX.
 //!
 //! [`Matrix`] holds weights in the layout that the kernels read, quantized to 2, 3, 4, 5, 6 or 8 bits as in MLX's affine
-//! format, or as floats. [`Activations`] go in, [`project`] and [`gated`] multiply them, [`attend`] looks at keys and
+//! format, or as floats. [`Activations`] go in, [`project`] and [`gated`] multiply them ([`gated_each`] and
+//! [`sum_experts`] with the matrices of the experts that rows have chosen), [`attend`] looks at keys and
 //! values in pages, and [`rms_norm`], [`layer_norm`] and [`rotate`] do the rest. [`argmax`], [`top_k`] and [`draw`]
 //! choose from a vocabulary.
 //!
@@ -32,6 +33,7 @@ mod attention;
 mod ceilings;
 mod disjoint;
 mod error;
+mod experts;
 mod isa;
 mod kv;
 mod matmul;
@@ -47,6 +49,7 @@ pub use activations::{Activations, Precision};
 pub use attention::{AttentionSpec, Queries, attend};
 pub use ceilings::{Ceilings, ceilings};
 pub use error::KernelError;
+pub use experts::{Expert, ExpertSum, gated_each, sum_experts};
 pub use isa::{ISA_VARIABLE, Isa};
 pub use kv::{KvFloat, KvFormat, KvIntegers, KvLayer, KvLayout, KvPage, PAGE};
 pub use matmul::{Gate, Product, apply_gate, gated, project};

@@ -257,7 +257,7 @@ impl Kernel for ApplyGate<'_> {
 
 /// Up to sixteen numbers, with zeros behind.
 #[inline(always)]
-fn padded(values: &[f32]) -> [f32; LANES] {
+pub(crate) fn padded(values: &[f32]) -> [f32; LANES] {
     if let Some(all) = values.as_array::<LANES>() {
         return *all;
     }
@@ -270,7 +270,7 @@ fn padded(values: &[f32]) -> [f32; LANES] {
 
 /// Stores as many lanes as there is room for.
 #[inline(always)]
-fn put<S: Simd>(s: S, x: S::F, out: &mut [f32]) {
+pub(crate) fn put<S: Simd>(s: S, x: S::F, out: &mut [f32]) {
     if let Some(out) = out.as_mut_array::<LANES>() {
         s.store(x, out);
     } else {
@@ -297,7 +297,7 @@ fn sigmoid<S: Simd>(s: S, x: S::F) -> S::F {
 }
 
 #[inline(always)]
-fn gate_function<S: Simd>(s: S, gate: Gate, x: S::F) -> S::F {
+pub(crate) fn gate_function<S: Simd>(s: S, gate: Gate, x: S::F) -> S::F {
     match gate {
         Gate::Silu => s.mul(x, sigmoid(s, x)),
         // tanh(y) is 2 sigmoid(2 y) - 1, so that x (1 + tanh y) / 2 is x sigmoid(2 y).
@@ -311,7 +311,7 @@ fn gate_function<S: Simd>(s: S, gate: Gate, x: S::F) -> S::F {
 
 /// Multiplies a tile of weights with all rows of activations, into as many rows of sums.
 #[inline(always)]
-fn tile_rows<S: Simd>(s: S, matrix: &Matrix, tile: usize, x: &Activations, scratch: &mut Scratch) {
+pub(crate) fn tile_rows<S: Simd>(s: S, matrix: &Matrix, tile: usize, x: &Activations, scratch: &mut Scratch) {
     scratch.sums.resize(x.rows(), [0.0; LANES]);
     let sums = &mut *scratch.sums;
     let columns = matrix.columns;
@@ -360,20 +360,20 @@ fn tile_rows<S: Simd>(s: S, matrix: &Matrix, tile: usize, x: &Activations, scrat
 
 /// What a thread keeps between tasks.
 #[derive(Default)]
-struct Scratch {
+pub(crate) struct Scratch {
     /// A tile of weights as float32.
     panel: Vec<[f32; LANES]>,
     /// The products of a tile with each row of activations.
-    sums: Vec<[f32; LANES]>,
+    pub(crate) sums: Vec<[f32; LANES]>,
     /// Those with the gate's matrix, until the other half is there.
-    gates: Vec<[f32; LANES]>,
+    pub(crate) gates: Vec<[f32; LANES]>,
 }
 
 thread_local! {
     /// A tile of weights as bytes.
     static NUMBERS: RefCell<Vec<[Line; STEPS]>> = const { RefCell::new(Vec::new()) };
     /// Taken out while it is used: code in a closure for `with` would lose the instruction set of the caller.
-    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
+    pub(crate) static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
 
 /// Runs a body with a constant number of rows, the first of the sizes as long as there are as many, then the next; sizes

@@ -56,4 +56,6 @@ pub use memory::{
 pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax, row};
 pub use sequence::Sequence;
 pub use source::Source;
-pub use spec::{Activation, DecoderSpec, LayerAttention, NormPlacement, QkNorm, RopeScaling, RopeSpec};
+pub use spec::{
+    Activation, DecoderSpec, ExpertsSpec, LayerAttention, NormPlacement, QkNorm, RopeScaling, RopeSpec,
+};

@@ -12,6 +12,20 @@ pub(crate) fn hugging_face_prefix(spec: &DecoderSpec) -> &'static str {
     }
 }
 
+/// The family that has names of its own for experts.
+const MIXTRAL: &str = "mixtral";
+
+/// What the names of a layer's experts begin with.
+fn experts_prefix(spec: &DecoderSpec, layer: usize) -> String {
+    let prefix = hugging_face_prefix(spec);
+    let part = if spec.model_type == MIXTRAL {
+        "block_sparse_moe"
+    } else {
+        "mlp"
+    };
+    format!("{prefix}model.layers.{layer}.{part}")
+}
+
 /// A tensor's place in a decoder. Layers count from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -37,6 +51,51 @@ pub(crate) enum Part {
     Gate,
     Up,
     Down,
+    /// What scores the experts.
+    Router,
+    /// A matrix of the expert of this number.
+    Expert(usize, Projection),
+    /// A matrix of the MLP that every token passes besides.
+    SharedExpert(Projection),
+    /// What weighs that MLP.
+    SharedGate,
+}
+
+/// A matrix of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Projection {
+    Gate,
+    Up,
+    Down,
+}
+
+impl Projection {
+    pub(crate) const ALL: [Self; 3] = [Self::Gate, Self::Up, Self::Down];
+
+    fn hugging_face(self) -> &'static str {
+        match self {
+            Self::Gate => "gate_proj",
+            Self::Up => "up_proj",
+            Self::Down => "down_proj",
+        }
+    }
+
+    /// What Mixtral's first files call it.
+    fn numbered(self) -> &'static str {
+        match self {
+            Self::Gate => "w1",
+            Self::Up => "w3",
+            Self::Down => "w2",
+        }
+    }
+
+    fn gguf(self) -> &'static str {
+        match self {
+            Self::Gate => "gate",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
 }
 
 impl Place {
@@ -85,11 +144,34 @@ impl Place {
                     Part::Gate => "mlp.gate_proj",
                     Part::Up => "mlp.up_proj",
                     Part::Down => "mlp.down_proj",
+                    Part::SharedGate => "mlp.shared_expert_gate",
+                    Part::Router => return format!("{}.gate", experts_prefix(spec, layer)),
+                    Part::Expert(number, projection) => {
+                        let name = if spec.model_type == MIXTRAL {
+                            projection.numbered()
+                        } else {
+                            projection.hugging_face()
+                        };
+                        return format!("{}.experts.{number}.{name}", experts_prefix(spec, layer));
+                    }
+                    Part::SharedExpert(projection) => {
+                        let name = projection.hugging_face();
+                        return format!("{prefix}model.layers.{layer}.mlp.shared_expert.{name}");
+                    }
                 };
                 (layer, part)
             }
         };
         format!("{prefix}model.layers.{layer}.{part}")
+    }
+
+    /// The name that a checkpoint in MLX's layout gives to the same matrices of all experts, one after the other.
+    pub(crate) fn stacked(self, spec: &DecoderSpec) -> Option<String> {
+        let Self::InLayer(layer, Part::Expert(_, projection)) = self else {
+            return None;
+        };
+        let name = projection.hugging_face();
+        Some(format!("{}.switch_mlp.{name}", experts_prefix(spec, layer)))
     }
 
     /// The name in GGUF files, without `.weight`.
@@ -113,6 +195,14 @@ impl Place {
                     Part::Gate => "ffn_gate",
                     Part::Up => "ffn_up",
                     Part::Down => "ffn_down",
+                    Part::Router => "ffn_gate_inp",
+                    Part::SharedGate => "ffn_gate_inp_shexp",
+                    Part::Expert(_, projection) => {
+                        return format!("blk.{layer}.ffn_{}_exps", projection.gguf());
+                    }
+                    Part::SharedExpert(projection) => {
+                        return format!("blk.{layer}.ffn_{}_shexp", projection.gguf());
+                    }
                 };
                 (layer, part)
             }

@@ -19,6 +19,8 @@ pub struct DecoderSpec {
     pub head_dim: usize,
     /// Width of the MLP.
     pub intermediate_size: usize,
+    /// The experts that layers have in place of one MLP.
+    pub experts: Option<ExpertsSpec>,
     /// Added to the mean square in RMS norm.
     pub norm_eps: f32,
     /// Where a block has its norms.
@@ -55,6 +57,23 @@ pub struct DecoderSpec {
     pub tied_embeddings: bool,
     /// Tokens that the model was trained for.
     pub context_length: usize,
+}
+
+/// A mixture of experts: each token chooses some of many MLPs, and adds up what they give.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpertsSpec {
+    /// How many there are.
+    pub count: usize,
+    /// How many of them a token chooses.
+    pub active: usize,
+    /// Width of each.
+    pub intermediate_size: usize,
+    /// Whether the weights of those that are chosen are made to add up to 1.
+    pub normalized: bool,
+    /// Width of an MLP that every token passes besides, weighted by a gate of its own.
+    pub shared: Option<usize>,
+    /// Whether a layer has experts, for each layer.
+    pub layers: Vec<bool>,
 }
 
 /// What layers see and how they know positions.
@@ -223,9 +242,30 @@ impl DecoderSpec {
         let norms = if self.norms == NormPlacement::Around { 4 } else { 2 };
         let of_heads = self.qk_norm_widths().map_or(0, |(query, key)| query + key);
         let norms = norms * self.hidden_size + of_heads;
-        let block = attention + biases + norms + 3 * self.hidden_size * self.intermediate_size;
+        let block = attention + biases + norms;
+        let mlps: usize = (0..self.layers).map(|layer| self.mlp_parameters(layer)).sum();
         let embeddings = if self.tied_embeddings { 1 } else { 2 } * self.vocab_size * self.hidden_size;
-        (self.layers * block + embeddings + self.hidden_size) as u64
+        (self.layers * block + mlps + embeddings + self.hidden_size) as u64
+    }
+
+    /// The number of weights of a layer's MLP, or of its experts and what chooses them.
+    fn mlp_parameters(&self, layer: usize) -> usize {
+        let Some(experts) = self.experts_of(layer) else {
+            return 3 * self.hidden_size * self.intermediate_size;
+        };
+        let wide = experts.count * experts.intermediate_size + experts.shared.unwrap_or(0);
+        let gates = experts.count + usize::from(experts.shared.is_some());
+        self.hidden_size * (3 * wide + gates)
+    }
+
+    /// The experts of a layer, where it has some.
+    pub fn experts_of(&self, layer: usize) -> Option<&ExpertsSpec> {
+        let experts = self.experts.as_ref()?;
+        experts
+            .layers
+            .get(layer)
+            .is_some_and(|&there| there)
+            .then_some(experts)
     }
 
     /// The lengths of the weights of the norms of queries and keys, where there are any.
@@ -275,6 +315,9 @@ impl DecoderSpec {
                 rope.validate(self.head_dim)?;
             }
         }
+        if let Some(experts) = &self.experts {
+            experts.validate(self.layers)?;
+        }
         let kinds = self.attention.len();
         if self.attention_pattern.is_empty() || self.attention_pattern.iter().any(|&kind| kind >= kinds) {
             let message = format!(
@@ -297,6 +340,41 @@ impl DecoderSpec {
             )));
         }
         Ok(self)
+    }
+}
+
+impl ExpertsSpec {
+    const MOST: usize = 4096;
+
+    fn validate(&self, layers: usize) -> Result<(), crate::ModelError> {
+        let sizes = [
+            ("the number of experts", self.count),
+            ("the number of experts of a token", self.active),
+            ("the intermediate size of the experts", self.intermediate_size),
+            (
+                "the intermediate size of the shared expert",
+                self.shared.unwrap_or(1),
+            ),
+        ];
+        for (what, size) in sizes {
+            if size == 0 || i32::try_from(size).is_err() {
+                return Err(crate::ModelError::config(format!("{what} is {size}")));
+            }
+        }
+        // The largest models have some hundred; names are made for each.
+        if self.count > Self::MOST {
+            let message = format!("{} experts, supported: up to {}", self.count, Self::MOST);
+            return Err(crate::ModelError::config(message));
+        }
+        if self.active > self.count {
+            let message = format!("a token chooses {} of {} experts", self.active, self.count);
+            return Err(crate::ModelError::config(message));
+        }
+        if self.layers.len() != layers {
+            let message = format!("experts are known of {} layers of {layers}", self.layers.len());
+            return Err(crate::ModelError::config(message));
+        }
+        Ok(())
     }
 }
 

@@ -9,7 +9,7 @@ use mlx_engine_checkpoint::{
 use serde_json::Value;
 
 use crate::convert::matrix::{Matrix, Packing};
-use crate::names::{Part, Place, hugging_face_prefix};
+use crate::names::{Part, Place, Projection, hugging_face_prefix};
 use crate::source::{Source, Weights};
 use crate::spec::{NormPlacement, QkNorm};
 use crate::{DecoderSpec, ModelError};
@@ -27,9 +27,6 @@ pub(crate) fn places(spec: &DecoderSpec) -> impl Iterator<Item = (Place, bool)> 
         (true, Part::AttentionOutput, spec.output_bias),
         (after, Part::PostAttentionNorm, false),
         (before, Part::MlpNorm, false),
-        (true, Part::Gate, spec.mlp_bias),
-        (true, Part::Up, spec.mlp_bias),
-        (true, Part::Down, spec.mlp_bias),
         (after, Part::PostMlpNorm, false),
     ];
     let parts: Vec<_> = parts
@@ -38,16 +35,32 @@ pub(crate) fn places(spec: &DecoderSpec) -> impl Iterator<Item = (Place, bool)> 
         .map(|(_, part, bias)| (part, bias))
         .collect();
     let layers = (0..spec.layers).flat_map(move |layer| {
-        parts
-            .clone()
-            .into_iter()
-            .map(move |(part, bias)| (Place::InLayer(layer, part), bias))
+        let mlp = mlp_parts(spec, layer);
+        let parts = parts.clone().into_iter().chain(mlp);
+        parts.map(move |(part, bias)| (Place::InLayer(layer, part), bias))
     });
     let output = (!spec.tied_embeddings).then_some((Place::Output, false));
     [(Place::Embedding, false), (Place::FinalNorm, false)]
         .into_iter()
         .chain(output)
         .chain(layers)
+}
+
+/// The matrices of a layer's MLP, or of its experts.
+fn mlp_parts(spec: &DecoderSpec, layer: usize) -> Vec<(Part, bool)> {
+    let Some(experts) = spec.experts_of(layer) else {
+        return [Part::Gate, Part::Up, Part::Down]
+            .map(|part| (part, spec.mlp_bias))
+            .to_vec();
+    };
+    let of_experts = (0..experts.count)
+        .flat_map(|number| Projection::ALL.map(|projection| Part::Expert(number, projection)));
+    let shared = experts.shared.iter().flat_map(|_| {
+        let matrices = Projection::ALL.map(Part::SharedExpert).into_iter();
+        matrices.chain([Part::SharedGate])
+    });
+    let parts = [Part::Router].into_iter().chain(of_experts).chain(shared);
+    parts.map(|part| (part, false)).collect()
 }
 
 /// Reads a checkpoint's tensors for a decoder.
@@ -141,10 +154,26 @@ impl<'a> Loader<'a> {
     }
 
     fn name(&self, place: Place) -> String {
-        match self.source.weights {
-            Weights::Folder(..) => place.hugging_face(&self.source.spec),
+        match &self.source.weights {
+            Weights::Folder(checkpoint, _) => {
+                let stacked = place.stacked(&self.source.spec);
+                let there = |name: &String| checkpoint.tensor(&format!("{name}.weight")).is_some();
+                stacked
+                    .filter(there)
+                    .unwrap_or_else(|| place.hugging_face(&self.source.spec))
+            }
             Weights::Gguf(_) => place.gguf(),
         }
+    }
+
+    /// For a matrix of an expert that lies among those of all, its number and how many there are.
+    fn among(&self, place: Place, shape: &[usize]) -> Option<(usize, usize)> {
+        let Place::InLayer(layer, Part::Expert(number, _)) = place else {
+            return None;
+        };
+        let count = self.source.spec.experts_of(layer)?.count;
+        // Beside the experts of files that have each by itself there is no third axis.
+        (shape.len() == 3).then_some((number, count))
     }
 
     fn names(&self) -> HashSet<&'a str> {
@@ -234,12 +263,15 @@ impl<'a> Loader<'a> {
         match &self.source.weights {
             Weights::Folder(checkpoint, config) => {
                 let tensor = checkpoint.tensor(&name).ok_or_else(|| self.missing(&name))?;
+                let among = self.among(place, tensor.shape);
+                let tensor = one_of(tensor, among)?;
                 if tensor.dtype != FileType::U32 {
                     check_shape(&name, tensor.shape, &[rows, columns])?;
                     return Ok(RawMatrix::Dense(floats(tensor)?));
                 }
                 let (bits, group_size) = quantization(config, &base, &name)?;
                 let [scales, biases] = self.companions(checkpoint, &base)?;
+                let (scales, biases) = (one_of(scales, among)?, one_of(biases, among)?);
                 check_packed(
                     &name,
                     tensor.shape,
@@ -261,8 +293,10 @@ impl<'a> Loader<'a> {
             }
             Weights::Gguf(file) => {
                 let tensor = file.tensor(&name).ok_or_else(|| self.missing(&name))?;
-                check_shape(&name, tensor.shape, &[rows, columns])?;
-                ggml_matrix(tensor.ggml_type, tensor.data, rows, columns)
+                let among = self.among(place, tensor.shape);
+                let (shape, data) = part_of(&name, tensor.shape, tensor.data, among)?;
+                check_shape(&name, shape, &[rows, columns])?;
+                ggml_matrix(tensor.ggml_type, data, rows, columns)
             }
         }
     }
@@ -455,6 +489,39 @@ fn check_shape(name: &str, found: &[usize], expected: &[usize]) -> Result<(), Mo
         found: found.to_vec(),
         expected: expected.to_vec(),
     })
+}
+
+/// One of the tensors that lie in one, which is said by its number and how many there are.
+fn one_of(tensor: TensorView<'_>, among: Option<(usize, usize)>) -> Result<TensorView<'_>, ModelError> {
+    let (shape, data) = part_of(tensor.name, tensor.shape, tensor.data, among)?;
+    Ok(TensorView {
+        shape,
+        data,
+        ..tensor
+    })
+}
+
+fn part_of<'a>(
+    name: &str,
+    shape: &'a [usize],
+    data: &'a [u8],
+    among: Option<(usize, usize)>,
+) -> Result<(&'a [usize], &'a [u8]), ModelError> {
+    let Some((number, count)) = among else {
+        return Ok((shape, data));
+    };
+    let (&[found, ..], [_, inner @ ..]) = (shape, shape) else {
+        return Ok((shape, data));
+    };
+    let len = data.len() / count;
+    if found != count || len * count != data.len() {
+        return Err(ModelError::Shape {
+            tensor: name.to_owned(),
+            found: shape.to_vec(),
+            expected: [&[count], inner].concat(),
+        });
+    }
+    Ok((inner, &data[number * len..][..len]))
 }
 
 fn two_axes(name: &str, shape: &[usize]) -> Result<[usize; 2], ModelError> {

@@ -68,7 +68,7 @@ fn a_model_type_that_is_not_supported_lists_those_that_are() {
     assert_eq!(
         config_error("llama", |config| config["model_type"] = json!("gpt5")),
         "model type `gpt5` is not supported, supported are: gemma2, gemma3, gemma3_text, granite, llama, \
-         mistral, olmo2, qwen2, qwen3, seed_oss, smollm3"
+         mistral, mixtral, olmo2, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe, seed_oss, smollm3"
     );
 }
 

@@ -47,6 +47,13 @@ fn check(name: &str) {
     }
 }
 
+/// The same weights, each expert's by themselves.
+fn check_apart(name: &str) {
+    for compute in [Compute::Exact, Compute::Mlx] {
+        check_decoder(name, &load(&format!("{name}-apart"), compute));
+    }
+}
+
 /// A GGUF file of the same weights.
 fn check_gguf(name: &str) {
     for compute in [Compute::Exact, Compute::Mlx] {
@@ -131,6 +138,68 @@ fn qwen3() {
 #[test]
 fn llama_with_layers_that_see_a_window() {
     check("llama-sliding");
+}
+
+#[test]
+fn mixtral() {
+    check("mixtral");
+    check_apart("mixtral");
+}
+
+#[test]
+fn olmoe() {
+    check("olmoe");
+}
+
+#[test]
+fn qwen2_moe_with_a_shared_expert() {
+    check("qwen2-moe");
+}
+
+#[test]
+fn qwen3_moe() {
+    check("qwen3-moe");
+    check_apart("qwen3-moe");
+    check_gguf("qwen3-moe");
+}
+
+#[test]
+fn qwen3_moe_in_4_bits_with_a_layer_without_experts() {
+    check("qwen3-moe-4bit");
+    check_apart("qwen3-moe-4bit");
+}
+
+/// More rows than make a strip, so that each expert has several, get what each gets alone, with integers too.
+#[test]
+fn rows_of_experts_get_the_same_together_and_alone() {
+    let tokens: Vec<u32> = (0..70).map(|i| (i * i + 3 * i) % 96).collect();
+    for compute in [Compute::Fastest, Compute::Exact] {
+        for name in ["qwen3-moe-4bit", "qwen2-moe"] {
+            let decoder = load(name, compute);
+            let all = decoder
+                .forward_all(&tokens, &mut decoder.sequence())
+                .expect("the prompt runs");
+            let mut sequence = decoder.sequence();
+            for (&token, together) in tokens.iter().zip(all.as_slice::<f32>().chunks_exact(96)) {
+                let alone = decoder.forward(&[token], &mut sequence).expect("a step runs");
+                assert_eq!(alone.as_slice::<f32>(), together, "{name} {compute}");
+            }
+        }
+    }
+}
+
+/// In MLX's graph many rows are put in the order of their experts, and few are not.
+#[test]
+fn many_rows_of_experts_are_sorted_and_put_back() {
+    let tokens: Vec<u32> = (0..70).map(|i| (i * i + 3 * i) % 96).collect();
+    for name in ["qwen3-moe-4bit", "olmoe"] {
+        let logits = [Compute::Exact, Compute::Mlx].map(|compute| {
+            let decoder = load(name, compute);
+            let logits = decoder.forward_all(&tokens, &mut decoder.sequence());
+            logits.expect("the prompt runs")
+        });
+        assert_close(name, logits[1].as_slice::<f32>(), logits[0].as_slice::<f32>());
+    }
 }
 
 #[test]

@@ -56,6 +56,12 @@ pub fn convert_weights(
     progress: &mut dyn FnMut(ConvertProgress<'_>) -> Result<(), ModelError>,
 ) -> Result<ConvertedWeights, ModelError> {
     check_options(options)?;
+    if source.spec.experts.is_some() {
+        return Err(ModelError::config(format!(
+            "a `{}` has experts, whose matrices are not converted yet; mlx_lm.convert does it",
+            source.spec.model_type
+        )));
+    }
     let loader = Loader::new(source)?;
     let mut target = TargetConfig::new(source)?;
     let tensors = Reader {

@@ -3,7 +3,10 @@
 use serde_json::Value;
 
 use crate::spec::{Activation, NormPlacement, QkNorm};
-use crate::{DecoderSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
+use crate::{DecoderSpec, ExpertsSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
+
+/// More layers than any model with experts has.
+pub(super) const LAYERS: usize = 4096;
 
 /// A `config.json`.
 pub(super) struct Config<'a>(pub(super) &'a Value);
@@ -52,6 +55,7 @@ impl Config<'_> {
             kv_heads: self.optional_size("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
             intermediate_size: self.size("intermediate_size")?,
+            experts: None,
             norm_eps: self.number("rms_norm_eps")?.unwrap_or(1e-6),
             norms: NormPlacement::Before,
             norms_from_one: false,
@@ -71,6 +75,38 @@ impl Config<'_> {
             // Hugging Face's default for the family of Llama is false, and configurations leave defaults out.
             tied_embeddings: self.flag("tie_word_embeddings").unwrap_or(false),
             context_length: self.optional_size("max_position_embeddings")?.unwrap_or(2048),
+        })
+    }
+
+    /// The decoder of a family of Qwen with experts, in every layer or in each so many-th, and in none of a list.
+    pub(super) fn qwen_moe(
+        &self,
+        dense: fn(&Self) -> Result<DecoderSpec, ModelError>,
+    ) -> Result<DecoderSpec, ModelError> {
+        let spec = dense(self)?;
+        let step = self.optional_size("decoder_sparse_step")?.unwrap_or(1);
+        if step == 0 {
+            return Err(ModelError::config("`decoder_sparse_step` is 0"));
+        }
+        let without: Vec<u64> = self.0["mlp_only_layers"]
+            .as_array()
+            .map(|layers| layers.iter().filter_map(Value::as_u64).collect())
+            .unwrap_or_default();
+        // Not to be trusted before it was compared with the checkpoint.
+        let layers = spec.layers.min(LAYERS);
+        let experts = ExpertsSpec {
+            count: self.size("num_experts")?,
+            active: self.size("num_experts_per_tok")?,
+            intermediate_size: self.size("moe_intermediate_size")?,
+            normalized: self.flag("norm_topk_prob").unwrap_or(false),
+            shared: None,
+            layers: (0..layers)
+                .map(|layer| (layer + 1).is_multiple_of(step) && !without.contains(&(layer as u64)))
+                .collect(),
+        };
+        Ok(DecoderSpec {
+            experts: Some(experts),
+            ..spec
         })
     }
 

@@ -51,6 +51,7 @@ impl<'a> Keys<'a> {
             kv_heads: self.optional_size("attention.head_count_kv")?.unwrap_or(heads),
             head_dim,
             intermediate_size: self.size("feed_forward_length")?,
+            experts: None,
             norm_eps: self.number("attention.layer_norm_rms_epsilon")?.unwrap_or(1e-5),
             norms: NormPlacement::Before,
             norms_from_one: false,

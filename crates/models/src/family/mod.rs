@@ -10,8 +10,8 @@ use mlx_engine_checkpoint::GgufFile;
 use serde_json::Value;
 
 use crate::spec::{Activation, NormPlacement, QkNorm};
-use crate::{DecoderSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
-use config::Config;
+use crate::{DecoderSpec, ExpertsSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
+use config::{Config, LAYERS};
 use gguf::Keys;
 
 /// A family.
@@ -25,7 +25,7 @@ struct Family {
 
 type FromGguf = fn(&Keys<'_>) -> Result<DecoderSpec, ModelError>;
 
-const FAMILIES: [Family; 11] = [
+const FAMILIES: [Family; 15] = [
     Family {
         model_type: "gemma2",
         from_config: gemma2,
@@ -58,8 +58,18 @@ const FAMILIES: [Family; 11] = [
         gguf: None,
     },
     Family {
+        model_type: "mixtral",
+        from_config: mixtral,
+        gguf: None,
+    },
+    Family {
         model_type: "olmo2",
         from_config: olmo2,
+        gguf: None,
+    },
+    Family {
+        model_type: "olmoe",
+        from_config: olmoe,
         gguf: None,
     },
     Family {
@@ -68,9 +78,19 @@ const FAMILIES: [Family; 11] = [
         gguf: Some(("qwen2", llama_gguf)),
     },
     Family {
+        model_type: "qwen2_moe",
+        from_config: qwen2_moe,
+        gguf: None,
+    },
+    Family {
         model_type: "qwen3",
         from_config: qwen3,
         gguf: Some(("qwen3", qwen3_gguf)),
+    },
+    Family {
+        model_type: "qwen3_moe",
+        from_config: qwen3_moe,
+        gguf: Some(("qwen3moe", qwen3_moe_gguf)),
     },
     Family {
         model_type: "seed_oss",
@@ -160,6 +180,74 @@ fn qwen3_gguf(keys: &Keys<'_>) -> Result<DecoderSpec, ModelError> {
     Ok(DecoderSpec {
         qk_norm: QkNorm::PerHead,
         ..keys.llama()?
+    })
+}
+
+/// Mixtral: experts in every layer, whose weights always add up to 1.
+fn mixtral(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
+    let spec = llama(config)?;
+    let experts = ExpertsSpec {
+        count: config.size("num_local_experts")?,
+        active: config.optional_size("num_experts_per_tok")?.unwrap_or(2),
+        intermediate_size: spec.intermediate_size,
+        normalized: true,
+        shared: None,
+        layers: vec![true; spec.layers.min(LAYERS)],
+    };
+    Ok(DecoderSpec {
+        experts: Some(experts),
+        ..spec
+    })
+}
+
+fn olmoe(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
+    let spec = llama(config)?;
+    let experts = ExpertsSpec {
+        count: config.size("num_experts")?,
+        active: config.size("num_experts_per_tok")?,
+        intermediate_size: spec.intermediate_size,
+        normalized: config.flag("norm_topk_prob").unwrap_or(false),
+        shared: None,
+        layers: vec![true; spec.layers.min(LAYERS)],
+    };
+    Ok(DecoderSpec {
+        qk_norm: QkNorm::AllHeads,
+        experts: Some(experts),
+        ..spec
+    })
+}
+
+/// Qwen 1.5 and 2 with experts, and one that every token passes.
+fn qwen2_moe(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
+    let spec = config.qwen_moe(qwen2)?;
+    let shared = config.size("shared_expert_intermediate_size")?;
+    let experts = spec.experts.map(|experts| ExpertsSpec {
+        shared: Some(shared),
+        ..experts
+    });
+    Ok(DecoderSpec { experts, ..spec })
+}
+
+fn qwen3_moe(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
+    config.qwen_moe(qwen3)
+}
+
+fn qwen3_moe_gguf(keys: &Keys<'_>) -> Result<DecoderSpec, ModelError> {
+    let spec = qwen3_gguf(keys)?;
+    let experts = ExpertsSpec {
+        count: keys.size("expert_count")?,
+        active: keys.size("expert_used_count")?,
+        intermediate_size: keys.size("expert_feed_forward_length")?,
+        // As llama.cpp: the files do not say, and all published models do.
+        normalized: true,
+        shared: None,
+        layers: (0..spec.layers.min(LAYERS))
+            .map(|layer| keys.has(&format!("blk.{layer}.ffn_gate_inp.weight")))
+            .collect(),
+    };
+    Ok(DecoderSpec {
+        experts: Some(experts),
+        ..spec
     })
 }
 

@@ -4,6 +4,7 @@ use mlx_rs::{Array, ops};
 
 use super::gate::Gate;
 use super::layers::{Linear, Norm};
+use super::mlp::FeedForward;
 use super::projections::Attention;
 use super::rows::Batch;
 use crate::ModelError;
@@ -15,9 +16,7 @@ pub(super) struct Block {
     pub(super) attention: Attention,
     pub(super) post_attention_norm: Option<Norm>,
     pub(super) mlp_norm: Option<Norm>,
-    pub(super) gate: Linear,
-    pub(super) up: Linear,
-    pub(super) down: Linear,
+    pub(super) feed_forward: FeedForward,
     pub(super) post_mlp_norm: Option<Norm>,
     pub(super) residual_scale: f32,
 }
@@ -34,8 +33,8 @@ impl Block {
         let attended = self.attention.forward(&normed, batch, layer)?;
         let x = self.add(x, &attended, self.post_attention_norm.as_ref())?;
         let normed = normalized(self.mlp_norm.as_ref(), &x)?;
-        let gated = gate.forward(&self.gate.forward(&normed)?, &self.up.forward(&normed)?)?;
-        self.add(&x, &self.down.forward(&gated)?, self.post_mlp_norm.as_ref())
+        let fed = self.feed_forward.forward(&normed, gate)?;
+        self.add(&x, &fed, self.post_mlp_norm.as_ref())
     }
 
     /// Adds what attention or MLP give to the residual stream.
@@ -51,12 +50,9 @@ impl Block {
             &attention.key,
             &attention.value,
             &attention.output,
-            &self.gate,
-            &self.up,
-            &self.down,
         ];
-        let mut arrays: Vec<&Array> = linears.iter().flat_map(|linear| linear.matrix.arrays()).collect();
-        arrays.extend(linears.iter().filter_map(|linear| linear.bias.as_ref()));
+        let mut arrays: Vec<&Array> = linears.into_iter().flat_map(Linear::arrays).collect();
+        arrays.extend(self.feed_forward.arrays());
         let norms = [
             &self.attention_norm,
             &self.post_attention_norm,

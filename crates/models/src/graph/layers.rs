@@ -86,6 +86,10 @@ impl Linear {
             None => y,
         })
     }
+
+    pub(crate) fn arrays(&self) -> impl Iterator<Item = &Array> {
+        self.matrix.arrays().into_iter().chain(&self.bias)
+    }
 }
 
 /// RMS norm over the last axis.

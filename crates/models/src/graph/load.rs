@@ -7,9 +7,10 @@ use super::GraphDecoder;
 use super::block::Block;
 use super::gate::Gate;
 use super::layers::{Linear, Matrix, Norm, Rope};
+use super::mlp::{Experts, FeedForward, Mlp, Stack};
 use super::projections::Attention;
 use crate::device::DeviceInfo;
-use crate::names::{Part, Place};
+use crate::names::{Part, Place, Projection};
 use crate::weights::{Loader, RawMatrix, StoredType};
 use crate::{DecoderSpec, ModelError};
 
@@ -46,6 +47,87 @@ impl Arrays<'_> {
         Ok(Linear {
             matrix: self.matrix(place, rows, columns)?,
             bias,
+        })
+    }
+
+    fn feed_forward(&self, spec: &DecoderSpec, layer: usize) -> Result<FeedForward, ModelError> {
+        let at = |part| Place::InLayer(layer, part);
+        let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
+        let Some(experts) = spec.experts_of(layer) else {
+            let linear = |part, rows, columns| self.linear(at(part), rows, columns, spec.mlp_bias);
+            return Ok(FeedForward::Mlp(Mlp {
+                gate: linear(Part::Gate, wide, hidden)?,
+                up: linear(Part::Up, wide, hidden)?,
+                down: linear(Part::Down, hidden, wide)?,
+            }));
+        };
+        let wide = experts.intermediate_size;
+        let stack = |projection, rows, columns| {
+            let places = (0..experts.count).map(|number| at(Part::Expert(number, projection)));
+            self.stack(places, rows, columns)
+        };
+        let shared = experts.shared.map(|wide| {
+            let linear = |projection, rows, columns| {
+                self.linear(at(Part::SharedExpert(projection)), rows, columns, false)
+            };
+            let mlp = Mlp {
+                gate: linear(Projection::Gate, wide, hidden)?,
+                up: linear(Projection::Up, wide, hidden)?,
+                down: linear(Projection::Down, hidden, wide)?,
+            };
+            Ok::<_, ModelError>((mlp, self.matrix(at(Part::SharedGate), 1, hidden)?))
+        });
+        Ok(FeedForward::Experts(Box::new(Experts {
+            router: self.matrix(at(Part::Router), experts.count, hidden)?,
+            gate: stack(Projection::Gate, wide, hidden)?,
+            up: stack(Projection::Up, wide, hidden)?,
+            down: stack(Projection::Down, hidden, wide)?,
+            active: experts.active as i32,
+            normalized: experts.normalized,
+            shared: shared.transpose()?,
+        })))
+    }
+
+    /// The matrices of these places, one after the other.
+    fn stack(
+        &self,
+        places: impl ExactSizeIterator<Item = Place>,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Stack, ModelError> {
+        let count = places.len();
+        let (mut dense, mut packed, mut scales, mut biases) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut packing = None;
+        for place in places {
+            let own = match self.loader.matrix(place, rows, columns)? {
+                RawMatrix::Dense(values) => {
+                    dense.extend(values.into_f32());
+                    None
+                }
+                RawMatrix::Affine(affine) => {
+                    packed.extend(affine.packed);
+                    scales.extend(affine.scales);
+                    biases.extend(affine.biases);
+                    Some((affine.bits, affine.group_size))
+                }
+            };
+            if *packing.get_or_insert(own) != own {
+                let message = format!("{place:?} is quantized otherwise than the experts before it");
+                return Err(ModelError::config(message));
+            }
+        }
+        let Some((bits, group_size)) = packing.flatten() else {
+            return Ok(Stack::Dense(self.floats(&dense, &[count, rows, columns])?));
+        };
+        let groups = [count, rows, columns / group_size as usize];
+        let words = [count, rows, columns * bits as usize / 32];
+        Ok(Stack::Quantized {
+            packed: Array::from_slice(&packed, &shape_of(&words)?),
+            scales: self.floats(&scales, &groups)?,
+            biases: self.floats(&biases, &groups)?,
+            group_size: group_size as i32,
+            bits: bits as i32,
         })
     }
 
@@ -107,7 +189,7 @@ impl GraphDecoder {
             })?;
             let at = |part| Place::InLayer(layer, part);
             let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-            let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
+            let hidden = spec.hidden_size;
             let norms = spec
                 .qk_norm_widths()
                 .map(|(query, key)| {
@@ -144,9 +226,7 @@ impl GraphDecoder {
                 },
                 post_attention_norm: after(Part::PostAttentionNorm)?,
                 mlp_norm: before(Part::MlpNorm)?,
-                gate: arrays.linear(at(Part::Gate), wide, hidden, spec.mlp_bias)?,
-                up: arrays.linear(at(Part::Up), wide, hidden, spec.mlp_bias)?,
-                down: arrays.linear(at(Part::Down), hidden, wide, spec.mlp_bias)?,
+                feed_forward: arrays.feed_forward(spec, layer)?,
                 post_mlp_norm: after(Part::PostMlpNorm)?,
                 residual_scale: spec.residual_scale,
             };

@@ -6,6 +6,7 @@ mod cache;
 mod gate;
 mod layers;
 mod load;
+mod mlp;
 mod projections;
 mod rows;
 

@@ -6,8 +6,9 @@ use mlx_engine_kernels::{
 };
 
 use super::cache::{PagePlan, Pages};
+use super::experts::Routes;
 use super::faults::Faults;
-use super::{Block, Linear, Model};
+use super::{Block, FeedForward, Linear, Mlp, Model};
 use crate::memory::Held;
 use crate::spec::Activation;
 
@@ -37,16 +38,17 @@ impl Part<'_> {
 pub(super) struct Workspace {
     /// The residual stream, `[rows, hidden_size]`.
     x: Vec<f32>,
-    normed: Activations,
+    pub(super) normed: Activations,
     queries: Vec<f32>,
     keys: Vec<f32>,
     values: Vec<f32>,
     /// What a norm reads while it writes where that was.
     heads: Vec<f32>,
     /// What attention or MLP add to the residual stream, where it is not added at once.
-    branch: Vec<f32>,
+    pub(super) branch: Vec<f32>,
     attended: Activations,
-    gated: Activations,
+    pub(super) gated: Activations,
+    pub(super) routes: Routes,
     held: Held,
 }
 
@@ -66,8 +68,8 @@ impl Workspace {
             .map(|floats| floats.capacity() * size_of::<f32>())
             .sum();
         let activations = [&self.normed, &self.attended, &self.gated];
-        self.held
-            .set(floats + activations.iter().map(|x| x.bytes()).sum::<usize>());
+        let activations = activations.iter().map(|x| x.bytes()).sum::<usize>();
+        self.held.set(floats + activations + self.routes.bytes());
     }
 }
 
@@ -99,7 +101,7 @@ impl Model {
         for (layer, block) in self.blocks.iter().enumerate() {
             let rotations = rotations[spec.attention_kind(layer)].as_deref();
             self.attention(work, plan, block, layer, parts, rotations)?;
-            self.mlp(work, block)?;
+            self.feed_forward(work, block)?;
         }
         let wanted = parts.iter().map(|part| part.wanted).sum();
         if wanted == 0 {
@@ -149,7 +151,7 @@ impl Model {
     }
 
     /// What attention or MLP read of the residual stream.
-    fn enter(&self, work: &mut Workspace, norm: Option<&[f32]>) -> Result<(), KernelError> {
+    pub(super) fn enter(&self, work: &mut Workspace, norm: Option<&[f32]>) -> Result<(), KernelError> {
         let (isa, pool, hidden) = (self.isa, &self.pool, self.spec.hidden_size);
         let out = work.normed.resize(work.x.len() / hidden, hidden);
         match norm {
@@ -181,14 +183,20 @@ impl Model {
         branch.resize(x.len(), 0.0);
         let product = Product::write(&linear.matrix, bias, &mut branch);
         project(isa, pool, from(work), &mut [product])?;
-        if let Some(norm) = norm {
-            work.heads.clone_from(&branch);
-            rms_norm(isa, pool, &work.heads, norm, self.spec.norm_eps, &mut branch)?;
-        }
-        for (x, add) in x.iter_mut().zip(&branch) {
-            *x += scale * add;
-        }
         (work.x, work.branch) = (x, branch);
+        self.add_branch(work, norm)
+    }
+
+    /// Adds the branch to the residual stream.
+    pub(super) fn add_branch(&self, work: &mut Workspace, norm: Option<&[f32]>) -> Result<(), KernelError> {
+        if let Some(norm) = norm {
+            work.heads.clone_from(&work.branch);
+            let (isa, eps) = (self.isa, self.spec.norm_eps);
+            rms_norm(isa, &self.pool, &work.heads, norm, eps, &mut work.branch)?;
+        }
+        for (x, add) in work.x.iter_mut().zip(&work.branch) {
+            *x += self.spec.residual_scale * add;
+        }
         Ok(())
     }
 
@@ -274,28 +282,46 @@ impl Model {
         self.leave(work, |work| &work.attended, &block.attention_output, norm)
     }
 
+    /// Adds a block's MLP, or its experts, to the residual stream.
+    fn feed_forward(&self, work: &mut Workspace, block: &Block) -> Result<(), KernelError> {
+        match &block.feed_forward {
+            FeedForward::Mlp(mlp) => self.mlp(work, block, mlp),
+            FeedForward::Experts(experts) => self.experts(work, block, experts),
+        }
+    }
+
     /// Adds a block's MLP to the residual stream.
-    fn mlp(&self, work: &mut Workspace, block: &Block) -> Result<(), KernelError> {
-        let (spec, isa, pool) = (&self.spec, self.isa, &self.pool);
-        let rows = work.x.len() / spec.hidden_size;
+    fn mlp(&self, work: &mut Workspace, block: &Block, mlp: &Mlp) -> Result<(), KernelError> {
         self.enter(work, block.mlp_norm.as_deref())?;
-        let [gate, up] = [&block.gate, &block.up];
-        let out = work.gated.resize(rows, spec.intermediate_size);
+        self.gate(work, mlp)?;
+        let norm = block.post_mlp_norm.as_deref();
+        self.leave(work, |work| &work.gated, &mlp.down, norm)
+    }
+
+    /// The first half of an MLP.
+    pub(super) fn gate(&self, work: &mut Workspace, mlp: &Mlp) -> Result<(), KernelError> {
+        let (isa, pool) = (self.isa, &self.pool);
+        let [gate, up] = [&mlp.gate, &mlp.up];
+        let out = work.gated.resize(work.normed.rows(), gate.matrix.rows());
         let biases = [gate.bias.as_deref(), up.bias.as_deref()];
+        let matrices = [&gate.matrix, &up.matrix];
         gated(
             isa,
             pool,
             &work.normed,
-            match spec.activation {
-                Activation::Silu => Gate::Silu,
-                Activation::GeluTanh => Gate::GeluTanh,
-            },
-            [&gate.matrix, &up.matrix],
+            self.gate_function(),
+            matrices,
             biases,
             out,
         )?;
         work.gated.prepare(isa, pool, self.precision);
-        let norm = block.post_mlp_norm.as_deref();
-        self.leave(work, |work| &work.gated, &block.down, norm)
+        Ok(())
+    }
+
+    pub(super) fn gate_function(&self) -> Gate {
+        match self.spec.activation {
+            Activation::Silu => Gate::Silu,
+            Activation::GeluTanh => Gate::GeluTanh,
+        }
     }
 }

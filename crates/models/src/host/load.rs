@@ -6,9 +6,9 @@ use mlx_engine_core::LoadProgress;
 use mlx_engine_kernels::{AffineSource, DenseSource, Isa, KernelError, Matrix, Pool, Precision};
 
 use super::forward::Workspace;
-use super::{Block, Linear, Model};
+use super::{Block, Experts, FeedForward, Linear, Mlp, Model};
 use crate::memory::Held;
-use crate::names::{Part, Place};
+use crate::names::{Part, Place, Projection};
 use crate::weights::{Floats, Loader, RawMatrix};
 use crate::{DecoderSpec, ModelError};
 
@@ -49,6 +49,47 @@ impl Layouts<'_> {
             bias,
         })
     }
+
+    fn feed_forward(&self, spec: &DecoderSpec, layer: usize) -> Result<FeedForward, ModelError> {
+        let at = |part| Place::InLayer(layer, part);
+        let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
+        let Some(experts) = spec.experts_of(layer) else {
+            let linear = |part, rows, columns| self.linear(at(part), rows, columns, spec.mlp_bias);
+            return Ok(FeedForward::Mlp(Box::new(Mlp {
+                gate: linear(Part::Gate, wide, hidden)?,
+                up: linear(Part::Up, wide, hidden)?,
+                down: linear(Part::Down, hidden, wide)?,
+            })));
+        };
+        let wide = experts.intermediate_size;
+        let matrices = (0..experts.count).map(|number| {
+            let matrix =
+                |projection, rows, columns| self.matrix(at(Part::Expert(number, projection)), rows, columns);
+            Ok::<_, ModelError>([
+                matrix(Projection::Gate, wide, hidden)?,
+                matrix(Projection::Up, wide, hidden)?,
+                matrix(Projection::Down, hidden, wide)?,
+            ])
+        });
+        let shared = experts.shared.map(|wide| {
+            let linear = |projection, rows, columns| {
+                self.linear(at(Part::SharedExpert(projection)), rows, columns, false)
+            };
+            let mlp = Mlp {
+                gate: linear(Projection::Gate, wide, hidden)?,
+                up: linear(Projection::Up, wide, hidden)?,
+                down: linear(Projection::Down, hidden, wide)?,
+            };
+            Ok::<_, ModelError>((mlp, self.matrix(at(Part::SharedGate), 1, hidden)?))
+        });
+        Ok(FeedForward::Experts(Box::new(Experts {
+            router: self.matrix(at(Part::Router), experts.count, hidden)?,
+            matrices: matrices.collect::<Result<_, _>>()?,
+            active: experts.active,
+            normalized: experts.normalized,
+            shared: shared.transpose()?,
+        })))
+    }
 }
 
 pub(super) fn model(
@@ -60,7 +101,7 @@ pub(super) fn model(
 ) -> Result<Model, ModelError> {
     let isa = Isa::from_environment()?;
     let layouts = Layouts { loader, pool: &pool };
-    let (hidden, wide) = (spec.hidden_size, spec.intermediate_size);
+    let hidden = spec.hidden_size;
     let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
     let embedding = layouts.matrix(Place::Embedding, spec.vocab_size, hidden)?;
     let output = (!spec.tied_embeddings)
@@ -91,9 +132,7 @@ pub(super) fn model(
             attention_output: layouts.linear(at(Part::AttentionOutput), hidden, q_width, spec.output_bias)?,
             post_attention_norm: after(Part::PostAttentionNorm)?,
             mlp_norm: before(Part::MlpNorm)?,
-            gate: layouts.linear(at(Part::Gate), wide, hidden, spec.mlp_bias)?,
-            up: layouts.linear(at(Part::Up), wide, hidden, spec.mlp_bias)?,
-            down: layouts.linear(at(Part::Down), hidden, wide, spec.mlp_bias)?,
+            feed_forward: layouts.feed_forward(spec, layer)?,
             post_mlp_norm: after(Part::PostMlpNorm)?,
         });
     }

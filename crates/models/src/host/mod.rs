@@ -5,6 +5,7 @@
 //! again. Keys and values live in pages outside MLX.
 
 mod cache;
+mod experts;
 mod faults;
 mod forward;
 mod load;
@@ -67,10 +68,59 @@ struct Block {
     attention_output: Linear,
     post_attention_norm: Option<Vec<f32>>,
     mlp_norm: Option<Vec<f32>>,
+    feed_forward: FeedForward,
+    post_mlp_norm: Option<Vec<f32>>,
+}
+
+/// What follows attention in a block.
+#[derive(Debug)]
+enum FeedForward {
+    Mlp(Box<Mlp>),
+    Experts(Box<Experts>),
+}
+
+/// A gated MLP.
+#[derive(Debug)]
+struct Mlp {
     gate: Linear,
     up: Linear,
     down: Linear,
-    post_mlp_norm: Option<Vec<f32>>,
+}
+
+/// MLPs of which each token chooses some.
+#[derive(Debug)]
+struct Experts {
+    /// What scores them.
+    router: Matrix,
+    /// Gate, up and down of each.
+    matrices: Vec<[Matrix; 3]>,
+    /// How many a token chooses.
+    active: usize,
+    /// Whether the weights of those add up to 1.
+    normalized: bool,
+    /// An MLP that every token passes besides, and what weighs it.
+    shared: Option<(Mlp, Matrix)>,
+}
+
+impl FeedForward {
+    /// Bytes of the weights.
+    fn bytes(&self) -> usize {
+        let of_mlp = |mlp: &Mlp| {
+            [&mlp.gate, &mlp.up, &mlp.down]
+                .map(Linear::bytes)
+                .iter()
+                .sum::<usize>()
+        };
+        match self {
+            Self::Mlp(mlp) => of_mlp(mlp),
+            Self::Experts(experts) => {
+                let matrices = experts.matrices.iter().flatten().map(Matrix::bytes);
+                let shared = experts.shared.as_ref();
+                let shared = shared.map_or(0, |(mlp, gate)| of_mlp(mlp) + gate.bytes());
+                experts.router.bytes() + matrices.sum::<usize>() + shared
+            }
+        }
+    }
 }
 
 /// A projection with an optional bias.
@@ -80,22 +130,18 @@ struct Linear {
     bias: Option<Vec<f32>>,
 }
 
+impl Linear {
+    /// Bytes of the weights.
+    fn bytes(&self) -> usize {
+        self.matrix.bytes() + self.bias.as_ref().map_or(0, |bias| size_of_val(&**bias))
+    }
+}
+
 impl Model {
     /// Bytes of the weights.
     fn bytes(&self) -> usize {
-        let linear = |linear: &Linear| {
-            linear.matrix.bytes() + linear.bias.as_ref().map_or(0, |bias| size_of_val(&**bias))
-        };
         let blocks = self.blocks.iter().map(|block| {
-            let linears = [
-                &block.query,
-                &block.key,
-                &block.value,
-                &block.attention_output,
-                &block.gate,
-                &block.up,
-                &block.down,
-            ];
+            let linears = [&block.query, &block.key, &block.value, &block.attention_output];
             let norms = [
                 &block.attention_norm,
                 &block.post_attention_norm,
@@ -103,7 +149,8 @@ impl Model {
                 &block.post_mlp_norm,
             ];
             let norms = norms.into_iter().flatten().map(|norm| size_of_val(&**norm));
-            linears.into_iter().map(linear).sum::<usize>() + norms.sum::<usize>()
+            let linears = linears.into_iter().map(Linear::bytes);
+            linears.sum::<usize>() + block.feed_forward.bytes() + norms.sum::<usize>()
         });
         self.embedding.bytes() + self.output.as_ref().map_or(0, Matrix::bytes) + blocks.sum::<usize>()
     }
