@@ -73,6 +73,20 @@ impl fmt::Display for MemoryFit {
 }
 
 impl MemoryNeeds {
+    /// The same with a draft model, which has weights, keys and values and a workspace of its own. What it is fed at once and
+    /// the longest sequence are those of the model.
+    #[must_use]
+    pub fn with_draft(self, draft: &Self) -> Self {
+        let sum = u64::saturating_add;
+        Self {
+            weight_bytes: sum(self.weight_bytes, draft.weight_bytes),
+            kv_bytes_per_token: sum(self.kv_bytes_per_token, draft.kv_bytes_per_token),
+            workspace_bytes_per_token: sum(self.workspace_bytes_per_token, draft.workspace_bytes_per_token),
+            logits_bytes: sum(self.logits_bytes, draft.logits_bytes),
+            ..self
+        }
+    }
+
     fn workspace(&self, chunk: usize, batch: u64) -> u64 {
         // A token of each answer beside the chunk.
         let rows = (chunk as u64).saturating_add(batch.saturating_sub(1));
@@ -207,6 +221,24 @@ mod tests {
             fit.to_string()
                 .starts_with("context 4096, batch 16, chunks of 2048: 1 MB of weights")
         );
+    }
+
+    #[test]
+    fn a_draft_model_counts() {
+        let needs = |weight_bytes, kv_bytes_per_token| MemoryNeeds {
+            weight_bytes,
+            kv_bytes_per_token,
+            workspace_bytes_per_token: 1,
+            logits_bytes: 8,
+            context_length: 4096,
+            prefill_chunk: 512,
+        };
+        let both = needs(1000, 4).with_draft(&needs(100, 1));
+        // Weights, a chunk and a row of logits of each, and 256 tokens.
+        let required = 1100 + 2 * 512 + 2 * 8 + 5 * 256;
+        assert!(EngineConfig::default().fit(&both, required - 1).is_err());
+        let (config, _) = EngineConfig::default().fit(&both, required).unwrap();
+        assert_eq!((config.context_length, config.max_batch), (Some(256), 1));
     }
 
     proptest! {

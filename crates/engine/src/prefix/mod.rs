@@ -4,6 +4,7 @@
 //! Where a model can fork a sequence anywhere, the longest one serves for all its beginnings; where it cannot, forks are
 //! kept at the lengths at which they were made.
 
+mod forking;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -12,8 +13,8 @@ use std::collections::BTreeMap;
 
 use mlx_engine_core::EngineError;
 
+pub(crate) use self::forking::{Forking, Known, Pair, fork_draft};
 pub use self::report::{PrefixCacheReport, PrefixEntry};
-use crate::TokenModel;
 
 /// The node without tokens, from which all begin.
 const ROOT: usize = 0;
@@ -104,7 +105,7 @@ impl<S> PrefixCache<S> {
     /// not.
     pub(crate) fn is_sound<M>(&self, model: &M) -> bool
     where
-        M: TokenModel<Sequence = S>,
+        M: Forking<Sequence = S>,
     {
         let mut bytes = 0;
         for (index, node) in self
@@ -160,7 +161,7 @@ impl<S> PrefixCache<S> {
     /// A sequence of its own that has seen as many of the tokens as are known, and how many these are.
     pub(crate) fn fork<M>(&mut self, model: &mut M, tokens: &[u32]) -> Result<Option<(S, usize)>, EngineError>
     where
-        M: TokenModel<Sequence = S>,
+        M: Forking<Sequence = S>,
     {
         let place = self.find(tokens);
         // What goes on behind the place may be cut there; else what ends before it.
@@ -205,7 +206,7 @@ impl<S> PrefixCache<S> {
     /// before, and gives up those that were used least lately beyond the budget.
     pub(crate) fn keep<M>(&mut self, model: &M, tokens: &[u32], sequence: S, shared: usize)
     where
-        M: TokenModel<Sequence = S>,
+        M: Forking<Sequence = S>,
     {
         self.insert(model, tokens, sequence, shared, false);
         self.shrink(self.max_bytes);
@@ -213,7 +214,7 @@ impl<S> PrefixCache<S> {
 
     fn insert<M>(&mut self, model: &M, tokens: &[u32], sequence: S, shared: usize, pinned: bool)
     where
-        M: TokenModel<Sequence = S>,
+        M: Forking<Sequence = S>,
     {
         let whole = model.sequence_bytes(tokens.len());
         if tokens.is_empty() || whole > self.max_bytes || self.max_bytes == 0 {
@@ -273,7 +274,7 @@ impl<S> PrefixCache<S> {
     /// Keeps what is known of the tokens until it is unpinned; `false` where not all of them are.
     pub(crate) fn pin<M>(&mut self, model: &mut M, tokens: &[u32]) -> Result<bool, EngineError>
     where
-        M: TokenModel<Sequence = S>,
+        M: Forking<Sequence = S>,
     {
         let Some((sequence, len)) = self.fork(model, tokens)?.filter(|(_, len)| *len == tokens.len()) else {
             return Ok(false);
@@ -408,7 +409,7 @@ impl<S> PrefixCache<S> {
     }
 
     /// The node that ends at a place, for which an edge may have to be cut in two.
-    fn split<M: TokenModel>(&mut self, model: &M, place: Place) -> usize {
+    fn split<M: Forking>(&mut self, model: &M, place: Place) -> usize {
         let Some(node) = self.node(place.node).filter(|node| place.len < node.end) else {
             return place.node;
         };
@@ -441,7 +442,7 @@ impl<S> PrefixCache<S> {
     }
 
     /// Adds a node behind another.
-    fn add<M: TokenModel>(&mut self, model: &M, parent: usize, edge: &[u32]) -> usize {
+    fn add<M: Forking>(&mut self, model: &M, parent: usize, edge: &[u32]) -> usize {
         let start = self.node(parent).map_or(0, |node| node.end);
         let end = start + edge.len();
         let bytes = model

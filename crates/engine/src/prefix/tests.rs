@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::mock::{MockModel, MockSequence};
-use crate::{Feed, MockScript};
+use crate::{Feed, MockScript, TokenModel};
 
 fn model(script: MockScript) -> MockModel {
     script.with_bytes_per_token(10).load().unwrap()

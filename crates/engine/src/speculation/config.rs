@@ -55,6 +55,10 @@ pub struct DraftConfig {
     /// The most tokens that are guessed at once, 1 to 32; 4 unless told.
     #[serde(default = "DraftConfig::default_max_tokens")]
     pub max_tokens: usize,
+    /// Whether it guesses as many as it may even where that does not pay by what was measured: for who measures a draft
+    /// model, and wants each run to take the same steps.
+    #[serde(default)]
+    pub always: bool,
 }
 
 impl DraftConfig {
@@ -63,6 +67,7 @@ impl DraftConfig {
         Self {
             model: model.into(),
             max_tokens: Self::default_max_tokens(),
+            always: false,
         }
     }
 
@@ -82,6 +87,11 @@ impl Default for LookupConfig {
 }
 
 impl SpeculationConfig {
+    /// Whether it is guessed even where that does not pay.
+    pub(crate) fn always(&self) -> bool {
+        matches!(self, Self::Draft(DraftConfig { always: true, .. }))
+    }
+
     /// Whether nothing is guessed.
     pub fn is_off(&self) -> bool {
         *self == Self::Off

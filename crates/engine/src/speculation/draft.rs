@@ -8,7 +8,12 @@ use mlx_engine_core::{EngineError, GenerateParams};
 use mlx_engine_text::Tokenizer;
 
 use super::policy::note;
-use crate::{Feed, TokenModel};
+use crate::clock::Clock;
+use crate::worker::guarded;
+use crate::{Feed, FeedError, TokenModel};
+
+/// Tokens that a sequence has not seen at a guess whose last guess was right: that one, and the one that followed.
+const KEEPING_UP: usize = 2;
 
 /// A draft model, and what its guesses were measured to take.
 #[derive(Debug)]
@@ -22,16 +27,36 @@ pub(crate) struct Drafter<M> {
     seconds: Option<f64>,
 }
 
-/// What it is to guess, and behind what.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Asked<'a> {
+/// What it is to guess for a request, and behind what.
+#[derive(Debug)]
+pub(crate) struct Asked<'a, S> {
+    /// What it has seen of the request.
+    pub(crate) sequence: &'a mut Option<S>,
     /// Prompt and answer so far.
     pub(crate) tokens: &'a [u32],
     pub(crate) prompt_len: usize,
     pub(crate) params: &'a GenerateParams,
     /// The number of the first guess in the answer.
     pub(crate) number: u64,
+    /// How many tokens.
     pub(crate) count: usize,
+}
+
+/// Guesses that are being made for a request.
+struct Guessing<'a, S> {
+    sequence: &'a mut S,
+    params: GenerateParams,
+    prompt_len: usize,
+    number: u64,
+    count: usize,
+    /// Prompt, answer and guesses so far.
+    tokens: Vec<u32>,
+    /// How many of them are no guesses.
+    known: usize,
+    /// Guesses that were begun.
+    begun: usize,
+    /// Where it went wrong.
+    error: Option<EngineError>,
 }
 
 impl<M: TokenModel> Drafter<M> {
@@ -50,7 +75,7 @@ impl<M: TokenModel> Drafter<M> {
     }
 
     /// So many guesses took so long.
-    pub(crate) fn took(&mut self, count: usize, spent: Duration) {
+    fn took(&mut self, count: usize, spent: Duration) {
         if count > 0 {
             note(&mut self.seconds, spent.as_secs_f64() / count as f64);
         }
@@ -72,80 +97,144 @@ impl<M: TokenModel> Drafter<M> {
         }
     }
 
-    /// Whether the sequence has seen all that a guess needs but for a chunk.
-    pub(crate) fn is_near(&self, sequence: Option<&M::Sequence>, tokens: usize) -> bool {
-        tokens - sequence.map_or(0, |sequence| self.model.len(sequence)) <= self.chunk
-    }
-
-    /// Feeds a chunk of what the sequence has not seen.
-    pub(crate) fn catch_up(
-        &mut self,
-        sequence: &mut Option<M::Sequence>,
-        tokens: &[u32],
-        params: &GenerateParams,
-    ) -> Result<(), EngineError> {
-        let sequence = sequence.get_or_insert_with(|| self.model.open());
-        let seen = self.model.len(sequence);
-        let chunk = tokens.len().min(seen + self.chunk);
-        let feed = Feed {
-            sequence,
-            params,
-            tokens: Some(&tokens[seen..chunk]),
-            choices: 0,
-            number: 0,
-        };
-        self.model.feed(&mut [feed]).map_err(|fault| fault.error)
-    }
-
-    /// Guesses tokens. They are chosen by the parameters and the random numbers that choose the tokens of the answer, so that
-    /// a guess is right as often as it can be; their device waits for none of them before the last is begun.
+    /// Guesses tokens for several requests, in as many steps as the longest guess has. They are chosen by the parameters and the
+    /// random numbers that choose the tokens of the answers, so that a guess is right as often as it can be; the device waits
+    /// for none of them before the last is begun.
+    ///
+    /// First the sequences are fed what they have not seen, no more than a chunk in all: who has more to catch up with gets no
+    /// guess yet.
     pub(crate) fn guess(
         &mut self,
-        sequence: &mut Option<M::Sequence>,
-        asked: Asked<'_>,
-    ) -> Result<Vec<u32>, EngineError> {
-        let Asked { params, number, .. } = asked;
-        let model = &mut self.model;
-        let sequence = sequence.get_or_insert_with(|| model.open());
-        let seen = model.len(sequence);
-        let params = GenerateParams {
-            logprobs: false,
-            top_logprobs: 0,
-            ..params.clone()
-        };
-        let feed = |model: &mut M, sequence: &mut M::Sequence, tokens: Option<&[u32]>, number| {
-            let feed = Feed {
+        asked: Vec<Asked<'_, M::Sequence>>,
+        clock: &impl Clock,
+    ) -> Vec<Result<Vec<u32>, EngineError>> {
+        let began = clock.now();
+        let mut room = self.chunk;
+        let mut all = Vec::with_capacity(asked.len());
+        let mut first = Vec::with_capacity(asked.len());
+        for asked in asked {
+            let sequence = asked.sequence.get_or_insert_with(|| self.model.open());
+            let seen = self.model.len(sequence);
+            let fed = (asked.tokens.len() - seen).min(room);
+            room -= fed;
+            let whole = seen + fed == asked.tokens.len();
+            first.push(asked.tokens[seen..seen + fed].to_vec());
+            all.push(Guessing {
                 sequence,
-                params: &params,
-                tokens,
-                choices: 1,
-                number,
-            };
-            model.feed(&mut [feed]).map_err(|fault| fault.error)
+                params: GenerateParams {
+                    logprobs: false,
+                    top_logprobs: 0,
+                    ..asked.params.clone()
+                },
+                prompt_len: asked.prompt_len,
+                number: asked.number,
+                count: if whole { asked.count } else { 0 },
+                tokens: asked.tokens.to_vec(),
+                known: asked.tokens.len(),
+                begun: 0,
+                error: None,
+            });
+        }
+        self.feed(&mut all, |_, index, _| {
+            Some(Some(first[index].clone())).filter(|_| !first[index].is_empty())
+        });
+        let rounds = all.iter().map(|guessing| guessing.count).max().unwrap_or(0);
+        for _ in 1..rounds {
+            for guessing in &mut all {
+                if guessing.goes_on() && !self.model.can_look_ahead(guessing.sequence) {
+                    guessing.read(&mut self.model, self.vocabulary);
+                }
+            }
+            self.feed(&mut all, |model, _, guessing| {
+                let ahead = model.can_look_ahead(guessing.sequence);
+                let read = || guessing.tokens.last().copied().into_iter().collect();
+                guessing.goes_on().then(|| (!ahead).then(read))
+            });
+        }
+        for guessing in &mut all {
+            while guessing.error.is_none() && guessing.tokens.len() < guessing.known + guessing.begun {
+                guessing.read(&mut self.model, self.vocabulary);
+            }
+        }
+        if first.iter().all(|tokens| tokens.len() <= KEEPING_UP) {
+            let count = all.iter().map(|guessing| guessing.tokens.len() - guessing.known);
+            self.took(count.sum(), clock.now().saturating_duration_since(began));
+        }
+        let result = |mut guessing: Guessing<'_, M::Sequence>| match guessing.error {
+            Some(error) => Err(error),
+            None => Ok(guessing.tokens.split_off(guessing.known)),
         };
-        feed(model, sequence, Some(&asked.tokens[seen..]), number)?;
-        let count = asked.count as u64;
-        let mut begun = 1;
-        while begun < count && model.can_look_ahead(sequence) {
-            feed(model, sequence, None, number + begun)?;
-            begun += 1;
-        }
-        let mut tokens = asked.tokens.to_vec();
-        for read in 1..=count {
-            let token = model
-                .read(sequence, &params, &tokens, asked.prompt_len, &mut |_| {})?
-                .token;
-            if token >= self.vocabulary {
-                // Ids that only fill the matrix up.
-                break;
+        all.into_iter().map(result).collect()
+    }
+
+    /// Feeds those for which `tokens` says what in one step: the token that is being chosen where that is `Some(None)`.
+    fn feed(
+        &mut self,
+        all: &mut [Guessing<'_, M::Sequence>],
+        tokens: impl Fn(&M, usize, &Guessing<'_, M::Sequence>) -> Option<Option<Vec<u32>>>,
+    ) {
+        let mut left: Vec<_> = all
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, guessing)| guessing.error.is_none())
+            .filter_map(|(index, guessing)| Some((tokens(&self.model, index, guessing)?, guessing)))
+            .collect();
+        while !left.is_empty() {
+            let count = left.len().min(self.model.batch_limit().max(1));
+            let mut batch: Vec<_> = left[..count]
+                .iter_mut()
+                .map(|(tokens, guessing)| Feed {
+                    sequence: &mut *guessing.sequence,
+                    params: &guessing.params,
+                    tokens: tokens.as_deref(),
+                    choices: guessing.count.min(1),
+                    number: guessing.number + guessing.begun as u64,
+                })
+                .collect();
+            match guarded(|| Ok(self.model.feed(&mut batch))).unwrap_or_else(|error| Err(error.into())) {
+                Ok(()) => {
+                    for (_, guessing) in left.drain(..count) {
+                        guessing.begun += guessing.count.min(1);
+                    }
+                }
+                Err(FeedError { error, culprit }) => {
+                    let blamed = culprit.filter(|&culprit| culprit < count);
+                    let range = blamed.map_or(0..count, |culprit| culprit..culprit + 1);
+                    for (_, guessing) in left.drain(range) {
+                        guessing.error = Some(error.clone());
+                    }
+                }
             }
-            tokens.push(token);
-            if read == begun && begun < count {
-                feed(model, sequence, Some(&[token]), number + begun)?;
-                begun += 1;
-            }
         }
-        Ok(tokens.split_off(asked.tokens.len()))
+    }
+}
+
+impl<S> Guessing<'_, S> {
+    /// Whether another guess is to be begun.
+    fn goes_on(&self) -> bool {
+        self.error.is_none() && self.begun < self.count
+    }
+
+    /// Reads the oldest guess that was begun.
+    fn read<M: TokenModel<Sequence = S>>(&mut self, model: &mut M, vocabulary: u32) {
+        let chosen = guarded(|| {
+            model.read(
+                self.sequence,
+                &self.params,
+                &self.tokens,
+                self.prompt_len,
+                &mut |_| {},
+            )
+        });
+        match chosen {
+            Ok(chosen) if chosen.token < vocabulary => self.tokens.push(chosen.token),
+            // An id that only fills the matrix up: what follows it is worth nothing.
+            Ok(_) => {
+                self.begun = self.tokens.len() - self.known;
+                self.count = self.begun;
+            }
+            Err(error) => self.error = Some(error),
+        }
     }
 }
 

@@ -20,4 +20,4 @@ pub use self::config::{DraftConfig, LookupConfig, SpeculationConfig};
 pub(crate) use self::draft::same_vocabulary;
 pub(crate) use self::draft::{Asked, Drafter};
 pub(crate) use self::lookup::look_up;
-pub(crate) use self::policy::{Acceptance, Costs};
+pub(crate) use self::policy::{Acceptance, Base, Costs, Usual};

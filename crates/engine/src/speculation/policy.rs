@@ -6,8 +6,22 @@ const LATEST: f64 = 0.2;
 /// What an outcome counts after each later verification.
 const KEPT: f64 = 0.9;
 
-/// Outcomes that are thought before any was seen: right ones of all.
-const PRIOR: (f64, f64) = (1.5, 2.0);
+/// Outcomes that are thought before any was seen, and how many of these are right until some were seen for other requests.
+const PRIOR: f64 = 2.0;
+const PRIOR_RATE: f64 = 0.75;
+
+/// The weight of the latest outcome in what is thought of later requests.
+const LATEST_OUTCOME: f64 = 0.05;
+
+/// Tokens that are guessed while none was right: what is tried costs little.
+const FIRST_REACH: usize = 2;
+
+/// How much of what was seen before a pause counts after it.
+const KEPT_IN_PAUSE: f64 = 0.5;
+
+/// Guesses have to give this many times the tokens for the time that a plain step gives: what was measured is not exact, and
+/// a step that is begun before the last one is read hides what happens in between.
+const GAIN: f64 = 1.03;
 
 /// Steps without a guess after which one is tried again though it does not seem to pay; twice as many each time it does
 /// not, up to [`LONGEST_PAUSE`].
@@ -68,54 +82,125 @@ pub(super) fn note(mean: &mut Option<f64>, value: f64) {
     *mean = Some(mean.map_or(value, |mean| mean + LATEST * (value - mean)));
 }
 
-/// How often guesses for a request were right.
-#[derive(Clone, Debug)]
-pub(crate) struct Acceptance {
-    right: f64,
-    seen: f64,
-    /// Steps without a guess that are left until one is tried again.
-    left: u32,
-    /// How many these were.
-    pause: u32,
+/// A step before something is guessed for one more of its sequences.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Base {
+    /// Tokens that it would be fed without any guess.
+    plain: usize,
+    /// Tokens that it is fed.
+    rows: usize,
+    /// Tokens that it is expected to give.
+    tokens: f64,
 }
 
-impl Default for Acceptance {
-    fn default() -> Self {
+impl Base {
+    /// A step of so many sequences without a guess.
+    pub(crate) fn new(sequences: usize) -> Self {
         Self {
-            right: 0.0,
-            seen: 0.0,
-            left: FIRST_PAUSE,
-            pause: FIRST_PAUSE,
+            plain: sequences,
+            rows: sequences,
+            tokens: sequences as f64,
+        }
+    }
+
+    /// The same step with so many guesses more, of which so many are expected to be right.
+    pub(crate) fn with(self, guesses: usize, expected: f64) -> Self {
+        Self {
+            rows: self.rows + guesses,
+            tokens: self.tokens + expected,
+            ..self
         }
     }
 }
 
+/// How often guesses were right for all requests so far.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Usual(f64);
+
+impl Default for Usual {
+    fn default() -> Self {
+        Self(PRIOR_RATE)
+    }
+}
+
+impl Usual {
+    /// Of some guesses the first so many were right.
+    pub(crate) fn verified(&mut self, drafted: usize, accepted: usize) {
+        let seen = accepted + usize::from(accepted < drafted);
+        for right in (0..seen).map(|at| at < accepted) {
+            self.0 += LATEST_OUTCOME * (f64::from(u8::from(right)) - self.0);
+        }
+    }
+}
+
+/// How often guesses for a request were right, and whether they rest.
+#[derive(Clone, Debug)]
+pub(crate) struct Acceptance {
+    usual: Usual,
+    right: f64,
+    seen: f64,
+    /// Steps of a pause that are left.
+    left: u32,
+    /// How many the next one has.
+    pause: u32,
+    /// Whether a pause is over and nothing was guessed since.
+    trial: bool,
+}
+
+impl Default for Acceptance {
+    fn default() -> Self {
+        Self::new(Usual::default())
+    }
+}
+
 impl Acceptance {
+    /// For a request whose guesses are thought to be right as often as is usual.
+    pub(crate) fn new(usual: Usual) -> Self {
+        Self {
+            usual,
+            right: 0.0,
+            seen: 0.0,
+            left: 0,
+            pause: FIRST_PAUSE,
+            trial: false,
+        }
+    }
+
     /// Of some guesses the first so many were right. Those behind one that was wrong say nothing.
     pub(crate) fn verified(&mut self, drafted: usize, accepted: usize) {
         let wrong = usize::from(accepted < drafted);
+        self.trial = false;
+        if accepted * 2 > drafted {
+            self.pause = FIRST_PAUSE;
+        }
         self.right = self.right * KEPT + accepted as f64;
         self.seen = self.seen * KEPT + (accepted + wrong) as f64;
     }
 
     /// How likely the next guess is to be right.
     pub(crate) fn rate(&self) -> f64 {
-        (self.right + PRIOR.0) / (self.seen + PRIOR.1)
+        (self.right + PRIOR * self.usual.0) / (self.seen + PRIOR)
     }
 
-    /// How many of `most` tokens are worth guessing for one sequence of a step that is fed `rows` tokens without them and is
-    /// expected to give `tokens`: as many as give most tokens for the time, a guess taking `guess` seconds. `None` where the
-    /// step without was not measured lately: then it has to be.
+    /// The most tokens that are guessed at once: few until some were right.
+    pub(crate) fn reach(&self) -> usize {
+        FIRST_REACH + (2.0 * self.right) as usize
+    }
+
+    /// How many of `most` tokens are worth guessing for one sequence of a step: as many as give most tokens for the time, a
+    /// guess taking `guess` seconds. `None` where a step without guesses was not measured lately: then it has to be.
     ///
     /// The goodput of Liu et al., "Optimizing speculative decoding for serving large language models" (2024).
     pub(crate) fn worth(
         &self,
         most: usize,
-        (rows, tokens): (usize, f64),
+        Base { plain, rows, tokens }: Base,
         costs: &Costs,
         guess: f64,
     ) -> Option<usize> {
-        let (mut best, mut time, mut gives) = (0, costs.lately(rows)?, tokens);
+        costs.lately(plain)?;
+        let plain = costs.step(rows)?;
+        let (mut best, mut time, mut gives) = (0, plain, tokens);
         for count in 1..=most {
             let step = costs.step(rows + count)? + guess * count as f64;
             let expected = tokens + self.expected(count);
@@ -124,7 +209,8 @@ impl Acceptance {
                 (best, time, gives) = (count, step, expected);
             }
         }
-        Some(best)
+        let pays = gives * plain >= GAIN * tokens * time;
+        Some(if pays { best } else { 0 })
     }
 
     /// How many of so many guesses are likely to be right.
@@ -134,20 +220,29 @@ impl Acceptance {
         rates.take(count).sum()
     }
 
-    /// A step goes without a guess that there was, and says whether it is time to try one all the same.
-    pub(crate) fn pause(&mut self) -> bool {
+    /// Whether a step goes without a guess, whatever could be guessed; it is one of the pause.
+    pub(crate) fn rests(&mut self) -> bool {
+        if self.left == 0 {
+            return false;
+        }
         self.left -= 1;
         if self.left == 0 {
-            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-            self.left = self.pause;
-            return true;
+            // What answers look like changes.
+            self.right *= KEPT_IN_PAUSE;
+            self.seen *= KEPT_IN_PAUSE;
+            self.trial = true;
         }
-        false
+        true
     }
 
-    /// Guesses pay, so that the next pause begins short.
-    pub(crate) fn pays(&mut self) {
-        (self.left, self.pause) = (FIRST_PAUSE, FIRST_PAUSE);
+    /// A guess does not pay by what is known. Says whether it is made all the same, as the pause has been long; else there is
+    /// a pause from now on, this step included.
+    pub(crate) fn decline(&mut self) -> bool {
+        if !self.trial {
+            self.left = self.pause - 1;
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+        self.trial
     }
 }
 
@@ -178,7 +273,7 @@ mod tests {
     #[test]
     fn guesses_are_made_while_they_pay() {
         let mut acceptance = Acceptance::default();
-        let one = (1, 1.0);
+        let one = Base::new(1);
         assert_eq!(
             acceptance.worth(8, one, &Costs::default(), 0.0),
             None,
@@ -221,18 +316,59 @@ mod tests {
     #[test]
     fn a_pause_ends_in_a_trial_and_each_is_longer() {
         let mut acceptance = Acceptance::default();
-        let trials: Vec<usize> = (1..4000).filter(|_| acceptance.pause()).collect();
-        let expected = [32, 64, 128, 256, 512, 1024, 1024];
-        let sums: Vec<usize> = expected
+        let mut trials = Vec::new();
+        for step in 0..4000 {
+            if !acceptance.rests() && acceptance.decline() {
+                trials.push(step);
+                acceptance.verified(2, 0);
+            }
+        }
+        // A pause, a step with a guess, and so on.
+        let pauses = [32, 64, 128, 256, 512, 1024, 1024];
+        let mut at = 0;
+        let expected: Vec<usize> = pauses
             .iter()
-            .scan(0, |sum, pause| {
-                *sum += pause;
-                Some(*sum)
+            .enumerate()
+            .map(|(before, pause)| {
+                at += pause;
+                at + before
             })
             .collect();
-        assert_eq!(trials, sums);
-        acceptance.pays();
-        assert_eq!((1..100).find(|_| acceptance.pause()), Some(32));
+        assert_eq!(trials, expected);
+        while acceptance.rests() {}
+        // One that was right makes the next pause short.
+        acceptance.verified(2, 2);
+        assert!(!acceptance.decline());
+        assert_eq!((0..100).take_while(|_| acceptance.rests()).count(), 31);
+    }
+
+    #[test]
+    fn what_others_guess_in_the_same_step_need_not_have_been_measured() {
+        let costs = costs(&[(3, 1.0), (9, 1.0)]);
+        let base = Base::new(3).with(4, 3.0);
+        assert_eq!(Acceptance::default().worth(2, base, &costs, 0.0), Some(2));
+    }
+
+    #[test]
+    fn little_is_tried_until_some_is_right() {
+        let mut acceptance = Acceptance::default();
+        assert_eq!(acceptance.reach(), 2);
+        acceptance.verified(2, 0);
+        assert_eq!(acceptance.reach(), 2);
+        acceptance.verified(2, 2);
+        assert_eq!(acceptance.reach(), 6);
+        acceptance.verified(6, 5);
+        assert_eq!(acceptance.reach(), 15);
+    }
+
+    #[test]
+    fn what_is_usual_is_thought_of_a_new_request() {
+        let mut usual = Usual::default();
+        (0..100).for_each(|_| usual.verified(4, 0));
+        assert!(Acceptance::new(usual).rate() < 0.01, "{usual:?}");
+        (0..100).for_each(|_| usual.verified(4, 3));
+        let rate = Acceptance::new(usual).rate();
+        assert!((0.65..0.85).contains(&rate), "{rate}");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use mlx_engine_core::{SpeculationOff, SpeculationReport};
 
-use crate::speculation::Acceptance;
+use crate::speculation::{Acceptance, Usual};
 
 /// What is guessed for a request that runs, and what came of it.
 #[derive(Debug, Default)]
@@ -28,13 +28,15 @@ pub(super) enum Intent {
 }
 
 impl Guesses {
-    pub(super) fn new(off: Option<SpeculationOff>) -> Self {
+    /// `usual` is how often guesses were right for others.
+    pub(super) fn new(off: Option<SpeculationOff>, usual: Usual) -> Self {
         let report = SpeculationReport {
             off,
             ..SpeculationReport::default()
         };
         Self {
             report,
+            acceptance: Acceptance::new(usual),
             ..Self::default()
         }
     }
@@ -62,15 +64,31 @@ impl Guesses {
         Some((drafted, accepted))
     }
 
+    /// Decides anew. Says whether nothing is guessed in this turn, as guesses are paused: then nothing is looked up or computed
+    /// for them either.
+    pub(super) fn rests(&mut self) -> bool {
+        let rests = self.acceptance.rests();
+        if rests {
+            self.pause();
+        } else {
+            self.intent = Intent::Open;
+        }
+        rests
+    }
+
     /// A guess would not pay. Says whether it is made all the same, to see whether that is still so.
     pub(super) fn decline(&mut self) -> bool {
-        let trial = self.acceptance.pause();
+        let trial = self.acceptance.decline();
         if trial {
             self.intent = Intent::Trial;
         } else {
-            self.report.paused_steps += 1;
-            self.intent = Intent::Declined;
+            self.pause();
         }
         trial
+    }
+
+    fn pause(&mut self) {
+        self.report.paused_steps += 1;
+        self.intent = Intent::Declined;
     }
 }

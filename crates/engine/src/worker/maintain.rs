@@ -54,8 +54,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     pub(super) fn revive(&mut self, error: &EngineError) {
         self.gauges.restarted();
         self.end_running(error);
-        let Self { model, prefixes, .. } = self;
-        let sound = guarded(|| Ok(prefixes.is_sound(model)));
+        let Self {
+            model,
+            prefixes,
+            speculation,
+            ..
+        } = self;
+        let sound = guarded(|| Ok(prefixes.is_sound(&speculation.pair(model))));
         if !sound.unwrap_or(false) {
             self.forget();
         }

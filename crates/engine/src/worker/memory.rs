@@ -32,7 +32,7 @@ impl Memory {
         // A step has logits for guesses too.
         let guesses = config.speculation.room(model.batch_limit());
         let estimated = model.workspace_bytes(chunk, config.max_batch + guesses);
-        let estimated = estimated + draft.map_or(0, |draft| draft.workspace_bytes(chunk, 1));
+        let estimated = estimated + draft.map_or(0, |draft| draft.workspace_bytes(chunk, config.max_batch));
         let memory = Self {
             beside_weights,
             weights,

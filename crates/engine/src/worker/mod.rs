@@ -33,7 +33,7 @@ use crate::clock::Clock;
 use crate::config::EngineConfig;
 use crate::disk::DiskCache;
 use crate::gauges::Gauges;
-use crate::prefix::PrefixCache;
+use crate::prefix::{Known, PrefixCache};
 use crate::request::Request;
 use crate::scheduler::{Id, Limits, Scheduler};
 
@@ -55,7 +55,7 @@ pub(crate) struct Worker<M: TokenModel, C> {
     /// The longest sequence, in tokens.
     context_length: usize,
     scheduler: Scheduler,
-    prefixes: PrefixCache<M::Sequence>,
+    prefixes: PrefixCache<Known<M::Sequence>>,
     waiting: Vec<(Id, Request)>,
     /// In the order in which they were admitted.
     active: Vec<Active<M::Sequence>>,
@@ -227,7 +227,7 @@ fn limits<M: TokenModel>(model: &M, draft: Option<&M>, config: &EngineConfig) ->
 }
 
 /// Runs a step of the model; a panic in it is an error.
-fn guarded<T>(step: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
+pub(crate) fn guarded<T>(step: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
     catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|panic| Err(panicked(&*panic)))
 }
 

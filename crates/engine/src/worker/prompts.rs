@@ -6,6 +6,7 @@ use super::turn::Failed;
 use super::{PrefixCommand, Worker, guarded};
 use crate::TokenModel;
 use crate::clock::Clock;
+use crate::prefix::{Forking, Known};
 use crate::scheduler::Id;
 
 /// Tokens that one request computes and another would compute too, for which it is worth a turn to wait. Those of a usual
@@ -14,14 +15,20 @@ const WORTH_WAITING: usize = 64;
 
 impl<M: TokenModel, C: Clock> Worker<M, C> {
     pub(super) fn manage(&mut self, command: PrefixCommand) {
-        let Self { model, prefixes, .. } = self;
+        let Self {
+            model,
+            prefixes,
+            speculation,
+            ..
+        } = self;
+        let mut pair = speculation.pair(model);
         match command {
             PrefixCommand::Report(reply) => drop(reply.send(prefixes.report())),
             PrefixCommand::Clear(reply) => drop(reply.send(prefixes.clear())),
             PrefixCommand::Pin { tokens, pinned } => {
-                let result = guarded(|| prefixes.pin(model, &tokens)).map(|known| {
+                let result = guarded(|| prefixes.pin(&mut pair, &tokens)).map(|known| {
                     let lack = || EngineError::InsufficientMemory {
-                        required: model.sequence_bytes(tokens.len()),
+                        required: pair.sequence_bytes(tokens.len()),
                         available: prefixes.max_bytes().saturating_sub(prefixes.pinned_bytes()),
                     };
                     (!known).then(lack)
@@ -48,7 +55,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let Some(piece) = disk.piece() else {
             return false;
         };
-        let Some(sequence) = prefixes.with(&piece.tokens) else {
+        let Some(Known { sequence, .. }) = prefixes.with(&piece.tokens) else {
             // It had to make room.
             disk.give_up();
             return true;
@@ -139,9 +146,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     fn begin(&mut self, at: usize) -> Result<(), EngineError> {
         let active = &self.active[at];
         let prompt = &active.tokens[..active.prompt_len - 1].to_vec();
-        let (known, cached) = match guarded(|| self.known(prompt))? {
-            Some((sequence, len)) => (Some(sequence), len),
-            None => (None, 0),
+        let (known, draft, cached) = match guarded(|| self.known(prompt))? {
+            Some((Known { sequence, draft }, len)) => (Some(sequence), draft, len),
+            None => (None, None, 0),
         };
         let (known, cached, shared) = match self.read_disk(prompt, cached) {
             Some((sequence, len)) => (Some(sequence), len, 0),
@@ -153,6 +160,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         if let Some(sequence) = known {
             active.sequence = sequence;
         }
+        active.draft = draft;
         (active.cached, active.shared, active.started) = (Some(cached), shared, now);
         let event = GenerationEvent::Started {
             prompt_tokens: active.prompt_len as u32,
@@ -164,12 +172,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         Ok(())
     }
 
-    /// A sequence that has seen as much of a prompt as one that is kept or runs.
-    fn known(&mut self, prompt: &[u32]) -> Result<Option<(M::Sequence, usize)>, EngineError> {
+    /// What one that is kept or runs knows of a prompt, and how much of it.
+    fn known(&mut self, prompt: &[u32]) -> Result<Found<M::Sequence>, EngineError> {
         let Self {
             model,
             active,
             prefixes,
+            speculation,
             ..
         } = self;
         let begun = active.iter_mut().filter(|active| active.cached.is_some());
@@ -180,13 +189,19 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             })
             .max_by_key(|(len, _)| *len);
         if let Some((len, active)) = running.filter(|(len, _)| *len > prefixes.known(prompt))
-            && let Some(fork) = model.fork(&mut active.sequence, len)?
+            && let Some(sequence) = model.fork(&mut active.sequence, len)?
         {
-            return Ok(Some((fork, len)));
+            // What the draft model has seen may be guesses behind what the two have in common.
+            let alike = len.min(active.tokens.len() - 1);
+            let draft = speculation.fork_draft(active.draft.as_mut(), alike);
+            return Ok(Some((Known { sequence, draft }, len)));
         }
-        prefixes.fork(model, prompt)
+        prefixes.fork(&mut speculation.pair(model), prompt)
     }
 }
+
+/// What is known of a prompt, and of how many of its tokens.
+type Found<S> = Option<(Known<S>, usize)>;
 
 /// How many of the first tokens are the same.
 fn alike(some: &[u32], others: &[u32]) -> usize {

@@ -166,7 +166,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 redo: None,
                 rows: 0,
                 finished: None,
-                guesses: Guesses::new(off),
+                guesses: Guesses::new(off, self.speculation.usual()),
                 draft: None,
             });
         }

@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
-use mlx_engine_core::{EngineError, SpeculationOff};
+use mlx_engine_core::SpeculationOff;
 use mlx_engine_text::Tokenizer;
 
+use super::Worker;
 use super::active::Active;
 use super::guesses::Intent;
 use super::turn::{Failed, standing};
-use super::{Worker, guarded};
 use crate::clock::Clock;
+use crate::prefix::{Pair, fork_draft};
 use crate::request::Request;
 use crate::scheduler::Id;
-use crate::speculation::{Asked, Costs, Drafter, SpeculationConfig, look_up};
+use crate::speculation::{Asked, Base, Costs, Drafter, SpeculationConfig, Usual, look_up};
 use crate::{EngineConfig, TokenModel};
 
 /// What the worker guesses with.
@@ -21,6 +22,8 @@ pub(super) struct Speculation<M> {
     config: SpeculationConfig,
     drafter: Option<Drafter<M>>,
     pub(super) costs: Costs,
+    /// How often guesses were right so far.
+    usual: Usual,
     /// Whether the last turn did nothing but decode, so that the next reads a step that began when it did.
     settled: bool,
     /// What the draft model took of the turn.
@@ -55,6 +58,7 @@ impl<M: TokenModel> Speculation<M> {
             config: config.speculation.clone(),
             drafter: draft.map(|model| Drafter::new(model, config.prefill_chunk, tokenizer)),
             costs: Costs::default(),
+            usual: Usual::default(),
             settled: false,
             drafting: Duration::ZERO,
             feeding: Duration::ZERO,
@@ -69,6 +73,42 @@ impl<M: TokenModel> Speculation<M> {
     /// The draft model.
     pub(super) fn draft(&self) -> Option<&M> {
         self.drafter.as_ref().map(|drafter| &drafter.model)
+    }
+
+    #[cfg(test)]
+    pub(super) fn draft_mut(&mut self) -> &mut M {
+        &mut self.drafter.as_mut().expect("there is one").model
+    }
+
+    /// How often guesses were right for the requests so far.
+    pub(super) fn usual(&self) -> Usual {
+        self.usual
+    }
+
+    /// Of some guesses the first so many were right.
+    pub(super) fn verified(&mut self, drafted: usize, accepted: usize) {
+        self.usual.verified(drafted, accepted);
+    }
+
+    /// The model and the one that guesses for it.
+    pub(super) fn pair<'a>(&'a mut self, model: &'a mut M) -> Pair<'a, M> {
+        let draft = self.drafter.as_mut().map(|drafter| &mut drafter.model);
+        Pair { model, draft }
+    }
+
+    /// What the draft model has seen of the first `len` tokens of a request.
+    pub(super) fn fork_draft(&mut self, draft: Option<&mut M::Sequence>, len: usize) -> Option<M::Sequence> {
+        fork_draft(
+            self.drafter.as_mut().map(|drafter| &mut drafter.model),
+            draft,
+            len,
+        )
+    }
+
+    /// What the draft model has seen of a request, as far as the request has these tokens.
+    pub(super) fn seen(&mut self, mut draft: Option<M::Sequence>, tokens: usize) -> Option<M::Sequence> {
+        self.drafter.as_mut()?.forget(&mut draft, tokens);
+        draft
     }
 
     /// A turn took so long that read steps of so many tokens, and did nothing else where it `decoded` alone.
@@ -101,43 +141,13 @@ impl<M: TokenModel> Speculation<M> {
     }
 
     /// How many of them are worth guessing; see [`Acceptance::worth`](crate::speculation::Acceptance::worth).
-    fn worth<S>(&self, active: &Active<S>, possible: &Possible, base: (usize, f64)) -> Option<usize> {
+    fn worth<S>(&self, active: &Active<S>, possible: &Possible, base: Base) -> Option<usize> {
+        if self.config.always() {
+            return Some(possible.len());
+        }
         let guess = self.drafter.as_ref().map_or(0.0, Drafter::seconds);
         let acceptance = &active.guesses.acceptance;
         acceptance.worth(possible.len(), base, &self.costs, guess)
-    }
-
-    /// Has the draft model say so many tokens; none while it has more to catch up with than a chunk.
-    fn drafted(
-        &mut self,
-        active: &mut Active<M::Sequence>,
-        count: usize,
-        clock: &impl Clock,
-    ) -> Result<Vec<u32>, EngineError> {
-        let Some(drafter) = &mut self.drafter else {
-            return Ok(Vec::new());
-        };
-        let began = clock.now();
-        let tokens = &active.tokens;
-        let near = drafter.is_near(active.draft.as_ref(), tokens.len());
-        let guess = if near {
-            let asked = Asked {
-                tokens,
-                prompt_len: active.prompt_len,
-                params: &active.request.params,
-                number: active.answer.generated().into(),
-                count,
-            };
-            guarded(|| drafter.guess(&mut active.draft, asked))
-        } else {
-            guarded(|| drafter.catch_up(&mut active.draft, tokens, &active.request.params))
-                .map(|()| Vec::new())
-        };
-        let spent = clock.now().saturating_duration_since(began);
-        self.drafting += spent;
-        let guess = guess?;
-        drafter.took(guess.len(), spent);
-        Ok(guess)
     }
 }
 
@@ -185,12 +195,17 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         let limit = self.context_length;
         let (model, speculation) = (&self.model, &self.speculation);
         let room = speculation.config.room(model.batch_limit());
-        let base = (due.len(), due.len() as f64);
+        let base = Base::new(due.len());
         let mut expects = false;
         for active in standing(&mut self.active, due, failed) {
-            active.guesses.intent = Intent::Open;
             if !active.guesses.fed.is_empty() {
+                active.guesses.intent = Intent::Open;
                 expects = true;
+                continue;
+            }
+            if speculation.config.always() {
+                active.guesses.intent = Intent::Open;
+            } else if active.guesses.rests() {
                 continue;
             }
             let most = active.may_guess(limit, model.takes_back(), &speculation.config);
@@ -228,14 +243,15 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             .map(|active| active.id)
             .collect();
         let mut room = speculation.config.room(model.batch_limit());
-        let mut base = (due.len(), due.len() as f64);
+        let mut base = Base::new(due.len());
+        let mut drafted = Vec::new();
         for active in standing(active, &due, failed) {
-            if let Some(drafter) = &mut speculation.drafter {
-                drafter.forget(&mut active.draft, active.tokens.len() - 1);
+            if active.guesses.intent == Intent::Declined {
+                continue;
             }
             let most = active.may_guess(limit, model.takes_back(), &speculation.config);
             let possible = speculation.possible(&active.tokens, most.min(room));
-            if possible.len() == 0 || active.guesses.intent == Intent::Declined {
+            if possible.len() == 0 {
                 continue;
             }
             let worth = speculation.worth(active, &possible, base);
@@ -243,31 +259,53 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             let count = match worth {
                 Some(0) if guesses.intent == Intent::Trial || guesses.decline() => possible.len(),
                 Some(0) | None => continue,
-                Some(worth) => {
-                    guesses.acceptance.pays();
-                    worth
-                }
+                Some(worth) => worth,
             };
-            let guess = match possible {
+            room -= count;
+            base = base.with(count, guesses.acceptance.expected(count));
+            match possible {
                 Possible::Known(mut tokens) => {
                     tokens.truncate(count);
-                    tokens
+                    guesses.fed = tokens;
                 }
-                Possible::Drafted(_) => match speculation.drafted(active, count, clock) {
-                    Ok(guess) => guess,
-                    Err(error) => {
-                        tracing::warn!(%error, "the draft model failed, and the answer goes on without");
-                        active.guesses.report.off = Some(SpeculationOff::DraftFailed);
-                        active.draft = None;
-                        continue;
-                    }
-                },
-            };
-            room -= guess.len();
-            let expected = active.guesses.acceptance.expected(guess.len());
-            base = (base.0 + guess.len(), base.1 + expected);
-            active.guesses.fed = guess;
+                Possible::Drafted(_) => drafted.push((active, count)),
+            }
         }
+        speculation.draft_for(drafted, clock);
+    }
+}
+
+impl<M: TokenModel> Speculation<M> {
+    /// Has the draft model say so many tokens for each.
+    fn draft_for(&mut self, mut drafted: Vec<(&mut Active<M::Sequence>, usize)>, clock: &impl Clock) {
+        let Some(drafter) = self.drafter.as_mut().filter(|_| !drafted.is_empty()) else {
+            return;
+        };
+        let began = clock.now();
+        let asked = drafted.iter_mut().map(|(active, count)| {
+            drafter.forget(&mut active.draft, active.tokens.len() - 1);
+            Asked {
+                sequence: &mut active.draft,
+                tokens: &active.tokens,
+                prompt_len: active.prompt_len,
+                params: &active.request.params,
+                number: active.answer.generated().into(),
+                count: *count,
+            }
+        });
+        let asked = asked.collect();
+        let guessed = drafter.guess(asked, clock);
+        for ((active, _), guess) in drafted.into_iter().zip(guessed) {
+            match guess {
+                Ok(guess) => active.guesses.fed = guess,
+                Err(error) => {
+                    tracing::warn!(%error, "the draft model failed, and the answer goes on without");
+                    active.guesses.report.off = Some(SpeculationOff::DraftFailed);
+                    active.draft = None;
+                }
+            }
+        }
+        self.drafting += clock.now().saturating_duration_since(began);
     }
 }
 
@@ -285,6 +323,8 @@ impl<S> Active<S> {
             .saturating_sub(self.answer.generated() + 1) as usize;
         let room = context_length.saturating_sub(self.tokens.len() + 1);
         let most = config.max_tokens().min(answer).min(room).min(takes_back);
+        let reach = self.guesses.acceptance.reach();
+        let most = if config.always() { most } else { most.min(reach) };
         if self.answer.may_force(&self.request.params, most + 1) {
             0
         } else {

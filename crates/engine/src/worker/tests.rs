@@ -651,8 +651,6 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
     };
     prop_assert!(faults <= setting.faults.iter().map(ends).sum::<usize>());
     // All that was taken is given back.
-    let drafts = bench.worker.speculation.draft();
-    prop_assert_eq!(drafts.map_or(0, MockModel::alive), 0);
     prop_assert_eq!(bench.worker.scheduler.reserved(), 0);
     let pinned: Vec<_> = bench
         .worker
@@ -669,6 +667,8 @@ fn check(steps: Vec<Step>, setting: &Setting) -> Result<(), TestCaseError> {
         (bench.worker.prefixes.bytes(), bench.worker.model.alive()),
         (0, 0)
     );
+    let drafts = bench.worker.speculation.draft();
+    prop_assert_eq!(drafts.map_or(0, MockModel::alive), 0);
     Ok(())
 }
 

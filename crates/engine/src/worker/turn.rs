@@ -8,7 +8,7 @@ use super::active::{Active, Row, Unread, forced, read};
 use super::redo::alone;
 use super::{TURNS_BETWEEN_CHUNKS, Worker, guarded};
 use crate::clock::Clock;
-use crate::prefix::PrefixCache;
+use crate::prefix::{Forking, Known, Pair, PrefixCache};
 use crate::scheduler::{Chunk, Id, Scheduler};
 use crate::{FeedError, TokenModel};
 
@@ -108,6 +108,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             scheduler,
             prefixes,
             gauges,
+            speculation,
             ..
         } = self;
         let mut left = Vec::new();
@@ -129,7 +130,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             match guarded(|| Ok(model.feed(&mut batch))).unwrap_or_else(|error| Err(error.into())) {
                 Ok(()) => {
                     for (active, row) in left.drain(..count) {
-                        if let Err(error) = fed(model, scheduler, prefixes, active, &row, count > 1) {
+                        let pair = &mut speculation.pair(model);
+                        if let Err(error) = fed(pair, scheduler, prefixes, active, &row, count > 1) {
                             failed.push((active.id, error));
                         }
                     }
@@ -159,8 +161,10 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                             continue;
                         }
                         gauges.redone();
-                        let done = guarded(|| alone(model, active, &row))
-                            .and_then(|()| fed(model, scheduler, prefixes, active, &row, false));
+                        let done = guarded(|| alone(model, active, &row)).and_then(|()| {
+                            let pair = &mut speculation.pair(model);
+                            fed(pair, scheduler, prefixes, active, &row, false)
+                        });
                         if let Err(error) = done {
                             failed.push((active.id, error));
                         }
@@ -200,7 +204,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// many they were.
     fn read(&mut self, due: &[Id], failed: &mut Failed) -> usize {
         let gauges = Arc::clone(&self.gauges);
-        self.generate(due, failed, |model, active, context_length, clock| {
+        let mut verified = Vec::new();
+        let tokens = self.generate(due, failed, |model, active, context_length, clock| {
             let mut count = 0;
             loop {
                 match read(model, active, context_length, clock) {
@@ -222,6 +227,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
             if let Some((drafted, accepted)) = active.guesses.settle() {
                 gauges.verified(drafted as u64, accepted as u64);
+                verified.push((drafted, accepted));
                 // The last token is not fed yet; wrong guesses were.
                 let fed = active.tokens.len() - 1;
                 if active.finished.is_none() && !model.truncate(&mut active.sequence, fed) {
@@ -229,7 +235,11 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 }
             }
             Ok(count)
-        })
+        });
+        for (drafted, accepted) in verified {
+            self.speculation.verified(drafted, accepted);
+        }
+        tokens
     }
 
     /// Lets every answer that is due get some tokens, and says how many they were. What fails ends its own request.
@@ -319,12 +329,18 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             mut sequence,
             mut tokens,
             shared,
+            draft,
             ..
         } = active;
+        // The last token is none that it was fed, and what comes behind are guesses.
+        let draft = self.speculation.seen(draft, tokens.len() - 1);
         // A step that looked ahead was fed a token that the answer does not have.
         tokens.truncate(self.model.len(&sequence));
         if self.model.truncate(&mut sequence, tokens.len()) {
-            self.prefixes.keep(&self.model, &tokens, sequence, shared);
+            let draft = self.speculation.seen(draft, tokens.len());
+            let pair = self.speculation.pair(&mut self.model);
+            self.prefixes
+                .keep(&pair, &tokens, Known { sequence, draft }, shared);
             if let Some(disk) = &mut self.disk {
                 disk.note(&tokens);
             }
@@ -334,9 +350,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 
 /// Notes that a request was fed, in a step with others or alone.
 fn fed<M: TokenModel>(
-    model: &mut M,
+    pair: &mut Pair<'_, M>,
     scheduler: &mut Scheduler,
-    prefixes: &mut PrefixCache<M::Sequence>,
+    prefixes: &mut PrefixCache<Known<M::Sequence>>,
     active: &mut Active<M::Sequence>,
     row: &Row,
     together: bool,
@@ -350,19 +366,23 @@ fn fed<M: TokenModel>(
     // What it took over may have failed to be computed.
     active.together.begun |= active.cached.is_some_and(|cached| cached > 0);
     scheduler.fed(chunk);
-    guarded(|| keep(model, prefixes, active, chunk))
+    guarded(|| keep(pair, prefixes, active, chunk))
 }
 
 /// Keeps the state of a prompt after a chunk, where it cannot be had from a longer one.
 fn keep<M: TokenModel>(
-    model: &mut M,
-    prefixes: &mut PrefixCache<M::Sequence>,
+    pair: &mut Pair<'_, M>,
+    prefixes: &mut PrefixCache<Known<M::Sequence>>,
     active: &mut Active<M::Sequence>,
     chunk: Chunk,
 ) -> Result<(), EngineError> {
-    let kept = active.checkpoints.contains(&chunk.to) || chunk.last && !model.forks_anywhere();
-    if kept && let Some(fork) = model.fork(&mut active.sequence, chunk.to)? {
-        prefixes.keep(model, &active.tokens[..chunk.to], fork, active.shared);
+    let kept = active.checkpoints.contains(&chunk.to) || chunk.last && !pair.forks_anywhere();
+    if kept && let Some(sequence) = pair.model.fork(&mut active.sequence, chunk.to)? {
+        let known = Known {
+            sequence,
+            draft: None,
+        };
+        prefixes.keep(pair, &active.tokens[..chunk.to], known, active.shared);
     }
     Ok(())
 }
