@@ -117,9 +117,10 @@ fn link_name(library: &Path) -> String {
 
 /// Compiles the jump table that stands for the library's functions in the program.
 fn loader(bindings: &str, library: &Path, native: &Path, out: &Path) -> Result<(), String> {
+    // Not line by line: without a rustfmt at hand bindgen writes all in one.
     let mut names: Vec<&str> = bindings
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("pub fn "))
+        .split("pub fn ")
+        .skip(1)
         .filter_map(|rest| rest.split('(').next())
         .filter(|name| name.starts_with("mlx_") || name.starts_with("_mlx_"))
         .collect();
