@@ -4,9 +4,10 @@
 //! as FlashAttention uses it), so that nothing grows with the context.
 //!
 //! The unit of work is a head of keys and values with some rows of queries: all the heads that share it, of one token in
-//! decoding and of several in prefill. Positions are split too, every 256 of them, and the parts are joined afterwards, so
-//! that one long sequence has work for several threads. Where they are split does not depend on what else is computed:
-//! a row gets the same bits alone and among others.
+//! decoding and of several in prefill. A row is summed up in parts of 128 positions, and the parts are joined one after the
+//! other. Where there are few rows each part is a unit of its own, so that one long sequence has work for several threads;
+//! where there are many a unit sees to all parts of its rows. The sums are the same in both, and do not depend on what else is
+//! computed: a row gets the same bits alone and among others.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -15,14 +16,17 @@ use crate::disjoint::Disjoint;
 use crate::error::check_len;
 use crate::isa::Isa;
 use crate::kv::{Element, Head, KvLayer, KvLayout, PAGE, SLICES, Unpacked};
-use crate::simd::{Kernel, LANES, Simd, dispatch, exp};
+use crate::simd::{Kernel, LANES, Line, Simd, dispatch, exp};
 use crate::{KernelError, Pool};
 
 /// Rows of queries that share a pass over the keys.
 const ROWS: usize = 12;
 
 /// Pages of a part.
-const PART_PAGES: usize = 4;
+const PART_PAGES: usize = 2;
+
+/// Units for each thread below which parts are units of their own.
+const UNITS_PER_THREAD: usize = 4;
 
 /// Rows of queries of one sequence, and what they see.
 #[derive(Clone, Copy, Debug)]
@@ -118,9 +122,8 @@ pub fn attend(
             }
         }
     }
-    let units = units(spec, sequences);
+    let units = units(spec, sequences, UNITS_PER_THREAD * pool.threads());
     let width = spec.layout.width();
-    // Parts of a row are joined once all are there; whole rows are written at once.
     let partial_rows: usize = units
         .iter()
         .filter(|unit| unit.partial.is_some())
@@ -145,7 +148,19 @@ pub fn attend(
             );
         });
     }
-    join(spec, sequences, &units, &partials, out);
+    if partial_rows > 0 {
+        let (units, partials) = (&units, &partials);
+        dispatch(
+            isa,
+            Join {
+                spec,
+                sequences,
+                units,
+                partials,
+                out,
+            },
+        );
+    }
     Ok(())
 }
 
@@ -157,15 +172,21 @@ struct Unit {
     /// Rows count token by token and within a token head by head, among those that share the head of keys.
     first: usize,
     rows: usize,
-    pages: std::ops::Range<usize>,
-    /// Where the parts go, in rows, if the unit sees not all that its rows see.
+    /// The kept ones, and those of the window.
+    pages: [Range<usize>; 2],
+    /// Where the part of each row goes, in rows, if the unit sees one part of what its rows see.
     partial: Option<usize>,
 }
 
-fn units(spec: AttentionSpec, sequences: &[Queries<'_>]) -> Vec<Unit> {
+/// All there is to do; where that is less than `few` units, parts are units of their own.
+fn units(spec: AttentionSpec, sequences: &[Queries<'_>], few: usize) -> Vec<Unit> {
     let group = spec.heads / spec.layout.heads;
     // Whole tokens where these fit, so that the rows of a unit see about the same.
     let step = if group <= ROWS { ROWS / group * group } else { ROWS };
+    let steps = sequences
+        .iter()
+        .map(|sequence| (sequence.rows * group).div_ceil(step));
+    let apart = steps.sum::<usize>() * spec.layout.heads < few;
     let mut units = Vec::new();
     let mut partial_rows = 0;
     for (index, sequence) in sequences.iter().enumerate() {
@@ -175,27 +196,22 @@ fn units(spec: AttentionSpec, sequences: &[Queries<'_>]) -> Vec<Unit> {
                 let rows = step.min(all - first);
                 let position = |row: usize| sequence.position + row / group;
                 let pages = spec.pages(position(first)..position(first + rows - 1) + 1);
-                let mut parts: Vec<Range<usize>> = Vec::new();
-                for pages in pages.into_iter().flat_map(parts_of) {
-                    match parts.last_mut() {
-                        // Both ranges may have pages of a part. What lies between them is hidden or not there.
-                        Some(last) if last.start / PART_PAGES == pages.start / PART_PAGES => {
-                            last.end = pages.end;
-                        }
-                        _ => parts.push(pages),
-                    }
+                let unit = |pages, partial| Unit {
+                    sequence: index,
+                    kv_head,
+                    first,
+                    rows,
+                    pages,
+                    partial,
+                };
+                let parts = parts_of(&pages);
+                if !apart || parts.clone().nth(1).is_none() {
+                    units.push(unit(pages, None));
+                    continue;
                 }
-                let several = parts.len() > 1;
                 for pages in parts {
-                    units.push(Unit {
-                        sequence: index,
-                        kv_head,
-                        first,
-                        rows,
-                        pages,
-                        partial: several.then_some(partial_rows),
-                    });
-                    partial_rows += if several { rows } else { 0 };
+                    units.push(unit(pages, Some(partial_rows)));
+                    partial_rows += rows;
                 }
             }
         }
@@ -203,12 +219,18 @@ fn units(spec: AttentionSpec, sequences: &[Queries<'_>]) -> Vec<Unit> {
     units
 }
 
-/// Splits pages where parts begin.
-fn parts_of(pages: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    let parts = pages.start / PART_PAGES..pages.end.div_ceil(PART_PAGES);
-    parts
-        .map(move |part| (part * PART_PAGES).max(pages.start)..((part + 1) * PART_PAGES).min(pages.end))
-        .filter(|part| !part.is_empty())
+/// Splits pages where parts begin; a part may have some of both ranges.
+fn parts_of(pages: &[Range<usize>; 2]) -> impl Iterator<Item = [Range<usize>; 2]> + Clone + use<> {
+    let [kept, seen] = pages.clone();
+    (0..seen.end.div_ceil(PART_PAGES))
+        .map(move |part| {
+            let within = |pages: &Range<usize>| {
+                let start = pages.start.max(part * PART_PAGES);
+                start..pages.end.min((part + 1) * PART_PAGES).max(start)
+            };
+            [within(&kept), within(&seen)]
+        })
+        .filter(|[kept, seen]| !kept.is_empty() || !seen.is_empty())
 }
 
 /// Where the row of a unit lies in queries and output.
@@ -220,51 +242,93 @@ fn place(spec: AttentionSpec, sequence: &Queries<'_>, unit: &Unit, row: usize) -
     (at, sequence.position + token)
 }
 
-/// Adds up the parts of rows: each part has its largest score, its sum and its weighted values.
-fn join(spec: AttentionSpec, sequences: &[Queries<'_>], units: &[Unit], partials: &[f32], out: &mut [f32]) {
-    let (width, head_dim) = (spec.layout.width(), spec.layout.head_dim);
-    let part = |index: usize| &partials[index * (width + 2)..][..width + 2];
-    let same = |a: &Unit, b: &Unit| {
-        a.partial.is_some()
-            && b.partial.is_some()
-            && (a.sequence, a.kv_head, a.first) == (b.sequence, b.kv_head, b.first)
-    };
-    for parts in units.chunk_by(same) {
-        let Some(unit) = parts.first().filter(|unit| unit.partial.is_some()) else {
-            continue;
-        };
-        for row in 0..unit.rows {
-            let rows = || {
-                parts
-                    .iter()
-                    .filter_map(|unit| unit.partial)
-                    .map(|at| part(at + row))
-            };
-            let largest = rows().map(|part| part[0]).fold(f32::NEG_INFINITY, f32::max);
-            let (at, _) = place(spec, &sequences[unit.sequence], unit, row);
-            let out = &mut out[at..][..head_dim];
-            out.fill(0.0);
-            let mut sum = 0.0;
-            for part in rows() {
-                let factor = (part[0] - largest).exp();
-                sum += factor * part[1];
-                for (out, value) in out.iter_mut().zip(&part[2..]) {
-                    *out += factor * value;
-                }
+/// What a row has seen so far: its largest score, and relative to that the sum of its weights and its weighted values.
+struct Seen<'a> {
+    largest: &'a mut f32,
+    total: &'a mut f32,
+    sums: &'a mut [f32],
+}
+
+impl Seen<'_> {
+    /// Adds what the row has seen elsewhere.
+    #[inline(always)]
+    fn add<S: Simd>(self, s: S, largest: f32, total: f32, sums: &[f32]) {
+        if largest == f32::NEG_INFINITY {
+            return;
+        }
+        let (own, _) = self.sums.as_chunks_mut::<LANES>();
+        let (sums, _) = sums.as_chunks::<LANES>();
+        let lanes = own.iter_mut().zip(sums);
+        if largest <= *self.largest {
+            let factor = (largest - *self.largest).exp();
+            *self.total += factor * total;
+            for (own, sum) in lanes {
+                s.store(s.fma(s.load(sum), s.splat(factor), s.load(own)), own);
             }
-            for out in out {
-                *out /= sum;
+        } else {
+            // 0 where nothing was seen before.
+            let factor = (*self.largest - largest).exp();
+            *self.largest = largest;
+            *self.total = factor * *self.total + total;
+            for (own, sum) in lanes {
+                s.store(s.fma(s.load(own), s.splat(factor), s.load(sum)), own);
             }
         }
     }
 }
 
-/// Runs a body with a constant number of rows: 12, 8, 4, 3, 2 or 1 at a time, as far as their sums fit the registers of an
+/// Joins the parts of rows that are units of their own.
+struct Join<'a> {
+    spec: AttentionSpec,
+    sequences: &'a [Queries<'a>],
+    units: &'a [Unit],
+    partials: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Join<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (head_dim, width) = (self.spec.layout.head_dim, self.spec.layout.width());
+        let mut sums = vec![0.0; width];
+        let same = |a: &Unit, b: &Unit| {
+            a.partial.is_some()
+                && b.partial.is_some()
+                && (a.sequence, a.kv_head, a.first) == (b.sequence, b.kv_head, b.first)
+        };
+        for parts in self.units.chunk_by(same) {
+            let Some(unit) = parts.first().filter(|unit| unit.partial.is_some()) else {
+                continue;
+            };
+            for row in 0..unit.rows {
+                let (mut largest, mut total) = (f32::NEG_INFINITY, 0.0);
+                sums.fill(0.0);
+                for at in parts.iter().filter_map(|unit| unit.partial) {
+                    let part = &self.partials[(at + row) * (width + 2)..][..width + 2];
+                    let seen = Seen {
+                        largest: &mut largest,
+                        total: &mut total,
+                        sums: &mut sums,
+                    };
+                    seen.add(s, part[0], part[1], &part[2..]);
+                }
+                let (at, _) = place(self.spec, &self.sequences[unit.sequence], unit, row);
+                for (out, sum) in self.out[at..][..head_dim].iter_mut().zip(&sums) {
+                    *out = sum / total;
+                }
+            }
+        }
+    }
+}
+
+/// Runs a body with a constant number of rows: 12, 8, 6, 4, 3, 2 or 1 at a time, as far as their sums fit the registers of an
 /// instruction set.
 macro_rules! in_groups {
     ($simd:ident, $rows:expr, $first:ident, $count:ident => $body:expr) => {
         let mut $first = 0;
-        in_groups!(@ $simd, $rows, $first, $count => $body; 12, 8, 4, 3, 2, 1);
+        in_groups!(@ $simd, $rows, $first, $count => $body; 12, 8, 6, 4, 3, 2, 1);
     };
     (@ $simd:ident, $rows:expr, $first:ident, $count:ident => $body:expr; $($size:literal),*) => {
         $(
@@ -287,15 +351,70 @@ struct Attend<'a> {
 }
 
 thread_local! {
-    /// Scaled queries and sums of a unit, and a page that was unpacked for it.
+    /// What a unit needs, and the next one uses again.
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch::default());
 }
 
 #[derive(Default)]
 struct Scratch {
+    /// Scaled; the rows that are multiplied together lie side by side, element by element.
     queries: Vec<f32>,
-    sums: Vec<f32>,
+    /// Of the part at hand.
+    part: RowSums,
+    /// Of the parts before.
+    whole: RowSums,
+    /// A page that was unpacked.
     unpacked: Unpacked,
+}
+
+/// What the rows of a unit have seen.
+#[derive(Default)]
+struct RowSums {
+    largest: [f32; ROWS],
+    totals: [f32; ROWS],
+    /// `[rows, width]`.
+    sums: Vec<f32>,
+}
+
+impl RowSums {
+    /// Nothing was seen.
+    fn clear(&mut self, rows: usize, width: usize) {
+        self.largest = [f32::NEG_INFINITY; ROWS];
+        self.totals = [0.0; ROWS];
+        self.sums.clear();
+        self.sums.resize(rows * width, 0.0);
+    }
+
+    #[inline(always)]
+    fn row(&mut self, row: usize, width: usize) -> Seen<'_> {
+        Seen {
+            largest: &mut self.largest[row],
+            total: &mut self.totals[row],
+            sums: &mut self.sums[row * width..][..width],
+        }
+    }
+
+    /// Adds what the same rows have seen in another part.
+    #[inline(always)]
+    fn add<S: Simd>(&mut self, s: S, part: &Self, rows: usize, width: usize) {
+        for row in 0..rows {
+            let sums = &part.sums[row * width..][..width];
+            self.row(row, width)
+                .add(s, part.largest[row], part.totals[row], sums);
+        }
+    }
+}
+
+impl Attend<'_> {
+    /// The keys of a page, to be asked for.
+    fn keys_of(&self, page: usize) -> Ahead {
+        let layer = self.sequence.pages.get(page).and_then(Option::as_ref);
+        match layer.map(|layer| layer.head(self.unit.kv_head)) {
+            Some(Head::F32(keys, _)) => Ahead::of(keys),
+            Some(Head::F16(keys, _)) => Ahead::of(keys),
+            Some(Head::Integers) | None => Ahead::NOTHING,
+        }
+    }
 }
 
 impl Kernel for Attend<'_> {
@@ -303,47 +422,78 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self {
-            spec,
-            queries,
-            sequence,
-            unit,
-            partials,
-            out,
-        } = self;
+        let Self { spec, unit, .. } = self;
+        let (queries, sequence) = (self.queries, self.sequence);
         let (head_dim, width) = (spec.layout.head_dim, spec.layout.width());
         // Taken out and put back: in a closure for `with` the code would lose the features of the caller.
         let mut scratch = SCRATCH.take();
-        scratch.sums.clear();
-        scratch.sums.resize(ROWS * width, 0.0);
-        // The rows that are multiplied together lie side by side, element by element.
-        scratch.queries.clear();
+        // Units of many rows find in the second cache what others have read before.
+        let few = unit.rows <= S::SUMS / 2;
+        let first = unit.pages.iter().cloned().flatten().next().filter(|_| few);
+        let keys = first.map_or(Ahead::NOTHING, |page| self.keys_of(page));
+        keys.ask_all(s);
+        scratch.part.clear(unit.rows, width);
+        scratch.whole.clear(unit.rows, width);
+        scratch.queries.resize(unit.rows * head_dim, 0.0);
         in_groups!(S, unit.rows, first, R => {
-            let rows: [usize; R] = std::array::from_fn(|row| place(spec, sequence, unit, first + row).0);
-            for element in 0..head_dim {
-                scratch.queries.extend(rows.map(|at| queries[at + element] * spec.scale));
+            let (group, _) = scratch.queries[first * head_dim..][..R * head_dim].as_chunks_mut::<R>();
+            for row in 0..R {
+                let (at, _) = place(spec, sequence, unit, first + row);
+                for (to, query) in group.iter_mut().zip(&queries[at..][..head_dim]) {
+                    to[row] = query * spec.scale;
+                }
             }
         });
-        let mut largest = [f32::NEG_INFINITY; ROWS];
-        let mut totals = [0.0; ROWS];
         let mut weights = [[0.0; PAGE]; ROWS];
-        for page in unit.pages.clone() {
+        let mut pages = unit.pages.iter().cloned().flatten().peekable();
+        while let Some(page) = pages.next() {
+            let next = pages.peek().copied();
             // What is seen and not there was refused before.
             let Some(layer) = sequence.pages.get(page).and_then(Option::as_ref) else {
                 continue;
             };
             let head = layer.head(unit.kv_head);
+            let ahead = next
+                .filter(|_| few)
+                .map_or(Ahead::NOTHING, |next| self.keys_of(next));
             match head {
-                Head::F32(keys, _) => {
-                    scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
+                Head::F32(keys, values) => {
+                    let values = if few { Ahead::of(values) } else { Ahead::NOTHING };
+                    scores_of(
+                        s,
+                        keys,
+                        head_dim,
+                        &scratch.queries,
+                        unit.rows,
+                        values,
+                        &mut weights,
+                    );
                 }
-                Head::F16(keys, _) => {
-                    scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
+                Head::F16(keys, values) => {
+                    let values = if few { Ahead::of(values) } else { Ahead::NOTHING };
+                    scores_of(
+                        s,
+                        keys,
+                        head_dim,
+                        &scratch.queries,
+                        unit.rows,
+                        values,
+                        &mut weights,
+                    );
                 }
                 Head::Integers => {
                     layer.unpack(s, unit.kv_head, &mut scratch.unpacked);
                     let keys = &scratch.unpacked.keys;
-                    scores_of(s, keys, head_dim, &scratch.queries, unit.rows, &mut weights);
+                    let values = Ahead::NOTHING;
+                    scores_of(
+                        s,
+                        keys,
+                        head_dim,
+                        &scratch.queries,
+                        unit.rows,
+                        values,
+                        &mut weights,
+                    );
                 }
             }
             let mut seen = 0;
@@ -356,49 +506,112 @@ impl Kernel for Attend<'_> {
                 let (start, end) = (within(start), within(position + 1));
                 let kept = within(spec.keep).min(end);
                 seen = seen.max(end);
-                let sums = &mut scratch.sums[row * width..][..width];
                 if let Some(cap) = spec.softcap {
                     soft_cap(s, &mut weights[row], cap);
                 }
-                soften(
-                    s,
-                    &mut weights[row],
-                    [0..kept, start.max(kept)..end],
-                    &mut largest[row],
-                    &mut totals[row],
-                    sums,
-                );
+                let ranges = [0..kept, start.max(kept)..end];
+                soften(s, &mut weights[row], ranges, scratch.part.row(row, width));
             }
-            let sums = &mut scratch.sums;
+            let sums = &mut scratch.part.sums;
             match head {
-                Head::F32(_, values) => add_values(s, values, width, &weights, unit.rows, seen, sums),
-                Head::F16(_, values) => add_values(s, values, width, &weights, unit.rows, seen, sums),
+                Head::F32(_, values) => {
+                    add_values(s, values, width, &weights, (unit.rows, seen), ahead, sums)
+                }
+                Head::F16(_, values) => {
+                    add_values(s, values, width, &weights, (unit.rows, seen), ahead, sums)
+                }
                 Head::Integers => {
                     let values = &scratch.unpacked.values;
-                    add_values(s, values, width, &weights, unit.rows, seen, sums);
+                    add_values(s, values, width, &weights, (unit.rows, seen), ahead, sums);
                 }
+            }
+            if unit.partial.is_none() && next.is_none_or(|next| next / PART_PAGES != page / PART_PAGES) {
+                scratch.whole.add(s, &scratch.part, unit.rows, width);
+                scratch.part.clear(unit.rows, width);
             }
         }
         for row in 0..unit.rows {
-            let sums = &scratch.sums[row * width..][..width];
             #[expect(unsafe_code, reason = "each task writes its own rows")]
             if let Some(first) = unit.partial {
+                let Seen { largest, total, sums } = scratch.part.row(row, width);
                 // SAFETY: units have different rows of the parts.
-                let part = unsafe { partials.part((first + row) * (width + 2), width + 2) };
-                part[0] = largest[row];
-                part[1] = totals[row];
+                let part = unsafe { self.partials.part((first + row) * (width + 2), width + 2) };
+                part[0] = *largest;
+                part[1] = *total;
                 part[2..].copy_from_slice(sums);
             } else {
+                let Seen { total, sums, .. } = scratch.whole.row(row, width);
                 let (at, _) = place(spec, sequence, unit, row);
                 // SAFETY: units that see all have different rows of the output.
-                let out = unsafe { out.part(at, head_dim) };
+                let out = unsafe { self.out.part(at, head_dim) };
                 for (out, sum) in out.iter_mut().zip(sums) {
-                    *out = sum / totals[row];
+                    *out = *sum / *total;
                 }
             }
         }
         SCRATCH.set(scratch);
     }
+}
+
+/// What is read next, asked for while something else is computed.
+#[derive(Clone, Copy)]
+struct Ahead {
+    next: *const Line,
+    lines: usize,
+}
+
+impl Ahead {
+    const NOTHING: Self = Self {
+        next: std::ptr::null(),
+        lines: 0,
+    };
+
+    fn of<E>(memory: &[E]) -> Self {
+        Self {
+            next: memory.as_ptr().cast(),
+            lines: size_of_val(memory).div_ceil(size_of::<Line>()),
+        }
+    }
+
+    /// As many lines as have to be asked for at each of some times.
+    #[inline(always)]
+    fn each(&self, times: usize) -> usize {
+        self.lines.div_ceil(times.max(1))
+    }
+
+    /// Asks for all lines.
+    #[inline(always)]
+    fn ask_all<S: Simd>(mut self, s: S) {
+        self.ask(s, self.lines);
+    }
+
+    /// Asks for so many lines, as long as there are some.
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, s: S, lines: usize) {
+        let lines = lines.min(self.lines);
+        for line in 0..lines {
+            s.prefetch(self.next.wrapping_add(line));
+        }
+        self.next = self.next.wrapping_add(lines);
+        self.lines -= lines;
+    }
+}
+
+/// Runs a body with how many vectors of sums each of `R` rows has at once, as many as fit the registers: a sum alone would wait for
+/// itself at each step.
+macro_rules! side_by_side {
+    ($simd:ident, $rows:ident, $together:ident => $body:expr) => {
+        if 4 * $rows <= $simd::SUMS {
+            const $together: usize = 4;
+            $body
+        } else if 2 * $rows <= $simd::SUMS {
+            const $together: usize = 2;
+            $body
+        } else {
+            const $together: usize = 1;
+            $body
+        }
+    };
 }
 
 /// The scores of a page's positions, for each row.
@@ -409,12 +622,14 @@ fn scores_of<S: Simd, E: Element>(
     head_dim: usize,
     queries: &[f32],
     rows: usize,
+    mut ahead: Ahead,
     out: &mut [[f32; PAGE]; ROWS],
 ) {
     in_groups!(S, rows, first, R => {
         let (queries, _) = queries[first * head_dim..][..R * head_dim].as_chunks::<R>();
         if let Some(out) = out[first..].first_chunk_mut::<R>() {
-            s.call(Scores::<E, R> { keys, queries, out });
+            s.call(Scores::<E, R> { keys, queries, ahead, out });
+            ahead = Ahead::NOTHING;
         }
     });
 }
@@ -423,6 +638,7 @@ struct Scores<'a, E, const R: usize> {
     keys: &'a [E],
     /// For each element of a head, that of each row.
     queries: &'a [[f32; R]],
+    ahead: Ahead,
     out: &'a mut [[f32; PAGE]; R],
 }
 
@@ -430,21 +646,35 @@ impl<E: Element, const R: usize> Kernel for Scores<'_, E, R> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self { keys, queries, out } = self;
-        let head_dim = keys.len() / PAGE;
-        for slice in 0..SLICES {
-            let (keys, _) = keys[slice * head_dim * LANES..][..head_dim * LANES].as_chunks::<LANES>();
-            let mut scores = [s.splat(0.0); R];
-            for (keys, queries) in keys.iter().zip(queries) {
-                let keys = E::load(s, keys);
-                for (score, query) in scores.iter_mut().zip(queries) {
-                    *score = s.fma(keys, s.splat(*query), *score);
+    fn run<S: Simd>(mut self, s: S) {
+        side_by_side!(S, R, T => self.slices::<S, T>(s));
+    }
+}
+
+impl<E: Element, const R: usize> Scores<'_, E, R> {
+    /// `T` slices of sixteen positions at once.
+    #[inline(always)]
+    fn slices<S: Simd, const T: usize>(&mut self, s: S) {
+        let head_dim = self.queries.len();
+        let (keys, _) = self.keys.as_chunks::<LANES>();
+        let each = self.ahead.each(SLICES / T * head_dim);
+        for first in (0..SLICES).step_by(T) {
+            let slices: [_; T] = std::array::from_fn(|slice| &keys[(first + slice) * head_dim..][..head_dim]);
+            let mut scores = [[s.splat(0.0); R]; T];
+            for (element, queries) in self.queries.iter().enumerate() {
+                self.ahead.ask(s, each);
+                for (scores, keys) in scores.iter_mut().zip(&slices) {
+                    let keys = E::load(s, &keys[element]);
+                    for (score, query) in scores.iter_mut().zip(queries) {
+                        *score = s.fma(keys, s.splat(*query), *score);
+                    }
                 }
             }
-            for (out, score) in out.iter_mut().zip(scores) {
-                let (slices, _) = out.as_chunks_mut::<LANES>();
-                s.store(score, &mut slices[slice]);
+            for (slice, scores) in (first..).zip(scores) {
+                for (out, score) in self.out.iter_mut().zip(scores) {
+                    let (slices, _) = out.as_chunks_mut::<LANES>();
+                    s.store(score, &mut slices[slice]);
+                }
             }
         }
     }
@@ -469,9 +699,7 @@ fn soften<S: Simd>(
     s: S,
     scores: &mut [f32; PAGE],
     [kept, seen]: [Range<usize>; 2],
-    largest: &mut f32,
-    total: &mut f32,
-    sums: &mut [f32],
+    Seen { largest, total, sums }: Seen<'_>,
 ) {
     if kept.is_empty() && seen.is_empty() {
         scores.fill(0.0);
@@ -518,8 +746,8 @@ fn add_values<S: Simd, E: Element>(
     values: &[E],
     width: usize,
     weights: &[[f32; PAGE]; ROWS],
-    rows: usize,
-    seen: usize,
+    (rows, seen): (usize, usize),
+    mut ahead: Ahead,
     sums: &mut [f32],
 ) {
     let (values, _) = values.as_chunks::<LANES>();
@@ -528,16 +756,19 @@ fn add_values<S: Simd, E: Element>(
     in_groups!(S, rows, first, R => {
         let sums = &mut sums[first * vectors..][..R * vectors];
         if let Some(weights) = weights[first..].first_chunk::<R>() {
-            s.call(AddValues::<E, R> { values, vectors, weights, seen, sums });
+            s.call(AddValues::<E, R> { values, vectors, weights, seen, ahead, sums });
+            ahead = Ahead::NOTHING;
         }
     });
 }
 
 struct AddValues<'a, E, const R: usize> {
     values: &'a [[E; LANES]],
+    /// Vectors of a row of values.
     vectors: usize,
     weights: &'a [[f32; PAGE]; R],
     seen: usize,
+    ahead: Ahead,
     sums: &'a mut [[f32; LANES]],
 }
 
@@ -545,24 +776,47 @@ impl<E: Element, const R: usize> Kernel for AddValues<'_, E, R> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let Self {
-            values,
-            vectors,
-            weights,
-            seen,
-            sums,
-        } = self;
-        for vector in 0..vectors {
-            let mut own: [S::F; R] = std::array::from_fn(|row| s.load(&sums[row * vectors + vector]));
-            for (position, values) in (0..seen.min(PAGE)).zip(values[vector..].iter().step_by(vectors)) {
-                let values = E::load(s, values);
-                for (own, weights) in own.iter_mut().zip(weights) {
-                    *own = s.fma(values, s.splat(weights[position]), *own);
+    fn run<S: Simd>(mut self, s: S) {
+        side_by_side!(S, R, T => {
+            let mut first = 0;
+            while first < self.vectors {
+                if self.vectors - first >= T {
+                    self.some::<S, T>(s, first);
+                    first += T;
+                } else {
+                    self.some::<S, 1>(s, first);
+                    first += 1;
                 }
             }
-            for (row, own) in own.into_iter().enumerate() {
-                s.store(own, &mut sums[row * vectors + vector]);
+        });
+    }
+}
+
+impl<E: Element, const R: usize> AddValues<'_, E, R> {
+    /// `T` vectors of each row of values at once.
+    #[inline(always)]
+    fn some<S: Simd, const T: usize>(&mut self, s: S, first: usize) {
+        let vectors = self.vectors;
+        let mut own: [[S::F; T]; R] = std::array::from_fn(|row| {
+            std::array::from_fn(|vector| s.load(&self.sums[row * vectors + first + vector]))
+        });
+        let each = self.ahead.each(self.seen);
+        let rows = self.values.chunks_exact(vectors).take(self.seen.min(PAGE));
+        for (position, values) in rows.enumerate() {
+            self.ahead.ask(s, each);
+            let Some(values) = values[first..].first_chunk::<T>() else {
+                continue;
+            };
+            for (vector, values) in values.iter().enumerate() {
+                let values = E::load(s, values);
+                for (own, weights) in own.iter_mut().zip(self.weights) {
+                    own[vector] = s.fma(values, s.splat(weights[position]), own[vector]);
+                }
+            }
+        }
+        for (row, own) in own.into_iter().enumerate() {
+            for (vector, own) in (first..).zip(own) {
+                s.store(own, &mut self.sums[row * vectors + vector]);
             }
         }
     }

@@ -48,6 +48,8 @@ impl Simd for Avx2 {
     type F = [__m256; 2];
     type I = [__m256i; 2];
 
+    const SUMS: usize = 6;
+
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) -> K::Output {
         run(kernel)
