@@ -88,7 +88,7 @@ impl Integers {
 pub(crate) const FEW: usize = 7;
 
 /// Rows of a strip where they are all there are.
-pub(crate) const HALF_STRIP: usize = 8;
+const HALF_STRIP: usize = 8;
 
 /// The largest integer.
 const LARGEST: f32 = 127.0;

@@ -5,13 +5,18 @@
 //! elements with a scale and a bias for each, as MLX's affine quantization has them.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::KernelError;
 use crate::error::check_len;
-use crate::simd::{LANES, Simd};
+use crate::pool::prefetch_to_write;
+use crate::simd::{LANES, Line, Simd};
 
 /// Positions of a page.
 pub const PAGE: usize = 64;
+
+/// Elements of a key that are converted together.
+const KEYS_AT_ONCE: usize = 64;
 
 /// Vectors of sixteen positions in a page.
 pub(crate) const SLICES: usize = PAGE / LANES;
@@ -258,6 +263,37 @@ impl KvPage {
         })
     }
 
+    /// Asks for the memory that [`write`](Self::write) of this position will touch, so that it does not wait for it. Pages
+    /// of integers are left out.
+    pub fn will_write(&self, layer: usize, position: usize) {
+        let KvFormat {
+            layout,
+            layers,
+            integers,
+            ..
+        } = self.format;
+        if integers.is_some() || layer >= layers || position >= PAGE {
+            return;
+        }
+        let (start, element) = match &self.floats {
+            Floats::F32(all) => (all.as_ptr().addr(), size_of::<f32>()),
+            Floats::F16(all) => (all.as_ptr().addr(), size_of::<f16>()),
+        };
+        let (_, floats) = self.format.lengths();
+        let keys = start + layer * floats * element;
+        let values = keys + layout.heads * layout.keys() * element;
+        let slice = layout.head_dim * LANES;
+        for head in 0..layout.heads {
+            let key = keys + (head * layout.keys() + position / LANES * slice) * element;
+            let value = values + (head * layout.values() + position * layout.width()) * element;
+            for (start, len) in [(key, slice * element), (value, layout.head_dim * element)] {
+                for line in (start..start + len).step_by(size_of::<Line>()) {
+                    prefetch_to_write(line);
+                }
+            }
+        }
+    }
+
     /// Writes the keys and values of one position of a layer, `[heads, head_dim]` each.
     ///
     /// # Errors
@@ -299,8 +335,10 @@ impl KvPage {
 }
 
 /// An element of keys and values, or of scales and biases.
-pub(crate) trait Element: Copy {
+pub(crate) trait Element: Copy + Default {
     fn of(value: f32) -> Self;
+    /// Several at once, of the same length.
+    fn of_all(values: &[f32], to: &mut [Self]);
     fn to_f32(self) -> f32;
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F;
 }
@@ -309,6 +347,9 @@ impl Element for f32 {
     #[inline(always)]
     fn of(value: f32) -> Self {
         value
+    }
+    fn of_all(values: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(values);
     }
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -325,6 +366,9 @@ impl Element for f16 {
     fn of(value: f32) -> Self {
         f16::from_f32(value)
     }
+    fn of_all(values: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(values);
+    }
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f16::to_f32(self)
@@ -338,17 +382,23 @@ impl Element for f16 {
 fn write_floats<E: Element>(layout: KvLayout, position: usize, page: &mut [E], keys: &[f32], values: &[f32]) {
     let (slice, lane) = (position / LANES, position % LANES);
     let (key_page, value_page) = page.split_at_mut(layout.heads * layout.keys());
+    let heads = value_page.chunks_exact_mut(layout.values());
+    for (head, values) in heads.zip(values.chunks_exact(layout.head_dim)) {
+        E::of_all(values, &mut head[position * layout.width()..][..layout.head_dim]);
+    }
     let heads = key_page.chunks_exact_mut(layout.keys());
     for (head, keys) in heads.zip(keys.chunks_exact(layout.head_dim)) {
         let slice = &mut head[slice * layout.head_dim * LANES..][..layout.head_dim * LANES];
-        for (lanes, key) in slice.chunks_exact_mut(LANES).zip(keys) {
-            lanes[lane] = E::of(*key);
-        }
-    }
-    let heads = value_page.chunks_exact_mut(layout.values());
-    for (head, values) in heads.zip(values.chunks_exact(layout.head_dim)) {
-        for (to, value) in head[position * layout.width()..].iter_mut().zip(values) {
-            *to = E::of(*value);
+        for (lanes, keys) in slice
+            .chunks_mut(KEYS_AT_ONCE * LANES)
+            .zip(keys.chunks(KEYS_AT_ONCE))
+        {
+            let mut elements = [E::default(); KEYS_AT_ONCE];
+            let elements = &mut elements[..keys.len()];
+            E::of_all(keys, elements);
+            for (lanes, key) in lanes.chunks_exact_mut(LANES).zip(elements) {
+                lanes[lane] = *key;
+            }
         }
     }
 }

@@ -55,7 +55,7 @@ pub use kv::{KvFloat, KvFormat, KvIntegers, KvLayer, KvLayout, KvPage, PAGE};
 pub use matmul::{Gate, Product, apply_gate, gated, project};
 pub use matrix::{AffineSource, DenseSource, Matrix};
 pub use norm::{layer_norm, rms_norm};
-pub use pool::Pool;
+pub use pool::{Pool, Reading};
 pub use rope::{RopeLayout, Rotation, rotate};
 pub use softmax::{draw, draw_among, log_sum_exp, softmax};
 pub use top::{all_finite, argmax, at_least, top_k};

@@ -1,7 +1,10 @@
 //! Threads that share the work of one kernel after another.
 //!
 //! A token takes some hundred kernels of a few microseconds. Between two of them the threads spin, for a fraction of a
-//! millisecond, and then sleep, so that an idle engine costs nothing.
+//! millisecond, and then sleep, so that an idle engine costs nothing. A thread that spins reads ahead what it will need of the
+//! next kernel's weights, where it has been [told](Pool::announce): a token waits for memory, which would idle meanwhile.
+
+mod ahead;
 
 use std::any::Any;
 use std::fmt;
@@ -10,6 +13,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
+
+use ahead::Announced;
+pub use ahead::Reading;
+pub(crate) use ahead::prefetch_to_write;
 
 /// Rounds of waiting before a thread sleeps, about 0.2 ms.
 const SPINS: u32 = 4000;
@@ -35,16 +42,40 @@ pub struct Pool {
 struct Job<'a> {
     call: &'a (dyn Fn(Range<usize>) + Sync),
     len: usize,
-    /// A thread takes this part of what is left at a time.
-    share: usize,
+    order: Order,
 }
+
+/// Who does which part of a job.
+#[derive(Clone, Copy)]
+enum Order {
+    /// Whoever is free takes the next one.
+    Queue,
+    /// Each thread has a share, and takes of the others' when it is done with that.
+    Shares,
+}
+
+impl Job<'_> {
+    /// What a thread of so many begins with.
+    fn share(&self, thread: usize, threads: usize) -> Range<usize> {
+        match self.order {
+            Order::Queue if thread == 0 => 0..self.len,
+            Order::Queue => self.len..self.len,
+            Order::Shares => thread * self.len / threads..(thread + 1) * self.len / threads,
+        }
+    }
+}
+
+/// A place in a share, alone in its cache lines.
+#[repr(align(128))]
+struct Place(AtomicUsize);
 
 struct Shared {
     /// The number of the job, whether workers may still join it, and how many are inside.
     gate: AtomicU64,
     /// The job while the gate is open or somebody is inside.
     job: AtomicPtr<Job<'static>>,
-    next: AtomicUsize,
+    /// For each thread, the caller first, the next of its share that nobody has taken.
+    next: Vec<Place>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -53,30 +84,33 @@ struct Shared {
 struct Sleeper {
     asleep: AtomicBool,
     thread: Mutex<Option<Thread>>,
+    ahead: Announced,
 }
 
 impl Pool {
     /// A pool of `threads` threads, the caller of [`run`](Self::run) included. A thread that the system does not give
     /// is done without.
     pub fn new(threads: usize) -> Self {
+        let threads = threads.clamp(1, INSIDE as usize);
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
             job: AtomicPtr::new(std::ptr::null_mut()),
-            next: AtomicUsize::new(0),
+            next: (0..threads).map(|_| Place(AtomicUsize::new(0))).collect(),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
         });
         let mut workers = Vec::new();
         let mut sleepers = Vec::new();
-        for number in 1..threads.clamp(1, INSIDE as usize) {
+        for number in 1..threads {
             let sleeper = Arc::new(Sleeper {
                 asleep: AtomicBool::new(false),
                 thread: Mutex::new(None),
+                ahead: Announced::default(),
             });
             let (shared, own) = (Arc::clone(&shared), Arc::clone(&sleeper));
             let spawned = thread::Builder::new()
                 .name(format!("mlx-engine-cpu-{number}"))
-                .spawn(move || work(&shared, &own));
+                .spawn(move || work(&shared, &own, number));
             let Ok(worker) = spawned else { break };
             *lock(&sleeper.thread) = Some(worker.thread().clone());
             workers.push(worker);
@@ -112,13 +146,14 @@ impl Pool {
         self.work_off(Job {
             call: &|range| range.for_each(&task),
             len: tasks,
-            share: usize::MAX,
+            order: Order::Queue,
         });
     }
 
-    /// Calls `task` with ranges that cover `0..len`, and returns when all calls have. The ranges become shorter toward the
-    /// end (guided self-scheduling, Polychronopoulos and Kuck, 1987), so that the threads end together whatever the
-    /// system takes away from one of them.
+    /// Calls `task` with ranges that cover `0..len`, and returns when all calls have. Each thread begins with a share of its own, which
+    /// is the same each time, so that it finds what it has [read ahead](Self::announce). The ranges become shorter toward the
+    /// end of a share (guided self-scheduling, Polychronopoulos and Kuck, 1987), and who is done takes of what is left of the
+    /// others', so that the threads end together whatever the system takes away from one of them.
     ///
     /// # Panics
     ///
@@ -127,8 +162,17 @@ impl Pool {
         self.work_off(Job {
             call: &task,
             len,
-            share: 2 * self.threads(),
+            order: Order::Shares,
         });
+    }
+
+    /// Says what the next [`split`](Self::split) will read, to be said before the job that comes before it. Threads that wait
+    /// meanwhile read their shares ahead, as far as fits their second cache.
+    pub fn announce(&self, reading: Reading<'_>) {
+        let threads = self.shared.next.len();
+        for (thread, sleeper) in (1..).zip(&self.sleepers) {
+            sleeper.ahead.set(reading.share(thread, threads));
+        }
     }
 
     fn work_off(&self, job: Job<'_>) {
@@ -140,7 +184,10 @@ impl Pool {
         }
         let _turn = lock(&self.turn);
         let shared = &*self.shared;
-        shared.next.store(0, Ordering::Relaxed);
+        for (thread, next) in shared.next.iter().enumerate() {
+            let share = job.share(thread, shared.next.len());
+            next.0.store(share.start, Ordering::Relaxed);
+        }
         shared
             .job
             .store((&raw const job).cast_mut().cast(), Ordering::Relaxed);
@@ -156,7 +203,7 @@ impl Pool {
                 thread.unpark();
             }
         }
-        shared.take_part(job);
+        shared.take_part(job, 0);
         shared.gate.fetch_and(!OPEN, Ordering::AcqRel);
         while shared.gate.load(Ordering::Acquire) & INSIDE != 0 {
             std::hint::spin_loop();
@@ -169,36 +216,43 @@ impl Pool {
 
 impl Shared {
     /// Runs tasks until none is left. A panic is kept for the caller, and the tasks that nobody began are dropped.
-    fn take_part(&self, job: Job<'_>) {
+    fn take_part(&self, job: Job<'_>, thread: usize) {
         let ran = catch_unwind(AssertUnwindSafe(|| {
-            while let Some(range) = self.take(job) {
+            while let Some(range) = self.take(job, thread) {
                 (job.call)(range);
             }
         }));
         if let Err(panic) = ran {
-            self.next.store(job.len, Ordering::Relaxed);
+            for next in &self.next {
+                next.0.store(job.len, Ordering::Relaxed);
+            }
             lock(&self.panic).get_or_insert(panic);
         }
     }
 
-    /// The next range of a job.
-    fn take(&self, job: Job<'_>) -> Option<Range<usize>> {
-        let mut start = self.next.load(Ordering::Relaxed);
-        loop {
-            let left = job.len.checked_sub(start).filter(|left| *left > 0)?;
-            let end = start + (left / job.share).max(1);
-            match self
-                .next
-                .compare_exchange_weak(start, end, Ordering::Relaxed, Ordering::Relaxed)
-            {
-                Ok(_) => return Some(start..end),
-                Err(now) => start = now,
+    /// The next range of a job, of the thread's own share as long as there is one.
+    fn take(&self, job: Job<'_>, thread: usize) -> Option<Range<usize>> {
+        let threads = self.next.len();
+        (thread..threads).chain(0..thread).find_map(|thread| {
+            let (next, end) = (&self.next[thread].0, job.share(thread, threads).end);
+            let mut start = next.load(Ordering::Relaxed);
+            loop {
+                let left = end.checked_sub(start).filter(|left| *left > 0)?;
+                let taken = match job.order {
+                    Order::Queue => 1,
+                    Order::Shares => left.div_ceil(2),
+                };
+                let end = start + taken;
+                match next.compare_exchange_weak(start, end, Ordering::Relaxed, Ordering::Relaxed) {
+                    Ok(_) => return Some(start..end),
+                    Err(now) => start = now,
+                }
             }
-        }
+        })
     }
 }
 
-fn work(shared: &Shared, own: &Sleeper) {
+fn work(shared: &Shared, own: &Sleeper, thread: usize) {
     let mut seen = 0;
     loop {
         let Some(gate) = wait(shared, own, seen) else {
@@ -218,7 +272,7 @@ fn work(shared: &Shared, own: &Sleeper) {
         // SAFETY: the gate was open for the job when this thread was counted in, so that `run` has stored the pointer
         // before (the gate's release and acquire order it) and does not return before the count is given back.
         let job = unsafe { *shared.job.load(Ordering::Relaxed) };
-        shared.take_part(job);
+        shared.take_part(job, thread);
         shared.gate.fetch_sub(1, Ordering::AcqRel);
     }
 }
@@ -226,12 +280,15 @@ fn work(shared: &Shared, own: &Sleeper) {
 /// Waits for a job that this worker has not seen. `None` at the end.
 fn wait(shared: &Shared, own: &Sleeper, seen: u64) -> Option<u64> {
     let new = |gate: u64| gate & OPEN != 0 && gate & !(NEXT - 1) != seen;
+    let mut ahead = own.ahead.get();
     for _ in 0..SPINS {
         let gate = shared.gate.load(Ordering::Acquire);
         if new(gate) {
             return Some(gate);
         }
-        std::hint::spin_loop();
+        if !ahead.read() {
+            std::hint::spin_loop();
+        }
     }
     loop {
         own.asleep.store(true, Ordering::SeqCst);

@@ -133,6 +133,16 @@ impl Matrix {
         self.columns
     }
 
+    /// The weights as they lie in memory, tile by tile, less scales and biases.
+    pub fn memory(&self) -> &[u8] {
+        match &self.weights {
+            Weights::Quantized(q) => bytemuck::cast_slice(&q.lines),
+            Weights::F32(values) => bytemuck::cast_slice(values),
+            Weights::F16(values) => bytemuck::cast_slice(values),
+            Weights::Bf16(values) => bytemuck::cast_slice(values),
+        }
+    }
+
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
         match &self.weights {

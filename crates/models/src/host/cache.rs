@@ -156,6 +156,14 @@ impl Pages {
         Ok(())
     }
 
+    /// Asks for the memory that [`write`](Self::write) will touch.
+    pub(super) fn will_write(&self, (kind, number): (usize, usize), position: usize) {
+        let pages = self.groups.get(kind);
+        if let Some(Some(page)) = pages.and_then(|pages| pages.get(position / PAGE)) {
+            page.kv.will_write(number, position % PAGE);
+        }
+    }
+
     /// Writes a position of a layer, which is the `number`th of its kind.
     pub(super) fn write(
         &mut self,

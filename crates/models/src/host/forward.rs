@@ -1,8 +1,8 @@
 //! One step of a decoder.
 
 use mlx_engine_kernels::{
-    Activations, AttentionSpec, Gate, KernelError, Product, Queries, RopeLayout, Rotation, attend, gated,
-    project, rms_norm, rotate,
+    Activations, AttentionSpec, Gate, KernelError, Matrix, Product, Queries, Reading, RopeLayout, Rotation,
+    attend, gated, project, rms_norm, rotate,
 };
 
 use super::cache::{PagePlan, Pages};
@@ -11,6 +11,9 @@ use super::faults::Faults;
 use super::{Block, FeedForward, Linear, Mlp, Model};
 use crate::memory::Held;
 use crate::spec::Activation;
+
+/// Rows up to which a step waits for its weights rather than for arithmetic.
+const FEW_ROWS: usize = 8;
 
 /// The rows of a step that belong to one sequence.
 pub(super) struct Part<'a> {
@@ -101,7 +104,7 @@ impl Model {
         for (layer, block) in self.blocks.iter().enumerate() {
             let rotations = rotations[spec.attention_kind(layer)].as_deref();
             self.attention(work, plan, block, layer, parts, rotations)?;
-            self.feed_forward(work, block)?;
+            self.feed_forward(work, block, self.blocks.get(layer + 1))?;
         }
         let wanted = parts.iter().map(|part| part.wanted).sum();
         if wanted == 0 {
@@ -200,6 +203,21 @@ impl Model {
         Ok(())
     }
 
+    /// Tells the threads which weights are multiplied next, where there are so few rows that weights are waited for.
+    fn announce<const N: usize>(&self, rows: usize, matrices: [&Matrix; N]) {
+        if rows <= FEW_ROWS {
+            self.pool.announce(Reading::InTurn(&matrices.map(Matrix::memory)));
+        }
+    }
+
+    /// As [`announce`](Self::announce), of matrices that are gone through side by side.
+    fn announce_together<const N: usize>(&self, rows: usize, matrices: [&Matrix; N]) {
+        if rows <= FEW_ROWS {
+            self.pool
+                .announce(Reading::Together(&matrices.map(Matrix::memory)));
+        }
+    }
+
     /// Adds a block's attention to the residual stream.
     fn attention(
         &self,
@@ -223,6 +241,14 @@ impl Model {
             Product::write(&key.matrix, key.bias.as_deref(), &mut work.keys),
             Product::write(&value.matrix, value.bias.as_deref(), &mut work.values),
         ];
+        let place = plan.kv.places[layer];
+        if rows <= FEW_ROWS {
+            for part in &*parts {
+                let positions = part.position..part.position + part.rows;
+                positions.for_each(|position| part.pages.will_write(place, position));
+            }
+        }
+        self.announce(rows, [&block.attention_output.matrix]);
         project(isa, pool, &work.normed, products)?;
         if let Some((query_norm, key_norm)) = &block.head_norms {
             for (x, weight) in [(&mut work.queries, query_norm), (&mut work.keys, key_norm)] {
@@ -241,7 +267,6 @@ impl Model {
             rotate(isa, pool, rope, rotations, spec.head_dim, &mut work.keys)?;
         }
 
-        let place = plan.kv.places[layer];
         let mut kv = work
             .keys
             .chunks_exact(kv_width)
@@ -278,22 +303,45 @@ impl Model {
         let attended = work.attended.resize(rows, q_width);
         attend(isa, pool, attention, &work.queries, &sequences, attended)?;
         work.attended.prepare(isa, pool, self.precision);
+        if let FeedForward::Mlp(mlp) = &block.feed_forward {
+            self.announce_together(rows, [&mlp.gate.matrix, &mlp.up.matrix]);
+        }
         let norm = block.post_attention_norm.as_deref();
         self.leave(work, |work| &work.attended, &block.attention_output, norm)
     }
 
     /// Adds a block's MLP, or its experts, to the residual stream.
-    fn feed_forward(&self, work: &mut Workspace, block: &Block) -> Result<(), KernelError> {
+    fn feed_forward(
+        &self,
+        work: &mut Workspace,
+        block: &Block,
+        next: Option<&Block>,
+    ) -> Result<(), KernelError> {
         match &block.feed_forward {
-            FeedForward::Mlp(mlp) => self.mlp(work, block, mlp),
+            FeedForward::Mlp(mlp) => self.mlp(work, block, mlp, next),
             FeedForward::Experts(experts) => self.experts(work, block, experts),
         }
     }
 
     /// Adds a block's MLP to the residual stream.
-    fn mlp(&self, work: &mut Workspace, block: &Block, mlp: &Mlp) -> Result<(), KernelError> {
+    fn mlp(
+        &self,
+        work: &mut Workspace,
+        block: &Block,
+        mlp: &Mlp,
+        next: Option<&Block>,
+    ) -> Result<(), KernelError> {
         self.enter(work, block.mlp_norm.as_deref())?;
+        let rows = work.normed.rows();
+        self.announce(rows, [&mlp.down.matrix]);
         self.gate(work, mlp)?;
+        match next {
+            Some(next) => {
+                let linears = [&next.query, &next.key, &next.value];
+                self.announce(rows, linears.map(|linear| &linear.matrix));
+            }
+            None => self.announce(rows, [self.output.as_ref().unwrap_or(&self.embedding)]),
+        }
         let norm = block.post_mlp_norm.as_deref();
         self.leave(work, |work| &work.gated, &mlp.down, norm)
     }
