@@ -1,0 +1,142 @@
+//! What is to go wrong, and where.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+use mlx_engine_core::EngineError;
+
+/// Where a fault comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Point {
+    /// A chunk of a prompt that is not its end.
+    Prefill,
+    /// The token of this number is begun.
+    Step(u64),
+    /// A token is read.
+    Read,
+    /// The token of this number is read.
+    ReadAt(u64),
+    /// A sequence is cut for the cache, which is no step of a request.
+    Truncate,
+    /// The bytes of a request are asked for, before it is in the queue.
+    Bytes,
+}
+
+/// What it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    Device,
+    OutOfMemory,
+    Panic,
+    /// Nothing comes until the gate opens, and then an error.
+    Hang,
+    /// Nothing comes until the gate opens, and then all goes on.
+    Pause,
+    /// A function inside MLX's graph fails, and the graph is evaluated.
+    #[cfg(feature = "mlx")]
+    HostOp,
+    #[cfg(feature = "mlx")]
+    HostOpPanic,
+}
+
+/// The parameters of a request that is to fail have this seed.
+pub(super) const VICTIM: u64 = 666;
+
+/// What is to happen, and what did.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    pub(super) fault: Mutex<Option<(Point, Fault)>>,
+    /// Whether the fault stays until the model is loaded again.
+    pub(super) stays: AtomicBool,
+    /// Whether nobody can tell whose fault it is where several are fed.
+    pub(super) hides: AtomicBool,
+    /// Whether nothing that a step has left can be taken back.
+    pub(super) forgets: AtomicBool,
+    pub(super) loads: Mutex<u32>,
+    pub(super) gate: (Mutex<bool>, Condvar),
+    /// Told when something hangs.
+    pub(super) hangs: tokio::sync::Notify,
+}
+
+impl Plan {
+    pub(super) fn until_reload(point: Point, fault: Fault) -> Arc<Self> {
+        Arc::new(Self {
+            fault: Mutex::new(Some((point, fault))),
+            stays: AtomicBool::new(true),
+            ..Self::default()
+        })
+    }
+
+    /// Ends what hangs.
+    pub(super) fn open(&self) {
+        *self.gate.0.lock().expect("not poisoned") = true;
+        self.gate.1.notify_all();
+    }
+
+    /// Until the gate opens.
+    fn wait(&self) {
+        self.hangs.notify_one();
+        let closed = self.gate.0.lock().expect("not poisoned");
+        drop(
+            self.gate
+                .1
+                .wait_while(closed, |open| !*open)
+                .expect("not poisoned"),
+        );
+    }
+
+    /// The fault of this point, if there is one.
+    pub(super) fn due(&self, here: Point) -> Option<Fault> {
+        let mut planned = self.fault.lock().expect("not poisoned");
+        let (point, fault) = (*planned)?;
+        if point != here {
+            return None;
+        }
+        if !self.stays.load(Ordering::Relaxed) {
+            *planned = None;
+        }
+        Some(fault)
+    }
+
+    pub(super) fn meet(&self, here: Point) -> Result<(), EngineError> {
+        match self.due(here) {
+            None => Ok(()),
+            Some(Fault::Device) => Err(EngineError::device("told to", "fail")),
+            Some(Fault::OutOfMemory) => Err(EngineError::OutOfMemory),
+            Some(Fault::Panic) => panic!("told to panic"),
+            Some(Fault::Hang) => {
+                self.wait();
+                Err(EngineError::device("told to", "hang"))
+            }
+            Some(Fault::Pause) => {
+                self.wait();
+                Ok(())
+            }
+            #[cfg(feature = "mlx")]
+            Some(Fault::HostOp) => Err(in_a_host_op(false)),
+            #[cfg(feature = "mlx")]
+            Some(Fault::HostOpPanic) => Err(in_a_host_op(true)),
+        }
+    }
+}
+
+/// The error of a graph whose node fails.
+#[cfg(feature = "mlx")]
+fn in_a_host_op(panics: bool) -> EngineError {
+    use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_FLOAT32};
+
+    let op = HostOp::new(c"faulty", move |_, _| {
+        assert!(!panics, "told to panic");
+        Err("told to fail".to_owned())
+    });
+    let stream = mlx_rs::Stream::cpu();
+    let outputs = [HostOutput::new(&[1], mlx_dtype__MLX_FLOAT32)];
+    #[expect(unsafe_code, reason = "the graph is built through MLX's C interface")]
+    // SAFETY: the handle of the stream is alive; the result is owned, and taken once.
+    let array = unsafe {
+        let mut results = op.call(&[], &outputs, stream.as_ptr()).expect("a node");
+        mlx_rs::Array::from_ptr(results.remove(0))
+    };
+    let error = array.eval().expect_err("the node fails");
+    crate::mlx::run_error(error.into())
+}
