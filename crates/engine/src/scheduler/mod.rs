@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use mlx_engine_core::Priority;
 
 use self::rates::Rates;
+pub(crate) use self::rates::Steps;
 
 /// Tells requests apart. Numbers are given in the order in which requests come.
 pub(crate) type Id = u64;
@@ -376,10 +377,9 @@ impl Scheduler {
         }
     }
 
-    /// Notes how long a turn took in which something was done.
-    pub(crate) fn turned(&mut self, turn: &Turn, spent: Duration) {
-        let fed = turn.chunks.iter().map(Chunk::len).sum();
-        self.rates.turned(fed, spent);
+    /// Notes how long steps took.
+    pub(crate) fn took(&mut self, steps: Steps) {
+        self.rates.took(steps);
     }
 
     /// Takes a request out that ended by itself, and remembers how long its answer was.

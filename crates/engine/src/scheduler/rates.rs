@@ -5,16 +5,27 @@ use std::time::Duration;
 /// The weight of the latest value in a mean that forgets.
 const LATEST: f64 = 0.2;
 
-/// What a turn is thought to take before any was measured.
+/// Seconds that a step is thought to take before any was measured, and those for each token of a prompt.
 const FIRST_GUESS: f64 = 0.1;
+const FIRST_GUESS_PROMPT: f64 = 0.01;
+
+/// Steps, and how long they took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Steps {
+    /// Tokens of prompts that they were fed.
+    pub(crate) prompt_tokens: usize,
+    /// Answers that they took further.
+    pub(crate) answers: usize,
+    pub(crate) spent: Duration,
+}
 
 /// Means of what was measured, the latest counting most.
 #[derive(Debug, Default)]
 pub(super) struct Rates {
-    /// Seconds for a token of a prompt.
-    prompt_token: Option<f64>,
-    /// Seconds for a turn that feeds no prompt.
-    turn: Option<f64>,
+    /// Tokens of prompts that were fed and the seconds that they took, what was before counting less each time.
+    prompts: Option<(f64, f64)>,
+    /// Seconds for a step that feeds no prompt.
+    step: Option<f64>,
     /// Tokens of an answer that ended by itself.
     answer: Option<f64>,
 }
@@ -24,13 +35,33 @@ fn note(mean: &mut Option<f64>, value: f64) {
 }
 
 impl Rates {
-    /// A turn that fed so many tokens of a prompt took so long.
-    pub(super) fn turned(&mut self, fed: usize, spent: Duration) {
-        if fed == 0 {
-            note(&mut self.turn, spent.as_secs_f64());
-        } else {
-            note(&mut self.prompt_token, spent.as_secs_f64() / fed as f64);
+    /// Steps took so long. Of those that took answers further and fed prompts, what a step without prompts takes is not the
+    /// prompts'.
+    pub(super) fn took(&mut self, steps: Steps) {
+        let seconds = steps.spent.as_secs_f64();
+        if steps.prompt_tokens == 0 {
+            if steps.answers > 0 {
+                note(&mut self.step, seconds);
+            }
+            return;
         }
+        let answers = self.step.filter(|_| steps.answers > 0).unwrap_or(0.0);
+        let (tokens, before) = self.prompts.unwrap_or_default();
+        self.prompts = Some((
+            tokens * (1.0 - LATEST) + steps.prompt_tokens as f64,
+            before * (1.0 - LATEST) + (seconds - answers).max(0.0),
+        ));
+    }
+
+    /// Seconds for a token of a prompt.
+    fn prompt_token(&self) -> Option<f64> {
+        self.prompts.map(|(tokens, seconds)| seconds / tokens)
+    }
+
+    /// How long it takes to feed so many tokens of a prompt.
+    pub(super) fn prefill(&self, tokens: usize) -> Duration {
+        let each = self.prompt_token().unwrap_or(FIRST_GUESS_PROMPT);
+        Duration::try_from_secs_f64(tokens as f64 * each).unwrap_or(Duration::MAX)
     }
 
     /// An answer ended that has so many tokens.
@@ -44,8 +75,8 @@ impl Rates {
         let most = most as f64;
         let length = self.answer.map_or(most, |answer| answer.min(most));
         let left = (length - generated as f64).max(1.0);
-        let turn = self.turn.or(self.prompt_token).unwrap_or(FIRST_GUESS);
-        let seconds = prompt as f64 * self.prompt_token.unwrap_or(turn) + left * turn;
+        let step = self.step.or(self.prompt_token()).unwrap_or(FIRST_GUESS);
+        let seconds = prompt as f64 * self.prompt_token().unwrap_or(step) + left * step;
         // A hint in milliseconds, which is never "at once".
         Duration::from_millis(
             Duration::try_from_secs_f64(seconds)
@@ -63,11 +94,20 @@ mod tests {
         Duration::from_millis(tenths * 100)
     }
 
+    /// Steps that took so many tenths of a second.
+    fn steps(prompt_tokens: usize, answers: usize, tenths: u64) -> Steps {
+        Steps {
+            prompt_tokens,
+            answers,
+            spent: seconds(tenths),
+        }
+    }
+
     #[test]
     fn what_was_measured_decides() {
         let mut rates = Rates::default();
-        rates.turned(0, seconds(5));
-        rates.turned(100, seconds(20));
+        rates.took(steps(0, 1, 5));
+        rates.took(steps(100, 0, 20));
         // 50 tokens of a prompt at 0.02 s, 8 turns of half a second.
         assert_eq!(rates.remaining(50, 2, 10), seconds(10 + 40));
         rates.answered(4);
@@ -81,7 +121,7 @@ mod tests {
             seconds(5),
             "one token is left at least"
         );
-        rates.turned(0, seconds(10));
+        rates.took(steps(0, 2, 10));
         assert_eq!(rates.remaining(0, 9, 10), seconds(6), "the latest moves the mean");
     }
 
@@ -89,8 +129,23 @@ mod tests {
     fn there_is_a_hint_before_anything_was_measured_and_none_is_zero() {
         let mut rates = Rates::default();
         assert_eq!(rates.remaining(0, 0, 1), seconds(1));
-        rates.turned(0, Duration::ZERO);
-        rates.turned(1, Duration::ZERO);
+        rates.took(steps(0, 0, 70));
+        assert_eq!(rates.remaining(0, 0, 1), seconds(1), "nothing was fed");
+        rates.took(steps(0, 1, 0));
+        rates.took(steps(1, 0, 0));
         assert_eq!(rates.remaining(1, 0, 1), Duration::from_millis(1));
+    }
+
+    /// What answers take of a step is not the prompts', and a prompt of few tokens says little of what one takes.
+    #[test]
+    fn a_prompt_takes_what_it_adds_to_a_step() {
+        let mut rates = Rates::default();
+        assert_eq!(rates.prefill(50), seconds(5), "nothing was measured");
+        rates.took(steps(0, 3, 10));
+        rates.took(steps(100, 3, 30));
+        assert_eq!(rates.prefill(50), seconds(10));
+        // 2 seconds more for 5 tokens: 3.6 for 85.
+        rates.took(steps(5, 3, 30));
+        assert_eq!(rates.prefill(170), seconds(72));
     }
 }

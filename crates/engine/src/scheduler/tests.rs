@@ -116,21 +116,17 @@ fn the_queue_is_bounded_and_says_when_a_place_is_free() {
     assert_eq!(script.admitted(), [0, 1]);
     let scheduler = &mut script.scheduler;
     scheduler.fed(chunk(0, 0, 25));
-    scheduler.turned(
-        &Turn {
-            chunks: vec![chunk(0, 0, 25)],
-            decode: vec![],
-        },
-        Duration::from_millis(2500),
-    );
+    scheduler.took(Steps {
+        prompt_tokens: 25,
+        answers: 0,
+        spent: Duration::from_millis(2500),
+    });
     scheduler.generated(0);
-    scheduler.turned(
-        &Turn {
-            chunks: vec![],
-            decode: vec![0],
-        },
-        Duration::from_millis(300),
-    );
+    scheduler.took(Steps {
+        prompt_tokens: 0,
+        answers: 1,
+        spent: Duration::from_millis(300),
+    });
     // The first has three tokens to go; the second its prompt and four.
     let refused = script.scheduler.submit(script.ask(4, 0)).unwrap_err();
     assert_eq!(

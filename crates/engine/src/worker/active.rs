@@ -160,6 +160,11 @@ impl Row {
         self.tokens.as_ref().map_or(1, Vec::len)
     }
 
+    /// Tokens of a prompt that it feeds.
+    pub(super) fn prompt_tokens(&self) -> usize {
+        self.chunk.map_or(0, |chunk| chunk.to - chunk.from)
+    }
+
     /// The same for the model.
     pub(super) fn feed<'a, S>(&'a self, active: &'a mut Active<S>) -> Feed<'a, S> {
         Feed {

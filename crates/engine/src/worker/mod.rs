@@ -10,6 +10,7 @@ mod queue;
 mod redo;
 mod scoring;
 mod speculate;
+mod stopwatch;
 #[cfg(test)]
 mod tests;
 mod turn;
@@ -28,6 +29,7 @@ pub(crate) use self::command::{Command, Maintenance, PrefixCommand};
 use self::memory::Memory;
 use self::scoring::Scoring;
 use self::speculate::Speculation;
+use self::stopwatch::Stopwatch;
 use crate::TokenModel;
 use crate::clock::Clock;
 use crate::config::EngineConfig;
@@ -62,6 +64,7 @@ pub(crate) struct Worker<M: TokenModel, C> {
     scoring: Scoring<M::Sequence>,
     disk: Option<DiskCache>,
     speculation: Speculation<M>,
+    stopwatch: Stopwatch,
     /// Turns since a chunk was written.
     turns: u32,
     /// Requests so far.
@@ -116,6 +119,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             scoring: Scoring::new(),
             disk,
             speculation,
+            stopwatch: Stopwatch::default(),
             turns: 0,
             submitted: 0,
             gauges,

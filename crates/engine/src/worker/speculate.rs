@@ -28,11 +28,6 @@ pub(super) struct Speculation<M> {
     settled: bool,
     /// What the draft model took of the turn.
     drafting: Duration,
-    /// What the turn took to feed steps that the next one reads: a device may run some of a step, or all, before it takes
-    /// the rest.
-    feeding: Duration,
-    /// The same of the turn before.
-    fed_before: Duration,
 }
 
 /// What may be guessed for an answer.
@@ -61,8 +56,6 @@ impl<M: TokenModel> Speculation<M> {
             usual: Usual::default(),
             settled: false,
             drafting: Duration::ZERO,
-            feeding: Duration::ZERO,
-            fed_before: Duration::ZERO,
         }
     }
 
@@ -111,20 +104,17 @@ impl<M: TokenModel> Speculation<M> {
         draft
     }
 
-    /// A turn took so long that read steps of so many tokens, and did nothing else where it `decoded` alone.
-    pub(super) fn turned(&mut self, rows: usize, spent: Duration, decoded: bool) {
-        let other = std::mem::take(&mut self.drafting) + self.feeding;
-        let spent = self.fed_before + spent.saturating_sub(other);
-        self.fed_before = std::mem::take(&mut self.feeding);
+    /// What the draft model took of this turn.
+    pub(super) fn drafting(&mut self) -> Duration {
+        std::mem::take(&mut self.drafting)
+    }
+
+    /// The steps that a turn read were fed so many tokens and took so long; it did nothing else where it `decoded` alone.
+    pub(super) fn took(&mut self, rows: usize, spent: Duration, decoded: bool) {
         if self.settled && decoded {
             self.costs.note(rows, spent.as_secs_f64());
         }
         self.settled = decoded;
-    }
-
-    /// Feeding steps took so long.
-    pub(super) fn fed(&mut self, spent: Duration) {
-        self.feeding += spent;
     }
 
     /// What may be guessed behind tokens, at most so many.

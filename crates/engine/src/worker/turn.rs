@@ -75,8 +75,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
         if !turn.chunks.is_empty() || !turn.decode.is_empty() {
             let spent = self.clock.now().saturating_duration_since(began);
-            self.scheduler.turned(&turn, spent);
-            self.speculation.turned(rows, spent, decoded);
+            let read = self.stopwatch.turned(spent, self.speculation.drafting());
+            self.scheduler.took(read);
+            self.speculation.took(rows, read.spent, decoded);
         }
         if !turn.chunks.is_empty() {
             self.measure();
@@ -109,6 +110,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             prefixes,
             gauges,
             speculation,
+            stopwatch,
+            clock,
             ..
         } = self;
         let mut left = Vec::new();
@@ -130,6 +133,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             match guarded(|| Ok(model.feed(&mut batch))).unwrap_or_else(|error| Err(error.into())) {
                 Ok(()) => {
                     for (active, row) in left.drain(..count) {
+                        stopwatch.begun(row.prompt_tokens(), usize::from(row.chunk.is_none()));
                         let pair = &mut speculation.pair(model);
                         if let Err(error) = fed(pair, scheduler, prefixes, active, &row, count > 1) {
                             failed.push((active.id, error));
@@ -172,8 +176,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 }
             }
         }
-        self.speculation
-            .fed(self.clock.now().saturating_duration_since(began));
+        stopwatch.fed(clock.now().saturating_duration_since(began));
     }
 
     /// Finds out what may come, of every answer that is due and held to a grammar: while the device computes.
