@@ -31,8 +31,8 @@ pub struct EngineConfig {
     /// it is shorter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context_length: Option<usize>,
-    /// Tokens of a prompt that are fed at once, between two steps of the others; 1 to 65536. Where `None`, 512 on a CPU,
-    /// where others would wait longer, and where memory is tight, and 2048 elsewhere.
+    /// Tokens of prompts, of all together, that are fed between two tokens of the answers that run; 1 to 65536. Where `None`,
+    /// 512 on a CPU, where answers would wait longer, and where memory is tight, and 2048 elsewhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prefill_chunk: Option<usize>,
     /// Bytes that the model's weights, its workspace and the keys and values of all its sequences may take together; no
@@ -71,8 +71,8 @@ pub struct PrefixCacheConfig {
     pub disk: Option<DiskCacheConfig>,
 }
 
-/// Keys and values on disk. They are written beside the work, in chunks of 256 tokens, and found again by a model of the
-/// same content; a file that is damaged is computed again.
+/// Keys and values on disk. They are written and read beside the work, in chunks of 256 tokens, and found again by a model
+/// of the same content; what is damaged, or takes longer to read than to compute, is computed again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskCacheConfig {

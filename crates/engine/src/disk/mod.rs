@@ -2,11 +2,12 @@
 //!
 //! What a sequence has seen is cut into chunks of 256 tokens. The name of a chunk is a hash over the model, all tokens
 //! before the chunk and its own, so that a name that is found is the right one. Files are written on a thread of their
-//! own, one after the other, and are nothing but a help: what cannot be read, or is not what its name says, is computed
-//! again.
+//! own and read on another, one after the other, and are nothing but a help: what cannot be read, is not what its name says
+//! or comes too late is computed again.
 
 mod chain;
 mod file;
+mod reader;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -20,6 +21,9 @@ use std::thread::JoinHandle;
 use mlx_engine_core::ParamError;
 
 use self::chain::{CHUNK, Name};
+pub(crate) use self::reader::Fetch;
+use self::reader::Reader;
+pub(crate) use self::store::Access;
 use self::store::Store;
 use crate::config::DiskCacheConfig;
 
@@ -29,10 +33,10 @@ const WAITING: usize = 2;
 /// Sequences that may wait to be cut into files.
 const PENDING: usize = 16;
 
-/// What the thread does.
-enum Job {
-    Write { name: Name, file: Vec<u8> },
-    Touch(Name),
+/// A file that is to be written.
+struct Job {
+    name: Name,
+    file: Vec<u8>,
 }
 
 /// A sequence of which chunks are to be written.
@@ -50,7 +54,8 @@ pub(crate) struct DiskCache {
     key: Name,
     pending: VecDeque<Pending>,
     jobs: Option<SyncSender<Job>>,
-    thread: Option<JoinHandle<()>>,
+    writer: Option<JoinHandle<()>>,
+    reader: Reader,
 }
 
 /// A chunk that is to be written now.
@@ -66,23 +71,34 @@ pub(crate) struct Piece {
 impl DiskCache {
     /// Opens a folder for a model of this identity, which names all that keys and values depend on.
     pub(crate) fn open(config: &DiskCacheConfig, identity: &str) -> Result<Self, ParamError> {
+        Self::open_with(config, identity, Access::default())
+    }
+
+    /// The same with another way to the disk.
+    pub(crate) fn open_with(
+        config: &DiskCacheConfig,
+        identity: &str,
+        access: Access,
+    ) -> Result<Self, ParamError> {
         let refused = |error: std::io::Error| {
             let allowed = format!("a folder that can be written to ({error})");
             ParamError::new("prefix_cache.disk.folder", config.folder.display(), allowed)
         };
-        let store = Arc::new(Store::open(config).map_err(refused)?);
+        let store = Arc::new(Store::open(config, access).map_err(refused)?);
         let (jobs, receiver) = sync_channel(WAITING);
         let written = Arc::clone(&store);
-        let thread = std::thread::Builder::new()
+        let writer = std::thread::Builder::new()
             .name("mlx-engine-disk".to_owned())
             .spawn(move || write(&written, &receiver))
             .map_err(refused)?;
+        let reader = Reader::start(Arc::clone(&store)).map_err(refused)?;
         Ok(Self {
             store,
             key: chain::key(identity),
             pending: VecDeque::new(),
             jobs: Some(jobs),
-            thread: Some(thread),
+            writer: Some(writer),
+            reader,
         })
     }
 
@@ -92,28 +108,12 @@ impl DiskCache {
         CHUNK * names.take_while(|name| self.store.has(name)).count()
     }
 
-    /// The blocks of as many of the tokens as are on disk and whole, in order.
-    pub(crate) fn load(&self, tokens: &[u32]) -> Vec<Vec<u8>> {
+    /// Has the blocks read of as many of the tokens as are on disk and whole.
+    pub(crate) fn fetch(&self, tokens: &[u32]) -> Fetch {
         let chunks = chain::names(self.key, tokens).zip(tokens.chunks_exact(CHUNK));
-        let blocks = chunks.map_while(|(name, tokens)| {
-            if !self.store.has(&name) {
-                return None;
-            }
-            let found = self.store.read(&name).map_err(|error| error.to_string());
-            match found.and_then(|bytes| file::decode(&bytes, &name, tokens)) {
-                Ok(block) => {
-                    // Late is soon enough.
-                    self.jobs.as_ref()?.try_send(Job::Touch(name)).ok();
-                    Some(block)
-                }
-                Err(reason) => {
-                    tracing::warn!(file = %name, reason, "a kept prefix is damaged and is given up");
-                    self.store.remove(&name);
-                    None
-                }
-            }
-        });
-        blocks.collect()
+        let known = chunks.take_while(|(name, _)| self.store.has(name));
+        self.reader
+            .fetch(known.map(|(name, tokens)| (name, tokens.to_vec())).collect())
     }
 
     /// Gives files up whose blocks the model does not take.
@@ -171,7 +171,7 @@ impl DiskCache {
                 return true;
             }
         };
-        let job = Job::Write {
+        let job = Job {
             name: piece.name,
             file,
         };
@@ -196,7 +196,7 @@ impl Drop for DiskCache {
     fn drop(&mut self) {
         // What was handed over is written, and nothing else.
         drop(self.jobs.take());
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.writer.take() {
             // It has no result, and nobody to tell of a panic.
             let _ = thread.join();
         }
@@ -205,14 +205,11 @@ impl Drop for DiskCache {
 
 /// Writes files until nobody hands any over.
 fn write(store: &Store, jobs: &Receiver<Job>) {
-    for job in jobs {
-        match job {
-            Job::Write { name, file } => match store.write(&name, &file) {
-                Ok(true) => {}
-                Ok(false) => tracing::debug!(file = %name, "no room on disk for a prefix"),
-                Err(error) => tracing::warn!(file = %name, %error, "a prefix could not be written"),
-            },
-            Job::Touch(name) => store.touch(&name),
+    for Job { name, file } in jobs {
+        match store.write(&name, &file) {
+            Ok(true) => {}
+            Ok(false) => tracing::debug!(file = %name, "no room on disk for a prefix"),
+            Err(error) => tracing::warn!(file = %name, %error, "a prefix could not be written"),
         }
     }
 }

@@ -22,26 +22,36 @@ struct Entry {
     used: SystemTime,
 }
 
-/// The folder. The worker reads, and one thread of ours writes; other processes may do both.
-#[derive(Debug)]
+/// Gives what a file has.
+pub(crate) type ReadFile = dyn Fn(&Path) -> io::Result<Vec<u8>> + Send + Sync;
+
+/// How a disk is asked.
+pub(crate) struct Access {
+    /// Bytes that are free where a folder is.
+    pub(crate) free: fn(&Path) -> io::Result<u64>,
+    pub(crate) read: Box<ReadFile>,
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self {
+            free: |folder| fs4::available_space(folder),
+            read: Box::new(|path| fs::read(path)),
+        }
+    }
+}
+
+/// The folder. One thread of ours reads, and one writes; other processes may do both.
 pub(super) struct Store {
     folder: PathBuf,
     max_bytes: u64,
     min_free_bytes: u64,
     entries: Mutex<HashMap<Name, Entry>>,
-    /// Bytes that are free where a folder is.
-    free: fn(&Path) -> io::Result<u64>,
+    access: Access,
 }
 
 impl Store {
-    pub(super) fn open(config: &DiskCacheConfig) -> io::Result<Self> {
-        Self::open_with(config, |folder| fs4::available_space(folder))
-    }
-
-    pub(super) fn open_with(
-        config: &DiskCacheConfig,
-        free: fn(&Path) -> io::Result<u64>,
-    ) -> io::Result<Self> {
+    pub(super) fn open(config: &DiskCacheConfig, access: Access) -> io::Result<Self> {
         fs::create_dir_all(&config.folder)?;
         let mut entries = HashMap::new();
         for file in fs::read_dir(&config.folder)? {
@@ -67,7 +77,7 @@ impl Store {
             max_bytes: config.max_bytes,
             min_free_bytes: config.min_free_bytes,
             entries: Mutex::new(entries),
-            free,
+            access,
         })
     }
 
@@ -84,13 +94,15 @@ impl Store {
     }
 
     pub(super) fn read(&self, name: &Name) -> io::Result<Vec<u8>> {
-        fs::read(self.path(name))
+        (self.access.read)(&self.path(name))
     }
 
     /// Writes a file beside its place and moves it there. `false` where there is no room for it.
     pub(super) fn write(&self, name: &Name, file: &[u8]) -> io::Result<bool> {
         let bytes = file.len() as u64;
-        if bytes > self.max_bytes || (self.free)(&self.folder)? < self.min_free_bytes.saturating_add(bytes) {
+        if bytes > self.max_bytes
+            || (self.access.free)(&self.folder)? < self.min_free_bytes.saturating_add(bytes)
+        {
             return Ok(false);
         }
         self.make_room(bytes);

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use super::*;
 
@@ -27,6 +28,15 @@ fn fill(cache: &mut DiskCache, tokens: &[u32]) {
         let block = format!("block {:?}", piece.range);
         assert!(cache.write(&piece, block.as_bytes(), true));
     }
+}
+
+/// What is on disk, once all was read.
+fn load(cache: &DiskCache, tokens: &[u32]) -> Vec<Vec<u8>> {
+    let mut fetch = cache.fetch(tokens);
+    while !fetch.is_over() {
+        fetch.wait(Duration::from_mins(1));
+    }
+    fetch.into_blocks()
 }
 
 #[test]
@@ -60,7 +70,7 @@ fn what_was_written_is_there_after_a_restart_for_the_same_model() {
         ),
         (768, 512, 0)
     );
-    let blocks = cache.load(&some);
+    let blocks = load(&cache, &some);
     assert_eq!(blocks.len(), 3);
     assert_eq!(blocks[1], b"block 256..512");
     assert_eq!(open("b").known(&some), 0);
@@ -115,11 +125,11 @@ fn a_damaged_file_ends_what_is_found_and_is_removed() {
     let mut bytes = fs::read(&path).unwrap();
     *bytes.last_mut().unwrap() ^= 1;
     fs::write(&path, bytes).unwrap();
-    assert_eq!(cache.load(&some).len(), 1);
+    assert_eq!(load(&cache, &some).len(), 1);
     assert!(!path.exists());
     // Removed by somebody else.
     fs::remove_file(cache.store.path(&names("a", &some)[0])).unwrap();
-    assert_eq!(cache.load(&some).len(), 0);
+    assert_eq!(load(&cache, &some).len(), 0);
 }
 
 #[test]
@@ -132,7 +142,11 @@ fn the_folder_keeps_to_its_limits() {
         min_free_bytes,
         ..config(folder.path())
     };
-    let store = Store::open_with(&limits(25, 100), |_| Ok(1000)).unwrap();
+    let with_free = |free| Access {
+        free,
+        ..Access::default()
+    };
+    let store = Store::open(&limits(25, 100), with_free(|_| Ok(1000))).unwrap();
     for name in &names[..2] {
         assert!(store.write(name, &[0; 10]).unwrap());
     }
@@ -144,7 +158,7 @@ fn the_folder_keeps_to_its_limits() {
     );
     assert!(!store.path(&names[1]).exists());
     assert!(!store.write(&names[3], &[0; 26]).unwrap());
-    let full = Store::open_with(&limits(1000, 100), |_| Ok(105)).unwrap();
+    let full = Store::open(&limits(1000, 100), with_free(|_| Ok(105))).unwrap();
     assert!(
         !full.write(&names[3], &[0; 10]).unwrap(),
         "the disk would be too full"
@@ -154,7 +168,7 @@ fn the_folder_keeps_to_its_limits() {
     // What does not belong there is left alone, but for files that were never finished.
     fs::write(folder.path().join("notes.txt"), "mine").unwrap();
     fs::write(folder.path().join("a.1.part"), "half").unwrap();
-    Store::open(&config(folder.path())).unwrap();
+    Store::open(&config(folder.path()), Access::default()).unwrap();
     assert!(folder.path().join("notes.txt").exists() && !folder.path().join("a.1.part").exists());
     let file = folder.path().join("notes.txt");
     let Err(refused) = DiskCache::open(&config(&file), "a") else {

@@ -102,6 +102,8 @@ struct Running {
 enum Phase {
     /// Nobody has looked up yet what is known of the prompt.
     Admitted,
+    /// Some of what is known of the prompt is being read.
+    Reading,
     /// As many tokens of the prompt of another are its own too, and it waits until that one has been fed them.
     Behind { other: Id, tokens: usize },
     /// So many tokens of the prompt have been fed.
@@ -121,6 +123,13 @@ pub(crate) struct Scheduler {
     rates: Rates,
     /// Bytes that something else has taken of those that are available.
     taken: u64,
+}
+
+impl Phase {
+    /// Whether the request has not come to its turn.
+    fn waits(self) -> bool {
+        matches!(self, Self::Admitted | Self::Reading | Self::Behind { .. })
+    }
 }
 
 impl Chunk {
@@ -231,10 +240,12 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Takes the first request out whose time is over, and says which limit it has exceeded.
+    /// Takes the first request out whose time is over, and says which limit it has exceeded. It waits for its turn until its
+    /// prompt is begun.
     pub(crate) fn expire(&mut self, now: Instant) -> Option<(Id, Duration)> {
         let waiting = self.waiting.iter().map(|ask| (ask, true));
-        let running = self.running.iter().map(|running| (&running.ask, false));
+        let running = self.running.iter();
+        let running = running.map(|running| (&running.ask, running.phase.waits()));
         let (id, limit) = waiting
             .chain(running)
             .find_map(|(ask, waits)| Some((ask.id, ask.exceeded(waits, now)?)))?;
@@ -282,35 +293,55 @@ impl Scheduler {
                     return Some(running.ask.id);
                 }
                 Phase::Prefilling(fed) => room -= running.ask.chunk(fed, room).len(),
-                Phase::Behind { .. } | Phase::Decoding(_) => {}
+                Phase::Reading | Phase::Behind { .. } | Phase::Decoding(_) => {}
             }
         }
         None
     }
 
-    /// Those whose prompts are fed before that of a request, by rank, and how much of each has been.
+    /// Has a request wait until what is known of it [was read](Self::has_read).
+    pub(crate) fn wait_for_disk(&mut self, id: Id) {
+        self.enter(id, Phase::Reading);
+    }
+
+    /// Notes that what is known of a request was read, or will not be.
+    pub(crate) fn has_read(&mut self, id: Id) {
+        self.enter(id, Phase::Admitted);
+    }
+
+    /// Whether there is nothing to do before something was read, and nothing else that would come to its turn.
+    pub(crate) fn waits_for_disk(&self) -> bool {
+        let reads = self.running.iter().any(|running| running.phase == Phase::Reading);
+        reads && self.unknown().is_none() && self.turn() == Turn::default()
+    }
+
+    /// Those whose prompts are fed before that of a request, by rank, and how much of each has been; nothing of one that waits
+    /// for the disk.
     pub(crate) fn fed_before(&self, id: Id) -> Vec<(Id, usize)> {
         let ranked = self.ranked();
         let before = ranked.iter().take_while(|running| running.ask.id != id);
         before
             .filter_map(|running| match running.phase {
                 Phase::Prefilling(fed) => Some((running.ask.id, fed)),
-                _ => None,
+                Phase::Reading => Some((running.ask.id, 0)),
+                Phase::Admitted | Phase::Behind { .. } | Phase::Decoding(_) => None,
             })
             .collect()
     }
 
     /// Has a request wait until one of [those before it](Self::fed_before) has been fed so many tokens, or is gone.
     pub(crate) fn wait_behind(&mut self, id: Id, other: Id, tokens: usize) {
-        if let Some(running) = self.running.iter_mut().find(|running| running.ask.id == id) {
-            running.phase = Phase::Behind { other, tokens };
-        }
+        self.enter(id, Phase::Behind { other, tokens });
     }
 
     /// Whether a prompt will have been fed so many tokens, and has not yet.
     fn is_fed_later(&self, id: Id, tokens: usize) -> bool {
         let running = self.running.iter().find(|running| running.ask.id == id);
-        running.is_some_and(|running| matches!(running.phase, Phase::Prefilling(fed) if fed < tokens))
+        running.is_some_and(|running| match running.phase {
+            Phase::Reading => true,
+            Phase::Prefilling(fed) => fed < tokens,
+            Phase::Admitted | Phase::Behind { .. } | Phase::Decoding(_) => false,
+        })
     }
 
     /// Those that run, in the order in which their prompts are fed.
@@ -360,9 +391,7 @@ impl Scheduler {
         } else {
             Phase::Prefilling(chunk.to)
         };
-        if let Some(running) = self.running.iter_mut().find(|running| running.ask.id == chunk.id) {
-            running.phase = phase;
-        }
+        self.enter(chunk.id, phase);
     }
 
     /// Notes that a token of an answer was read.
@@ -380,6 +409,11 @@ impl Scheduler {
     /// Notes how long steps took.
     pub(crate) fn took(&mut self, steps: Steps) {
         self.rates.took(steps);
+    }
+
+    /// How long it would take to feed so many tokens of a prompt, by what was measured.
+    pub(crate) fn prefill_time(&self, tokens: usize) -> Duration {
+        self.rates.prefill(tokens)
     }
 
     /// Takes a request out that ended by itself, and remembers how long its answer was.
@@ -404,6 +438,12 @@ impl Scheduler {
         self.limits = limits;
     }
 
+    fn enter(&mut self, id: Id, phase: Phase) {
+        if let Some(running) = self.running.iter_mut().find(|running| running.ask.id == id) {
+            running.phase = phase;
+        }
+    }
+
     fn remove(&mut self, id: Id) -> Option<Phase> {
         self.waiting.retain(|ask| ask.id != id);
         let at = self.running.iter().position(|running| running.ask.id == id)?;
@@ -416,7 +456,7 @@ impl Scheduler {
         let mut ahead = 0;
         let ends = self.ranked().into_iter().map(|running| {
             let (prompt, generated) = match running.phase {
-                Phase::Admitted | Phase::Behind { .. } => (running.ask.prompt, 0),
+                Phase::Admitted | Phase::Reading | Phase::Behind { .. } => (running.ask.prompt, 0),
                 Phase::Prefilling(fed) => (running.ask.prompt - fed, 0),
                 Phase::Decoding(generated) => (0, generated),
             };

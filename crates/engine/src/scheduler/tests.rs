@@ -248,6 +248,7 @@ fn time_is_over_where_the_request_said() {
     script.submit(limited(&script, 1));
     script.submit(limited(&script, 2));
     assert_eq!(script.admitted(), [1]);
+    script.scheduler.reused(1, 0);
     let [before, queue, total] = [5, 6, 9].map(|second| script.at(second));
     let scheduler = &mut script.scheduler;
     assert_eq!(scheduler.expire(before), None);

@@ -1,12 +1,13 @@
 //! A request that is being run.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mlx_engine_core::{EngineError, FinishReason};
 
 use super::guarded;
 use super::guesses::Guesses;
 use crate::clock::Clock;
+use crate::disk::Fetch;
 use crate::request::{Answer, Request};
 use crate::scheduler::{Chunk, Id};
 use crate::{Chosen, Feed, TokenModel};
@@ -20,6 +21,8 @@ pub(super) struct Active<S> {
     /// Prompt and answer so far.
     pub(super) tokens: Vec<u32>,
     pub(super) prompt_len: usize,
+    /// The beginning of its prompt that is read from disk before it is begun.
+    pub(super) reading: Option<Reading>,
     /// Prompt tokens that need not be computed; `None` until its prompt is begun.
     pub(super) cached: Option<usize>,
     /// Those of them that are in memory once, for this request and for another.
@@ -39,6 +42,14 @@ pub(super) struct Active<S> {
     pub(super) guesses: Guesses,
     /// What the draft model has seen of it.
     pub(super) draft: Option<S>,
+}
+
+/// The beginning of a prompt on its way from the disk.
+pub(super) struct Reading {
+    pub(super) fetch: Fetch,
+    pub(super) since: Instant,
+    /// How long it would take to compute it: what has not come by then is late.
+    pub(super) limit: Duration,
 }
 
 impl<S> Active<S> {

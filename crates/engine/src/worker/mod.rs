@@ -161,6 +161,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 return;
             }
             self.turn();
+            self.wait_for_disk();
             self.sound = true;
         }
     }

@@ -158,6 +158,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 checkpoints: self.checkpoints(&request.tokens),
                 request,
                 sequence,
+                reading: None,
                 cached: None,
                 shared: 0,
                 started: self.clock.now(),

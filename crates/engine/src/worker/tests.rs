@@ -1,5 +1,6 @@
 //! The worker over the mock, one turn after the other, at times that the test decides.
 
+mod reading;
 mod speculation;
 
 use std::sync::atomic::AtomicU64;
@@ -49,7 +50,8 @@ struct Sent {
     at: Instant,
     events: Option<Events>,
     text: String,
-    cached: u32,
+    /// Once its prompt was begun.
+    cached: Option<u32>,
     /// What its summary says of guesses.
     speculation: Option<SpeculationReport>,
     /// How it ended, and when.
@@ -124,7 +126,7 @@ impl Bench {
             at,
             events: Some(receiver),
             text: String::new(),
-            cached: 0,
+            cached: None,
             speculation: None,
             ends: Vec::new(),
             refused: result.is_err(),
@@ -149,11 +151,18 @@ impl Bench {
                         sent.speculation = summary.speculation;
                         sent.ends.push((Ok(summary.finish_reason), now));
                     }
-                    Ok(GenerationEvent::Started { cached_tokens, .. }) => sent.cached = cached_tokens,
+                    Ok(GenerationEvent::Started { cached_tokens, .. }) => sent.cached = Some(cached_tokens),
                     Ok(_) => {}
                     Err(error) => sent.ends.push((Err(error), now)),
                 }
             }
+        }
+    }
+
+    /// Turns until a request has ended.
+    fn finish_one(&mut self, index: usize) {
+        while self.requests[index].ends.is_empty() {
+            self.turn();
         }
     }
 
@@ -286,7 +295,7 @@ fn requests_that_begin_alike_and_come_together_compute_it_once() {
         }
         bench.finish();
         let steps = bench.worker.model.fed.len();
-        let cached: Vec<u32> = bench.requests.iter().map(|sent| sent.cached).collect();
+        let cached: Vec<u32> = bench.requests.iter().filter_map(|sent| sent.cached).collect();
         (cached, steps)
     };
     let long = "a system prompt that all of them have in common, and that is long ".repeat(4);
@@ -308,7 +317,7 @@ fn a_conversation_on_a_model_that_cannot_cut_begins_where_messages_end() {
     let send = |bench: &mut Bench, tokens: &[u32]| {
         let index = bench.submit_tokens("", tokens.to_vec(), params(4)).unwrap();
         bench.finish();
-        bench.requests[index].cached as usize
+        bench.requests[index].cached.unwrap() as usize
     };
     let (system, first, second) = (tokens("be brief"), tokens("who are you"), tokens("what is this"));
     let conversation = |parts: &[&Vec<u32>]| {
