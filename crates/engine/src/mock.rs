@@ -1,5 +1,7 @@
 //! A scripted model that never poses as a real one.
 
+#[cfg(test)]
+use std::ops::AddAssign;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -170,7 +172,7 @@ pub struct MockModel {
     pub(crate) pace: Option<Pace>,
 }
 
-/// A clock in milliseconds that goes on when a step is read, or when it is fed.
+/// A clock in milliseconds that goes on when a step is waited for, or when it is fed.
 #[cfg(test)]
 #[derive(Clone, Debug)]
 pub(crate) struct Pace {
@@ -180,8 +182,20 @@ pub(crate) struct Pace {
     pub(crate) token: u64,
     /// Whether a step runs when it is fed, as on a device that takes no more before.
     pub(crate) eager: bool,
-    /// Tokens that were fed since one was read.
-    pub(crate) fed: u64,
+    /// What each step takes, in order.
+    pub(crate) steps: Vec<u64>,
+    /// Steps that have run.
+    pub(crate) run: usize,
+}
+
+#[cfg(test)]
+impl Pace {
+    /// Runs the first so many steps that have not.
+    fn run(&mut self, steps: usize) {
+        let spent = self.steps[self.run.min(steps)..steps].iter().sum();
+        self.clock.fetch_add(spent, std::sync::atomic::Ordering::Relaxed);
+        self.run = self.run.max(steps);
+    }
 }
 
 /// What the mock remembers: the tokens it has seen, and those that it has chosen and nobody has read.
@@ -189,6 +203,9 @@ pub(crate) struct Pace {
 pub struct MockSequence {
     seen: Vec<u32>,
     chosen: Vec<u32>,
+    /// How many steps there were with the one that chose each.
+    #[cfg(test)]
+    begun: Vec<usize>,
     /// The answer, chosen when its first token is.
     answer: Vec<u32>,
     /// Whether it was fed a guess that is not what it chose.
@@ -267,11 +284,12 @@ impl MockModel {
         let scripted = sequence.answer.get(number as usize).copied().unwrap_or(END);
         #[cfg(test)]
         if let Some(pace) = &mut self.pace {
-            if pace.eager {
-                let spent = pace.token + if pace.fed == 0 { pace.step } else { 0 };
-                pace.clock.fetch_add(spent, std::sync::atomic::Ordering::Relaxed);
-            }
-            pace.fed += 1;
+            let token = pace.token;
+            pace.steps
+                .last_mut()
+                .expect("it was fed in a step")
+                .add_assign(token);
+            sequence.begun.push(pace.steps.len());
         }
         // Behind a wrong guess a model says something, and something else than it would have said.
         let token = if sequence.astray {
@@ -316,6 +334,8 @@ impl TokenModel for MockModel {
         let can = !self.script.whole_sequences || len == sequence.seen.len();
         sequence.seen.truncate(len);
         sequence.chosen.clear();
+        #[cfg(test)]
+        sequence.begun.clear();
         sequence.astray = false;
         can
     }
@@ -360,8 +380,20 @@ impl TokenModel for MockModel {
             self.script.step_delay
         };
         std::thread::sleep(delay);
+        #[cfg(test)]
+        if let Some(pace) = self
+            .pace
+            .as_mut()
+            .filter(|_| batch.iter().any(|feed| feed.choices > 0))
+        {
+            pace.steps.push(pace.step);
+        }
         for feed in batch {
             self.take(feed);
+        }
+        #[cfg(test)]
+        if let Some(pace) = self.pace.as_mut().filter(|pace| pace.eager) {
+            pace.run(pace.steps.len());
         }
         Ok(())
     }
@@ -382,14 +414,8 @@ impl TokenModel for MockModel {
             return Err(EngineError::internal("a token was read that nobody chose"));
         }
         #[cfg(test)]
-        if let Some(pace) = self.pace.as_mut().filter(|pace| pace.fed > 0) {
-            let spent = if pace.eager {
-                0
-            } else {
-                pace.step + pace.token * pace.fed
-            };
-            pace.clock.fetch_add(spent, std::sync::atomic::Ordering::Relaxed);
-            pace.fed = 0;
+        if let Some(pace) = &mut self.pace {
+            pace.run(sequence.begun.remove(0));
         }
         if sequence
             .seen

@@ -1,12 +1,16 @@
 //! The worker over the mock, one turn after the other, at times that the test decides.
 
+#[cfg(feature = "mlx")]
+mod distribution;
 mod reading;
 mod speculation;
 
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use mlx_engine_core::{FinishReason, GenerateParams, GenerationEvent, Priority, SpeculationReport};
+use mlx_engine_core::{
+    FinishReason, GenerateParams, GenerationEvent, Priority, SpeculationReport, TokenInfo,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -37,8 +41,8 @@ impl Clock for ManualClock {
 type Events = mpsc::UnboundedReceiver<Result<GenerationEvent, EngineError>>;
 
 /// A worker, and what its requests have got so far.
-struct Bench {
-    worker: Worker<MockModel, ManualClock>,
+struct Bench<M: TokenModel = MockModel> {
+    worker: Worker<M, ManualClock>,
     clock: ManualClock,
     requests: Vec<Sent>,
 }
@@ -50,6 +54,7 @@ struct Sent {
     at: Instant,
     events: Option<Events>,
     text: String,
+    tokens: Vec<TokenInfo>,
     /// Once its prompt was begun.
     cached: Option<u32>,
     /// What its summary says of guesses.
@@ -61,29 +66,9 @@ struct Sent {
 
 impl Bench {
     fn new(script: MockScript, config: &EngineConfig) -> Self {
-        let clock = ManualClock {
-            start: Instant::now(),
-            milliseconds: Arc::default(),
-        };
-        let identity = Identity {
-            model: "tiny".into(),
-            backend: Backend::Mock,
-            device: Device::Cpu,
-            load_s: 0.0,
-        };
         let drafts = matches!(config.speculation, SpeculationConfig::Draft(_));
         let draft = drafts.then(|| script.draft().load().expect("the mock loads"));
-        let model = script.load().expect("the mock loads");
-        let gauges = Arc::new(Gauges::new(clock.start));
-        let tokenizer = MockScript::default()
-            .tokenizer()
-            .expect("the mock has a tokenizer");
-        Self {
-            worker: Worker::new((model, draft), tokenizer, identity, config, clock.clone(), gauges)
-                .expect("the folder is there"),
-            clock,
-            requests: Vec::new(),
-        }
+        Self::of((script.load().expect("the mock loads"), draft), config)
     }
 
     /// Has steps take so many milliseconds, and so many for each of their tokens.
@@ -94,9 +79,36 @@ impl Bench {
             step,
             token,
             eager: false,
-            fed: 0,
+            steps: Vec::new(),
+            run: 0,
         });
         self
+    }
+}
+
+impl<M: TokenModel> Bench<M> {
+    /// Tokens are the mock's, bytes and an end.
+    fn of(models: (M, Option<M>), config: &EngineConfig) -> Self {
+        let clock = ManualClock {
+            start: Instant::now(),
+            milliseconds: Arc::default(),
+        };
+        let identity = Identity {
+            model: "tiny".into(),
+            backend: Backend::Mock,
+            device: Device::Cpu,
+            load_s: 0.0,
+        };
+        let gauges = Arc::new(Gauges::new(clock.start));
+        let tokenizer = MockScript::default()
+            .tokenizer()
+            .expect("the mock has a tokenizer");
+        Self {
+            worker: Worker::new(models, tokenizer, identity, config, clock.clone(), gauges)
+                .expect("the folder is there"),
+            clock,
+            requests: Vec::new(),
+        }
     }
 
     fn submit(&mut self, prompt: &str, params: GenerateParams) -> Result<usize, EngineError> {
@@ -126,6 +138,7 @@ impl Bench {
             at,
             events: Some(receiver),
             text: String::new(),
+            tokens: Vec::new(),
             cached: None,
             speculation: None,
             ends: Vec::new(),
@@ -145,6 +158,8 @@ impl Bench {
         let now = self.clock.now();
         for sent in &mut self.requests {
             while let Some(Ok(event)) = sent.events.as_mut().map(mpsc::UnboundedReceiver::try_recv) {
+                let tokens = event.iter().flat_map(GenerationEvent::tokens);
+                sent.tokens.extend(tokens.cloned());
                 match event {
                     Ok(GenerationEvent::Text { text, .. }) => sent.text.push_str(&text),
                     Ok(GenerationEvent::Finished(summary)) => {
