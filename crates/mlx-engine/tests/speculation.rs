@@ -77,6 +77,7 @@ async fn answers(engine: &InferenceEngine) -> Vec<GenerateOutput> {
     outputs
 }
 
+/// The same at once, which gives what each gives alone (`tests/real.rs`), and in a third of the time.
 async fn answers_together(engine: &InferenceEngine) -> Vec<GenerateOutput> {
     let answers = requests()
         .into_iter()
@@ -129,7 +130,7 @@ async fn answers_with_look_up_are_those_without() {
             kv,
             ..EngineConfig::default()
         };
-        let plain = answers(&load(config.clone()).await).await;
+        let plain = answers_together(&load(config.clone()).await).await;
         let engine = load(EngineConfig {
             speculation: lookup(),
             ..config
@@ -186,7 +187,7 @@ fn draft(model: impl Into<String>) -> SpeculationConfig {
 /// The model as its own draft is right wherever the same logits choose; the answers are those without in any case.
 #[tokio::test]
 async fn answers_with_a_draft_model_are_those_without() {
-    let plain = answers(&load(EngineConfig::default()).await).await;
+    let plain = answers_together(&load(EngineConfig::default()).await).await;
     let engine = load(EngineConfig {
         speculation: draft(model()),
         ..EngineConfig::default()
@@ -225,7 +226,7 @@ async fn a_draft_that_is_wrong_at_times_changes_nothing() {
         ..EngineConfig::default()
     })
     .await;
-    let (drafted, accepted) = compare(&answers(&plain).await, &answers(&engine).await);
+    let (drafted, accepted) = compare(&answers_together(&plain).await, &answers(&engine).await);
     assert!(
         drafted > 20 && (1..drafted).contains(&accepted),
         "{accepted} of {drafted}"
