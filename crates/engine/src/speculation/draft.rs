@@ -102,12 +102,12 @@ impl<M: TokenModel> Drafter<M> {
     /// for none of them before the last is begun.
     ///
     /// First the sequences are fed what they have not seen, no more than a chunk in all: who has more to catch up with gets no
-    /// guess yet.
+    /// guess yet. Says too whether there was nothing to catch up with.
     pub(crate) fn guess(
         &mut self,
         asked: Vec<Asked<'_, M::Sequence>>,
         clock: &impl Clock,
-    ) -> Vec<Result<Vec<u32>, EngineError>> {
+    ) -> (Vec<Result<Vec<u32>, EngineError>>, bool) {
         let began = clock.now();
         let mut room = self.chunk;
         let mut all = Vec::with_capacity(asked.len());
@@ -156,7 +156,8 @@ impl<M: TokenModel> Drafter<M> {
                 guessing.read(&mut self.model, self.vocabulary);
             }
         }
-        if first.iter().all(|tokens| tokens.len() <= KEEPING_UP) {
+        let kept_up = first.iter().all(|tokens| tokens.len() <= KEEPING_UP);
+        if kept_up {
             let count = all.iter().map(|guessing| guessing.tokens.len() - guessing.known);
             self.took(count.sum(), clock.now().saturating_duration_since(began));
         }
@@ -164,7 +165,7 @@ impl<M: TokenModel> Drafter<M> {
             Some(error) => Err(error),
             None => Ok(guessing.tokens.split_off(guessing.known)),
         };
-        all.into_iter().map(result).collect()
+        (all.into_iter().map(result).collect(), kept_up)
     }
 
     /// Feeds those for which `tokens` says what in one step: the token that is being chosen where that is `Some(None)`.

@@ -8,13 +8,16 @@
 //! number it is the coupling of Daliri, Musco and Suresh (2024).
 //!
 //! What is guessed costs time. [`Costs`] has what steps were measured to take, [`Acceptance`] how often guesses were right, and
-//! what does not pay by these is not guessed.
+//! what does not pay by these is not guessed. What is thought to pay may not, and what is not has to be tried at times:
+//! [`Account`] bounds what an answer loses by that.
 
+mod account;
 mod config;
 mod draft;
 mod lookup;
 mod policy;
 
+pub(crate) use self::account::Account;
 pub use self::config::{DraftConfig, LookupConfig, SpeculationConfig};
 #[cfg(feature = "mlx")]
 pub(crate) use self::draft::same_vocabulary;

@@ -1,5 +1,7 @@
 //! Whether guesses pay: by what steps were measured to take, and by how often guesses were right.
 
+use super::Account;
+
 /// The weight of the latest value in a mean that forgets.
 const LATEST: f64 = 0.2;
 
@@ -75,6 +77,22 @@ impl Costs {
             (None, None) => None,
         }
     }
+
+    /// What a step of so many tokens takes at most: where neither it nor a larger one was measured, it takes no more for each of
+    /// its tokens than the largest that was.
+    fn most(&self, rows: usize) -> Option<f64> {
+        let largest = self.steps.iter().rposition(|(seconds, _)| seconds.is_some())? + 1;
+        Some(self.step(rows)? * (rows as f64 / largest as f64).max(1.0))
+    }
+
+    /// How much longer a step of so many sequences has taken than one without guesses, if it took `seconds`: in such steps of
+    /// all of them together. Less where it was faster.
+    pub(crate) fn more(&self, sequences: usize, seconds: f64) -> f64 {
+        match self.step(sequences) {
+            Some(plain) if plain > 0.0 => (seconds / plain - 1.0) * sequences as f64,
+            _ => 0.0,
+        }
+    }
 }
 
 /// Moves a mean that forgets.
@@ -110,6 +128,22 @@ impl Base {
             tokens: self.tokens + expected,
             ..self
         }
+    }
+
+    /// How many steps so many guesses more take at most, a guess taking `guess` seconds. `None` where no step was measured.
+    pub(crate) fn risk(&self, guesses: usize, costs: &Costs, guess: f64) -> Option<f64> {
+        let least = costs.step(self.rows)?;
+        let added = costs.most(self.rows + guesses)? + guess * guesses as f64 - least;
+        Some(costs.more(self.plain, costs.step(self.plain)? + added.max(0.0)))
+    }
+
+    /// How many of so many guesses more an answer can afford to lose.
+    pub(crate) fn affordable(&self, guesses: usize, account: &Account, costs: &Costs, guess: f64) -> usize {
+        let covers = |&count: &usize| {
+            let risk = self.risk(count, costs, guess);
+            risk.is_some_and(|risk| account.covers(risk))
+        };
+        (1..=guesses).rev().find(covers).unwrap_or(0)
     }
 }
 

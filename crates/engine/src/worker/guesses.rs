@@ -2,7 +2,7 @@
 
 use mlx_engine_core::{SpeculationOff, SpeculationReport};
 
-use crate::speculation::{Acceptance, Usual};
+use crate::speculation::{Acceptance, Account, Usual};
 
 /// What is guessed for a request that runs, and what came of it.
 #[derive(Debug, Default)]
@@ -12,6 +12,18 @@ pub(super) struct Guesses {
     /// How many of them have turned out right.
     right: usize,
     pub(super) acceptance: Acceptance,
+    pub(super) account: Account,
+    /// Whether the next step is begun late for its sake, or with guesses of its.
+    pub(super) wants: bool,
+    /// Whether the step was that is read.
+    pub(super) wanted: bool,
+    /// Steps that the guesses can lose which the next step is fed, and those that the one was fed that is read.
+    pub(super) risks: f64,
+    risked: f64,
+    /// How many guesses the step was fed that was read.
+    pub(super) verified: usize,
+    /// Tokens that were read in this turn.
+    pub(super) gave: usize,
     pub(super) report: SpeculationReport,
     pub(super) intent: Intent,
 }
@@ -58,16 +70,36 @@ impl Guesses {
             return None;
         }
         self.acceptance.verified(drafted, accepted);
+        self.verified = drafted;
         self.report.steps += 1;
         self.report.drafted_tokens += drafted as u32;
         self.report.accepted_tokens += accepted as u32;
         Some((drafted, accepted))
     }
 
-    /// Decides anew. Says whether nothing is guessed in this turn, as guesses are paused: then nothing is looked up or computed
-    /// for them either.
+    /// Has the answer account for the step that was read, which took `more` steps longer for its sake; not where that is
+    /// not known.
+    pub(super) fn account(&mut self, more: Option<f64>) {
+        let gave = std::mem::take(&mut self.gave);
+        // A token takes no more than a step: what is beyond is the machine's, which has other things to do.
+        let most = std::mem::take(&mut self.verified).max(1) as f64;
+        match more.filter(|_| self.wanted) {
+            Some(more) => self.account.guessed(gave.max(1), more.min(most)),
+            None => self.account.step(),
+        }
+        self.wanted = std::mem::take(&mut self.wants);
+        self.risked = std::mem::take(&mut self.risks);
+    }
+
+    /// What there is to spare for guesses, before it is known how long the step took that is read.
+    pub(super) fn spare(&self) -> Account {
+        self.account.after(self.gave.saturating_sub(1), self.risked)
+    }
+
+    /// Decides anew. Says whether nothing is guessed in this turn, as guesses are paused or have lost what they may: then nothing
+    /// is looked up or computed for them either.
     pub(super) fn rests(&mut self) -> bool {
-        let rests = self.acceptance.rests();
+        let rests = self.acceptance.rests() || self.account.is_empty();
         if rests {
             self.pause();
         } else {
@@ -87,7 +119,7 @@ impl Guesses {
         trial
     }
 
-    fn pause(&mut self) {
+    pub(super) fn pause(&mut self) {
         self.report.paused_steps += 1;
         self.intent = Intent::Declined;
     }

@@ -7,7 +7,7 @@ use mlx_engine_text::Tokenizer;
 
 use super::Worker;
 use super::active::Active;
-use super::guesses::Intent;
+use super::guesses::{Guesses, Intent};
 use super::turn::{Failed, standing};
 use crate::clock::Clock;
 use crate::prefix::{Pair, fork_draft};
@@ -28,6 +28,8 @@ pub(super) struct Speculation<M> {
     settled: bool,
     /// What the draft model took of the turn.
     drafting: Duration,
+    /// What it took for guesses alone, in the steps that this turn begins and in those that it reads.
+    guessing: (Duration, Duration),
 }
 
 /// What may be guessed for an answer.
@@ -56,6 +58,7 @@ impl<M: TokenModel> Speculation<M> {
             usual: Usual::default(),
             settled: false,
             drafting: Duration::ZERO,
+            guessing: (Duration::ZERO, Duration::ZERO),
         }
     }
 
@@ -109,12 +112,25 @@ impl<M: TokenModel> Speculation<M> {
         std::mem::take(&mut self.drafting)
     }
 
-    /// The steps that a turn read were fed so many tokens and took so long; it did nothing else where it `decoded` alone.
-    pub(super) fn took(&mut self, rows: usize, spent: Duration, decoded: bool) {
-        if self.settled && decoded {
+    /// The steps that a turn read were fed so many tokens of so many sequences and took so long; it did nothing else where it
+    /// `decoded` alone. Of the sequences so many `wanted` guesses in them. Says how many steps longer each of these had them
+    /// take; nothing where that is not known.
+    fn took(
+        &mut self,
+        (rows, sequences, wanted): (usize, usize, usize),
+        spent: Duration,
+        decoded: bool,
+    ) -> Option<f64> {
+        let known = self.settled && decoded;
+        self.settled = decoded;
+        let guessing = std::mem::take(&mut self.guessing.0);
+        let guessing = std::mem::replace(&mut self.guessing.1, guessing);
+        // A step that waited for guesses which there were not is none without.
+        if known && (wanted == 0 || rows > sequences) {
             self.costs.note(rows, spent.as_secs_f64());
         }
-        self.settled = decoded;
+        let more = self.costs.more(sequences, (spent + guessing).as_secs_f64());
+        known.then(|| more / wanted.max(1) as f64)
     }
 
     /// What may be guessed behind tokens, at most so many.
@@ -130,14 +146,29 @@ impl<M: TokenModel> Speculation<M> {
         }
     }
 
-    /// How many of them are worth guessing; see [`Acceptance::worth`](crate::speculation::Acceptance::worth).
-    fn worth<S>(&self, active: &Active<S>, possible: &Possible, base: Base) -> Option<usize> {
+    /// How many steps so many guesses more can lose.
+    fn risk(&self, guesses: usize, base: Base) -> f64 {
+        let guess = self.drafter.as_ref().map_or(0.0, Drafter::seconds);
+        base.risk(guesses, &self.costs, guess).unwrap_or_default()
+    }
+
+    /// How many of so many tokens are guessed: as many as are [worth](crate::speculation::Acceptance::worth) it and
+    /// can be lost.
+    fn count(&self, guesses: &mut Guesses, possible: usize, base: Base) -> usize {
         if self.config.always() {
-            return Some(possible.len());
+            return possible;
         }
         let guess = self.drafter.as_ref().map_or(0.0, Drafter::seconds);
-        let acceptance = &active.guesses.acceptance;
-        acceptance.worth(possible.len(), base, &self.costs, guess)
+        let most = base.affordable(possible, &guesses.spare(), &self.costs, guess);
+        match guesses.acceptance.worth(most, base, &self.costs, guess) {
+            None => 0,
+            Some(0) if most == 0 => {
+                guesses.pause();
+                0
+            }
+            Some(0) if guesses.intent == Intent::Trial || guesses.decline() => most,
+            Some(worth) => worth,
+        }
     }
 }
 
@@ -176,6 +207,17 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         due.map(|active| active.rows).sum()
     }
 
+    /// Notes how long the steps took that this turn read, which were fed so many tokens, and what guesses in them have gained
+    /// and cost.
+    pub(super) fn account(&mut self, due: &[Id], rows: usize, spent: Duration, decoded: bool) {
+        let read = self.active.iter().filter(|active| due.contains(&active.id));
+        let wanted = read.filter(|active| active.guesses.wanted).count();
+        let more = self.speculation.took((rows, due.len(), wanted), spent, decoded);
+        for active in self.active.iter_mut().filter(|active| due.contains(&active.id)) {
+            active.guesses.account(more);
+        }
+    }
+
     /// Whether guesses are to be made in this turn, or verified: then its tokens have to be read before the next step is
     /// begun, and all of the batch are in that step together.
     pub(super) fn expects_guesses(&mut self, due: &[Id], failed: &Failed) -> bool {
@@ -190,6 +232,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         for active in standing(&mut self.active, due, failed) {
             if !active.guesses.fed.is_empty() {
                 active.guesses.intent = Intent::Open;
+                active.guesses.wants = true;
                 expects = true;
                 continue;
             }
@@ -204,11 +247,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             if possible.len() == 0 {
                 continue;
             }
-            match speculation.worth(active, &possible, base) {
-                Some(0) => expects |= active.guesses.decline(),
-                Some(_) => expects = true,
-                None => {}
-            }
+            active.guesses.wants = speculation.count(&mut active.guesses, possible.len(), base) > 0;
+            expects |= active.guesses.wants;
         }
         expects
     }
@@ -244,13 +284,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             if possible.len() == 0 {
                 continue;
             }
-            let worth = speculation.worth(active, &possible, base);
             let guesses = &mut active.guesses;
-            let count = match worth {
-                Some(0) if guesses.intent == Intent::Trial || guesses.decline() => possible.len(),
-                Some(0) | None => continue,
-                Some(worth) => worth,
-            };
+            let count = speculation.count(guesses, possible.len(), base);
+            if count == 0 {
+                continue;
+            }
+            guesses.wants = true;
+            guesses.risks = speculation.risk(count, base);
             room -= count;
             base = base.with(count, guesses.acceptance.expected(count));
             match possible {
@@ -284,7 +324,7 @@ impl<M: TokenModel> Speculation<M> {
             }
         });
         let asked = asked.collect();
-        let guessed = drafter.guess(asked, clock);
+        let (guessed, kept_up) = drafter.guess(asked, clock);
         for ((active, _), guess) in drafted.into_iter().zip(guessed) {
             match guess {
                 Ok(guess) => active.guesses.fed = guess,
@@ -295,7 +335,11 @@ impl<M: TokenModel> Speculation<M> {
                 }
             }
         }
-        self.drafting += clock.now().saturating_duration_since(began);
+        let spent = clock.now().saturating_duration_since(began);
+        self.drafting += spent;
+        if kept_up {
+            self.guessing.0 += spent;
+        }
     }
 }
 

@@ -77,7 +77,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             let spent = self.clock.now().saturating_duration_since(began);
             let read = self.stopwatch.turned(spent, self.speculation.drafting());
             self.scheduler.took(read);
-            self.speculation.took(rows, read.spent, decoded);
+            self.account(due, rows, read.spent, decoded);
         }
         if !turn.chunks.is_empty() {
             self.measure();
@@ -222,6 +222,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                     Err(Unread::Step(error) | Unread::Request(error)) => return Err(error),
                 }
                 count += 1;
+                active.guesses.gave += 1;
                 let last = active.tokens.last().copied();
                 let right = last.is_some_and(|token| active.guesses.confirm(token));
                 if active.finished.is_some() || !right {

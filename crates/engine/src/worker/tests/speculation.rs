@@ -120,7 +120,7 @@ fn steps_that_run_when_they_are_fed_are_measured_too() {
     };
     let report = guessed(true);
     assert!(
-        report.paused_steps > 100 && report.steps < 8,
+        report.paused_steps > 100 && report.steps < 10,
         "{report:?} {:?}",
         guessed(false)
     );
@@ -160,7 +160,69 @@ fn guesses_are_made_where_they_pay() {
     );
     let report = guessed.2.unwrap();
     assert!(report.paused_steps > 100, "{report:?}");
-    assert!(guessed.1 * 100 < plain.1 * 115, "{plain:?} {guessed:?}");
+    assert!(guessed.1 * 1000 < plain.1 * 1025, "{plain:?} {guessed:?}");
+}
+
+/// Milliseconds that steps take until a request is answered.
+fn milliseconds_of_steps(bench: &mut Bench, prompt: &str, max_tokens: u32) -> u64 {
+    bench.submit(prompt, params(max_tokens)).unwrap();
+    let mut between = 0;
+    while !bench.worker.is_idle() {
+        bench.turn();
+        between += 1;
+    }
+    bench.clock.milliseconds.load(Ordering::Relaxed) - between
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// However often guesses are right and whatever they cost, an answer takes no longer than without but by a hundredth and a
+    /// step, and what it takes to find out how long the draft model takes.
+    #[test]
+    fn guesses_cost_an_answer_next_to_nothing(
+        parts in prop::collection::vec(("[a-j]{1,40}", 0_usize..50), 1..8),
+        (step, token) in (0_u64..40, 1_u64..40),
+        drafted in prop::option::of((0_u64..20, "[a-j]{0,60}")),
+        eager in any::<bool>(),
+        min_ngram in 1_usize..3,
+    ) {
+        let prompt = "to be or not to be that is the question whether it is nobler ".to_owned();
+        let mut reply = String::new();
+        for (new, copied) in &parts {
+            reply.push_str(new);
+            reply.push_str(&prompt[..*copied]);
+        }
+        let take = |speculation| {
+            let config = EngineConfig { speculation, ..config() };
+            let said = |new: &str| format!("{reply}{new}").split_off(new.len());
+            let draft = drafted.as_ref().map_or_else(String::new, |(_, wrong)| said(wrong));
+            let script = MockScript::reply(reply.clone()).with_draft(MockScript::reply(draft));
+            let mut bench = Bench::new(script, &config).with_pace((step, token));
+            if let Some(pace) = &mut bench.worker.model.pace {
+                pace.eager = eager;
+            }
+            if let (Some((step, _)), false) = (&drafted, config.speculation.is_off()) {
+                let clock = Arc::clone(&bench.clock.milliseconds);
+                let pace = Pace { clock, step: *step, token: 0, eager: true, steps: Vec::new(), run: 0 };
+                bench.worker.speculation.draft_mut().pace = Some(pace);
+            }
+            let spent = milliseconds_of_steps(&mut bench, &prompt, 600);
+            assert_eq!(bench.requests[0].text, reply);
+            spent as f64
+        };
+        let plain = take(SpeculationConfig::Off);
+        let (guessed, first) = match &drafted {
+            None => {
+                let lookup = LookupConfig { min_ngram, ..LookupConfig::default() };
+                (take(SpeculationConfig::Lookup(lookup)), 0)
+            }
+            // Its reading of the prompt, and a step of guesses.
+            Some((step, _)) => (take(SpeculationConfig::Draft(DraftConfig::new("draft"))), 12 * step),
+        };
+        let most = plain * 1.01 + (step + token + first) as f64 + 1.0;
+        prop_assert!(guessed <= most, "{guessed} {plain}");
+    }
 }
 
 /// Letters of which one of ten at random follows the last that went alike.
@@ -182,7 +244,7 @@ fn wrong_guesses_are_paused() {
         min_ngram: 1,
         ..LookupConfig::default()
     };
-    let mut bench = Bench::new(MockScript::reply(reply.clone()), &guessing(&lookup)).with_pace((10, 2));
+    let mut bench = Bench::new(MockScript::reply(reply.clone()), &guessing(&lookup)).with_pace((10, 4));
     bench.submit("abcdefghij", params(600)).unwrap();
     bench.finish();
     assert_eq!(bench.requests[0].text, reply);
@@ -210,7 +272,7 @@ fn a_pause_does_no_work() {
         };
         // What is guessed is hardly ever right.
         let script = MockScript::reply(answer.clone()).with_draft(MockScript::reply("0".repeat(600)));
-        let mut bench = Bench::new(script, &config).with_pace((10, 2));
+        let mut bench = Bench::new(script, &config).with_pace((10, 4));
         bench.submit("abcdefghij", params(500)).unwrap();
         let drafts = |bench: &Bench| {
             bench
@@ -241,7 +303,7 @@ fn a_pause_does_no_work() {
         assert_eq!(bench.requests[0].text, answer[..500]);
         let rows: usize = bench.worker.model.fed.iter().flatten().sum();
         // Few tokens are fed that are wrong, of all that are fed.
-        assert!(paused > 450 && rows < 560, "{paused} {rows}");
+        assert!(paused > 440 && rows < 560, "{paused} {rows}");
     }
 }
 
