@@ -86,6 +86,14 @@ impl<M: TokenModel> Speculation<M> {
         self.usual.verified(drafted, accepted);
     }
 
+    /// Has the draft model forget what it guessed wrong for an answer, as long as it is known where that begins: it may not be
+    /// asked again for long.
+    pub(super) fn forget(&mut self, active: &mut Active<M::Sequence>) {
+        if let Some(drafter) = self.drafter.as_mut().filter(|_| active.guesses.verified > 0) {
+            drafter.forget(&mut active.draft, active.tokens.len() - 1);
+        }
+    }
+
     /// The model and the one that guesses for it.
     pub(super) fn pair<'a>(&'a mut self, model: &'a mut M) -> Pair<'a, M> {
         let draft = self.drafter.as_mut().map(|drafter| &mut drafter.model);
@@ -312,16 +320,13 @@ impl<M: TokenModel> Speculation<M> {
             return;
         };
         let began = clock.now();
-        let asked = drafted.iter_mut().map(|(active, count)| {
-            drafter.forget(&mut active.draft, active.tokens.len() - 1);
-            Asked {
-                sequence: &mut active.draft,
-                tokens: &active.tokens,
-                prompt_len: active.prompt_len,
-                params: &active.request.params,
-                number: active.answer.generated().into(),
-                count: *count,
-            }
+        let asked = drafted.iter_mut().map(|(active, count)| Asked {
+            sequence: &mut active.draft,
+            tokens: &active.tokens,
+            prompt_len: active.prompt_len,
+            params: &active.request.params,
+            number: active.answer.generated().into(),
+            count: *count,
         });
         let asked = asked.collect();
         let (guessed, kept_up) = drafter.guess(asked, clock);

@@ -243,6 +243,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         for (drafted, accepted) in verified {
             self.speculation.verified(drafted, accepted);
         }
+        for active in standing(&mut self.active, due, failed) {
+            self.speculation.forget(active);
+        }
         tokens
     }
 
