@@ -13,6 +13,9 @@ const TYPICAL: u64 = 2048;
 /// The shortest context that is of use.
 const LEAST_CONTEXT: u64 = 256;
 
+/// Answers that a step of a real model takes further at once, and guesses that it is fed.
+pub(crate) const BATCH_LIMIT: usize = 32;
+
 /// The chunk of a prompt where memory is tight.
 pub(crate) const TIGHT_CHUNK: usize = 512;
 
@@ -100,7 +103,8 @@ impl MemoryNeeds {
 impl EngineConfig {
     /// Chooses the longest context and the largest batch, up to what this configuration asks for, with which a model fits
     /// into `available` bytes, and a smaller chunk where memory is tight. The context comes first: one request may have
-    /// all of it, and a batch is laid out for requests of 2048 tokens.
+    /// all of it, and a batch is laid out for requests of 2048 tokens. Where a draft model is to guess, `needs` are those
+    /// [with it](MemoryNeeds::with_draft).
     ///
     /// ```
     /// use mlx_engine_engine::{EngineConfig, MemoryNeeds};
@@ -131,6 +135,8 @@ impl EngineConfig {
             .unwrap_or(needs.context_length)
             .min(needs.context_length) as u64;
         let beside_weights = available.saturating_sub(needs.weight_bytes);
+        // A step has logits for guesses too.
+        let guesses = self.speculation.room(BATCH_LIMIT) as u64;
         let chunk = self.prefill_chunk.unwrap_or_else(|| {
             let tight = needs.workspace(needs.prefill_chunk, 1) > beside_weights / TIGHT;
             needs
@@ -138,7 +144,9 @@ impl EngineConfig {
                 .min(if tight { TIGHT_CHUNK } else { usize::MAX })
         });
         let kv = needs.kv_bytes_per_token.max(1);
-        let fixed = needs.weight_bytes.saturating_add(needs.workspace(chunk, 1));
+        let fixed = needs
+            .weight_bytes
+            .saturating_add(needs.workspace(chunk, 1 + guesses));
         let least = kv.saturating_mul(asked.min(LEAST_CONTEXT));
         let required = fixed.saturating_add(least);
         if required > available {
@@ -159,7 +167,7 @@ impl EngineConfig {
         let batch = (left / each)
             .min(beside.saturating_add(1))
             .clamp(1, self.max_batch as u64);
-        let workspace_bytes = needs.workspace(chunk, batch);
+        let workspace_bytes = needs.workspace(chunk, batch + guesses);
         let fit = MemoryFit {
             available,
             weight_bytes: needs.weight_bytes,
@@ -239,6 +247,30 @@ mod tests {
         assert!(EngineConfig::default().fit(&both, required - 1).is_err());
         let (config, _) = EngineConfig::default().fit(&both, required).unwrap();
         assert_eq!((config.context_length, config.max_batch), (Some(256), 1));
+    }
+
+    #[test]
+    fn guesses_count() {
+        let needs = MemoryNeeds {
+            weight_bytes: 1000,
+            kv_bytes_per_token: 2,
+            workspace_bytes_per_token: 1,
+            logits_bytes: 8,
+            context_length: 4096,
+            prefill_chunk: 512,
+        };
+        let lookup = EngineConfig {
+            speculation: crate::SpeculationConfig::Lookup(crate::LookupConfig::default()),
+            ..EngineConfig::default()
+        };
+        // A chunk, a row and logits for each of 32 guesses and an answer, and 256 tokens.
+        let required = 1000 + 512 + 32 + 33 * 8 + 512;
+        assert!(lookup.clone().fit(&needs, required - 1).is_err());
+        let (_, fit) = lookup.fit(&needs, required).unwrap();
+        assert_eq!(
+            (fit.context_length, fit.workspace_bytes),
+            (256, 512 + 32 + 33 * 8)
+        );
     }
 
     proptest! {

@@ -18,7 +18,7 @@ use mlx_engine_text::{GgufVocabulary, Tokenizer};
 use crate::config::EngineConfig;
 use crate::engine::{Engine, Loaded, ProgressFn};
 use crate::fingerprint::fingerprint;
-use crate::fit::MemoryNeeds;
+use crate::fit::{BATCH_LIMIT, MemoryNeeds};
 use crate::speculation::{DraftConfig, SpeculationConfig, same_vocabulary};
 use crate::{Chosen, Feed, FeedError, PromptEncoder, TokenModel};
 
@@ -28,9 +28,6 @@ const CPU_CHUNK: usize = 512;
 
 /// The part of the memory beside the weights that MLX may keep for later arrays.
 const KEPT_BY_MLX: u64 = 8;
-
-/// Answers that a step takes further at once.
-const BATCH_LIMIT: usize = 32;
 
 /// What MLX computes on in this process.
 ///
