@@ -27,8 +27,12 @@ async fn load(config: EngineConfig) -> InferenceEngine {
     engine
 }
 
+/// Guesses whatever it costs, so that how many there are does not depend on the time that steps take.
 fn lookup() -> SpeculationConfig {
-    SpeculationConfig::Lookup(LookupConfig::default())
+    SpeculationConfig::Lookup(LookupConfig {
+        always: true,
+        ..LookupConfig::default()
+    })
 }
 
 fn greedy(max_tokens: u32) -> GenerateParams {
@@ -176,7 +180,7 @@ async fn what_is_held_to_a_grammar_is_not_guessed_and_says_so() {
     );
 }
 
-/// Guesses whatever it costs, so that how many there are does not depend on the time that steps take.
+/// The same of a draft model.
 fn draft(model: impl Into<String>) -> SpeculationConfig {
     SpeculationConfig::Draft(DraftConfig {
         always: true,

@@ -44,6 +44,9 @@ pub struct LookupConfig {
     /// Where the last tokens were there more than once, what followed more of them is preferred, up to so many;
     /// `min_ngram` to 32.
     pub max_ngram: usize,
+    /// Whether as many tokens are guessed as may be even where that does not pay by what was measured: for who measures, and
+    /// wants each run to take the same steps.
+    pub always: bool,
 }
 
 /// Guesses of a smaller model (Leviathan, Kalman and Matias, 2023).
@@ -82,6 +85,7 @@ impl Default for LookupConfig {
             max_tokens: 8,
             min_ngram: 2,
             max_ngram: 4,
+            always: false,
         }
     }
 }
@@ -89,7 +93,10 @@ impl Default for LookupConfig {
 impl SpeculationConfig {
     /// Whether it is guessed even where that does not pay.
     pub(crate) fn always(&self) -> bool {
-        matches!(self, Self::Draft(DraftConfig { always: true, .. }))
+        matches!(
+            self,
+            Self::Draft(DraftConfig { always: true, .. }) | Self::Lookup(LookupConfig { always: true, .. })
+        )
     }
 
     /// Whether nothing is guessed.

@@ -67,7 +67,7 @@ mod tests {
             min_ngram in 1_usize..4,
             more in 0_usize..4,
         ) {
-            let config = LookupConfig { max_tokens: most, min_ngram, max_ngram: min_ngram + more };
+            let config = LookupConfig { max_tokens: most, min_ngram, max_ngram: min_ngram + more, always: false };
             let mut expected = Vec::new();
             'found: for length in (min_ngram..=config.max_ngram).rev() {
                 for start in (0..tokens.len().saturating_sub(length)).rev() {

@@ -472,6 +472,7 @@ fn lookup() -> impl Strategy<Value = LookupConfig> {
         max_tokens,
         min_ngram,
         max_ngram: min_ngram + more,
+        ..LookupConfig::default()
     })
 }
 
