@@ -128,6 +128,105 @@ impl<E: LlmEngine + ?Sized> LlmEngine for Arc<E> {
     }
 }
 
+/// An engine around another one. What it does not do itself the inner one does, so that a wrapper says what it changes and nothing
+/// else; it is an [`LlmEngine`] by that.
+///
+/// ```
+/// use std::sync::atomic::{AtomicU64, Ordering};
+/// use futures::future::BoxFuture;
+/// use mlx_engine_core::{EngineError, EngineWrapper, EventStream, GenerateParams, LlmEngine, Prompt};
+///
+/// /// Counts what is asked.
+/// struct Counted<E> {
+///     engine: E,
+///     asked: AtomicU64,
+/// }
+///
+/// impl<E: LlmEngine> EngineWrapper for Counted<E> {
+///     type Inner = E;
+///
+///     fn inner(&self) -> &E {
+///         &self.engine
+///     }
+///
+///     fn wrapped_stream(
+///         &self,
+///         prompt: Prompt,
+///         params: GenerateParams,
+///     ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+///         self.asked.fetch_add(1, Ordering::Relaxed);
+///         self.engine.stream(prompt, params)
+///     }
+/// }
+///
+/// fn watched<E: LlmEngine + 'static>(engine: E) -> Box<dyn LlmEngine> {
+///     Box::new(Counted { engine, asked: AtomicU64::new(0) })
+/// }
+/// ```
+pub trait EngineWrapper: Send + Sync {
+    /// What is in it.
+    type Inner: LlmEngine + ?Sized;
+
+    /// The engine in it.
+    fn inner(&self) -> &Self::Inner;
+
+    /// Its [`LlmEngine::stream`]; [`generate`](LlmEngine::generate) is this one collected.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`LlmEngine::stream`].
+    fn wrapped_stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        self.inner().stream(prompt, params)
+    }
+
+    /// Its [`LlmEngine::unload`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`LlmEngine::unload`].
+    fn wrapped_unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.inner().unload()
+    }
+}
+
+impl<W: EngineWrapper> LlmEngine for W {
+    fn stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        self.wrapped_stream(prompt, params)
+    }
+
+    fn backend(&self) -> Option<Backend> {
+        self.inner().backend()
+    }
+
+    fn model(&self) -> Option<Arc<ModelConfiguration>> {
+        self.inner().model()
+    }
+
+    fn fallback_reason(&self) -> Option<String> {
+        self.inner().fallback_reason()
+    }
+
+    fn abandon(&self) {
+        self.inner().abandon();
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        self.inner().statistics()
+    }
+
+    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.wrapped_unload()
+    }
+}
+
 /// Reads a stream to its [`Finished`](GenerationEvent::Finished) event and adds it up.
 ///
 /// # Errors
@@ -195,6 +294,7 @@ mod tests {
     struct Echo {
         model: Arc<ModelConfiguration>,
         loaded: AtomicBool,
+        abandoned: AtomicBool,
     }
 
     impl Echo {
@@ -202,6 +302,7 @@ mod tests {
             Self {
                 model: Arc::new(ModelConfiguration::new("tiny", ModelType::Base)),
                 loaded: AtomicBool::new(true),
+                abandoned: AtomicBool::new(false),
             }
         }
     }
@@ -234,6 +335,21 @@ mod tests {
             Some(Arc::clone(&self.model))
         }
 
+        fn fallback_reason(&self) -> Option<String> {
+            Some("told to".to_owned())
+        }
+
+        fn abandon(&self) {
+            self.abandoned.store(true, Ordering::Relaxed);
+        }
+
+        fn statistics(&self) -> Option<EngineStatistics> {
+            Some(EngineStatistics {
+                turns: 7,
+                ..EngineStatistics::default()
+            })
+        }
+
         fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
             self.loaded.store(false, Ordering::Relaxed);
             Box::pin(async { Ok(()) })
@@ -264,6 +380,33 @@ mod tests {
         block_on(engine.unload()).unwrap();
         let error = ask(GenerateParams::default()).unwrap_err();
         assert!(matches!(error, EngineError::NotLoaded { .. }), "{error:?}");
+    }
+
+    struct Around(Echo);
+
+    impl EngineWrapper for Around {
+        type Inner = Echo;
+
+        fn inner(&self) -> &Echo {
+            &self.0
+        }
+    }
+
+    #[test]
+    fn a_wrapper_is_the_engine_in_it_where_it_says_nothing_else() {
+        let engine = Arc::new(Around(Echo::new()));
+        let ask = || block_on(engine.generate(Prompt::text("hello"), GenerateParams::default()));
+        assert_eq!(ask().unwrap().text, "hello");
+        assert_eq!(
+            (engine.backend(), engine.model()),
+            (engine.0.backend(), engine.0.model())
+        );
+        assert_eq!(engine.fallback_reason().as_deref(), Some("told to"));
+        assert_eq!(engine.statistics().map(|inside| inside.turns), Some(7));
+        engine.abandon();
+        assert!(engine.0.abandoned.load(Ordering::Relaxed));
+        block_on(engine.unload()).unwrap();
+        assert!(matches!(ask(), Err(EngineError::NotLoaded { .. })));
     }
 
     #[test]

@@ -112,6 +112,15 @@ pub enum EngineError {
         message: String,
     },
 
+    /// The engine that is asked cannot do this, however well it is.
+    #[error("unsupported: {message}")]
+    Unsupported {
+        /// What cannot be done, and why.
+        message: String,
+        /// What to do in its place.
+        hint: Option<String>,
+    },
+
     /// MLX cannot run here.
     #[error("mlx is unavailable: {reason}")]
     MlxUnavailable {
@@ -237,6 +246,14 @@ impl EngineError {
         }
     }
 
+    /// An [`Unsupported`](Self::Unsupported) error with nothing to do in its place.
+    pub fn unsupported(message: impl Into<String>) -> Self {
+        Self::Unsupported {
+            message: message.into(),
+            hint: None,
+        }
+    }
+
     /// An [`Internal`](Self::Internal) error.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::Internal {
@@ -264,6 +281,7 @@ impl EngineError {
             | Self::Tokenizer { .. }
             | Self::Template { .. }
             | Self::Constraint { .. }
+            | Self::Unsupported { .. }
             | Self::MlxUnavailable { .. }
             | Self::InsufficientMemory { .. }
             | Self::NotLoaded { .. }
@@ -285,7 +303,9 @@ impl EngineError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::ModelNotFound { hint, .. } | Self::ModelFetch { hint, .. } => return hint.clone(),
+            Self::ModelNotFound { hint, .. }
+            | Self::ModelFetch { hint, .. }
+            | Self::Unsupported { hint, .. } => return hint.clone(),
             Self::UnsupportedModel { supported, .. } if !supported.is_empty() => {
                 return Some(format!("supported model types: {}", supported.join(", ")));
             }
@@ -465,6 +485,21 @@ mod tests {
             (
                 EngineError::template("line 3", "syntax"),
                 "chat template failed: line 3",
+                false,
+                None,
+            ),
+            (
+                EngineError::Unsupported {
+                    message: "no handle".to_owned(),
+                    hint: Some("ask the facade".to_owned()),
+                },
+                "unsupported: no handle",
+                false,
+                Some("ask the facade"),
+            ),
+            (
+                EngineError::unsupported("no logits"),
+                "unsupported: no logits",
                 false,
                 None,
             ),

@@ -40,7 +40,7 @@ mod error;
 mod engine;
 
 pub use backend::{Backend, FallbackPolicy};
-pub use engine::{EventStream, LlmEngine, collect_events};
+pub use engine::{EngineWrapper, EventStream, LlmEngine, collect_events};
 pub use error::{EngineError, ErrorSource};
 pub use event::{
     FinishReason, GenerateSummary, GenerationEvent, Timings, TokenInfo, TokenLogprob, TopLogprob, Usage,

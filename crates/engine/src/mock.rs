@@ -428,11 +428,9 @@ impl TokenModel for MockModel {
             ));
         }
         if params.logprobs {
-            let message = "the mock has no probabilities to report".to_owned();
-            return Err(EngineError::Device {
-                message,
-                source: None,
-            });
+            return Err(EngineError::unsupported(
+                "the mock has no probabilities to report",
+            ));
         }
         let mut token = sequence.chosen.remove(0);
         if params.constraint.is_some() {
@@ -456,9 +454,9 @@ impl TokenModel for MockModel {
         _tokens: &[u32],
         _next: &[u32],
     ) -> Result<Vec<f32>, EngineError> {
-        Err(EngineError::MlxUnavailable {
-            reason: "the mock has no probabilities to score with".to_owned(),
-        })
+        Err(EngineError::unsupported(
+            "the mock has no probabilities to score with",
+        ))
     }
 
     fn workspace_bytes(&self, _chunk: usize, _batch: usize) -> u64 {

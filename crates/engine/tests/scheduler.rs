@@ -144,7 +144,7 @@ async fn what_is_wrong_with_a_request_is_said_before_it_runs() {
     let refused = error(&engine, Prompt::text("Hi"), params().with_logprobs(true)).await;
     assert_eq!(
         refused.to_string(),
-        "device failed: the mock has no probabilities to report"
+        "unsupported: the mock has no probabilities to report"
     );
     let refused = engine.score("Hi").await.unwrap_err();
     assert!(

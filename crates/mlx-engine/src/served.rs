@@ -2,11 +2,7 @@
 
 use std::sync::Arc;
 
-use futures::future::BoxFuture;
-use mlx_engine_core::{
-    Backend, Device, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine,
-    ModelConfiguration, Prompt,
-};
+use mlx_engine_core::{Device, EngineError, EngineWrapper, LlmEngine, Prompt};
 use mlx_engine_engine::{Engine, EngineConfig, PrefixCacheReport, Score, UnloadMode};
 #[cfg(unix)]
 use mlx_engine_resilience::Supervised;
@@ -23,14 +19,6 @@ pub(crate) enum Served {
 }
 
 impl Served {
-    fn engine(&self) -> &dyn LlmEngine {
-        match self {
-            Self::Here(engine) => engine,
-            #[cfg(unix)]
-            Self::Apart(engine) => engine,
-        }
-    }
-
     pub(crate) fn device(&self) -> Option<Device> {
         match self {
             Self::Here(engine) => Some(engine.device()),
@@ -142,32 +130,14 @@ impl From<Supervised> for Served {
     }
 }
 
-impl LlmEngine for Served {
-    fn stream(
-        &self,
-        prompt: Prompt,
-        params: GenerateParams,
-    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
-        self.engine().stream(prompt, params)
-    }
+impl EngineWrapper for Served {
+    type Inner = dyn LlmEngine;
 
-    fn backend(&self) -> Option<Backend> {
-        self.engine().backend()
-    }
-
-    fn model(&self) -> Option<Arc<ModelConfiguration>> {
-        self.engine().model()
-    }
-
-    fn abandon(&self) {
-        self.engine().abandon();
-    }
-
-    fn statistics(&self) -> Option<EngineStatistics> {
-        self.engine().statistics()
-    }
-
-    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        self.engine().unload()
+    fn inner(&self) -> &(dyn LlmEngine + 'static) {
+        match self {
+            Self::Here(engine) => engine,
+            #[cfg(unix)]
+            Self::Apart(engine) => engine,
+        }
     }
 }

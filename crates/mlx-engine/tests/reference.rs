@@ -59,6 +59,10 @@ fn every_error() -> Vec<EngineError> {
         EngineError::Constraint {
             message: text("the schema is no object"),
         },
+        EngineError::Unsupported {
+            message: text("the engine is in a process of its own and cannot be handed out"),
+            hint: Some(text("the hint of the error, where there is another way")),
+        },
         EngineError::MlxUnavailable {
             reason: text("this build has no MLX"),
         },

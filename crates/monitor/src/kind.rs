@@ -28,6 +28,8 @@ pub enum ErrorKind {
     Template,
     /// [`EngineError::Constraint`].
     Constraint,
+    /// [`EngineError::Unsupported`].
+    Unsupported,
     /// [`EngineError::MlxUnavailable`].
     MlxUnavailable,
     /// [`EngineError::InsufficientMemory`].
@@ -85,6 +87,7 @@ impl ErrorKind {
             EngineError::Tokenizer { .. } => Self::Tokenizer,
             EngineError::Template { .. } => Self::Template,
             EngineError::Constraint { .. } => Self::Constraint,
+            EngineError::Unsupported { .. } => Self::Unsupported,
             EngineError::MlxUnavailable { .. } => Self::MlxUnavailable,
             EngineError::InsufficientMemory { .. } => Self::InsufficientMemory,
             EngineError::OutOfMemory => Self::OutOfMemory,
@@ -115,6 +118,7 @@ impl ErrorKind {
             | Self::ModelNotFound
             | Self::Template
             | Self::Constraint
+            | Self::Unsupported
             | Self::Cancelled => ErrorClass::Caller,
             Self::InsufficientMemory
             | Self::QueueFull
@@ -148,6 +152,7 @@ impl ErrorKind {
             Self::Tokenizer => "tokenizer",
             Self::Template => "template",
             Self::Constraint => "constraint",
+            Self::Unsupported => "unsupported",
             Self::MlxUnavailable => "mlx_unavailable",
             Self::InsufficientMemory => "insufficient_memory",
             Self::OutOfMemory => "out_of_memory",
@@ -217,6 +222,7 @@ mod tests {
         check(EngineError::tokenizer("x", "x"), "tokenizer", fault);
         check(EngineError::template("x", "x"), "template", caller);
         check(EngineError::Constraint { message: text() }, "constraint", caller);
+        check(EngineError::unsupported("x"), "unsupported", caller);
         check(
             EngineError::MlxUnavailable { reason: text() },
             "mlx_unavailable",

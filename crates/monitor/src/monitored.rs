@@ -8,8 +8,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
-    ParamError, Prompt,
+    EngineError, EngineWrapper, EventStream, GenerateParams, LlmEngine, ParamError, Prompt,
 };
 
 use crate::emit::Telemetry;
@@ -132,12 +131,7 @@ impl<E: LlmEngine> Monitored<E> {
     }
 
     fn seen(&self) -> Seen {
-        Seen {
-            backend: self.engine.backend(),
-            model: self.engine.model(),
-            statistics: self.engine.statistics(),
-            fallback: self.engine.fallback_reason(),
-        }
+        Seen::of(&self.engine)
     }
 }
 
@@ -165,8 +159,14 @@ impl Drop for RunningProbe<'_> {
     }
 }
 
-impl<E: LlmEngine> LlmEngine for Monitored<E> {
-    fn stream(
+impl<E: LlmEngine> EngineWrapper for Monitored<E> {
+    type Inner = E;
+
+    fn inner(&self) -> &E {
+        &self.engine
+    }
+
+    fn wrapped_stream(
         &self,
         prompt: Prompt,
         params: GenerateParams,
@@ -190,27 +190,7 @@ impl<E: LlmEngine> LlmEngine for Monitored<E> {
         })
     }
 
-    fn backend(&self) -> Option<Backend> {
-        self.engine.backend()
-    }
-
-    fn model(&self) -> Option<Arc<ModelConfiguration>> {
-        self.engine.model()
-    }
-
-    fn fallback_reason(&self) -> Option<String> {
-        self.engine.fallback_reason()
-    }
-
-    fn abandon(&self) {
-        self.engine.abandon();
-    }
-
-    fn statistics(&self) -> Option<EngineStatistics> {
-        self.engine.statistics()
-    }
-
-    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+    fn wrapped_unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
         Box::pin(async move {
             let unloaded = self.engine.unload().await;
             self.health();
@@ -279,12 +259,7 @@ impl<E: LlmEngine> MonitoredBuilder<E> {
     }
 
     fn finish(self) -> Monitored<E> {
-        let seen = Seen {
-            backend: self.engine.backend(),
-            model: self.engine.model(),
-            statistics: self.engine.statistics(),
-            fallback: self.engine.fallback_reason(),
-        };
+        let seen = Seen::of(&self.engine);
         Monitored {
             shared: Arc::new(Shared::new(self.clock, self.health, self.load_time, seen)),
             engine: self.engine,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use mlx_engine_core::{Backend, EngineStatistics, GenerateSummary, ModelConfiguration};
+use mlx_engine_core::{Backend, EngineStatistics, GenerateSummary, LlmEngine, ModelConfiguration};
 
 use crate::clock::nanos;
 use crate::emit::{self, Telemetry};
@@ -33,6 +33,16 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
+    /// What an engine says now.
+    pub(crate) fn of(engine: &impl LlmEngine) -> Self {
+        Self {
+            backend: engine.backend(),
+            model: engine.model(),
+            statistics: engine.statistics(),
+            fallback: engine.fallback_reason(),
+        }
+    }
+
     fn loaded(&self) -> bool {
         self.backend.is_some() && self.model.is_some()
     }

@@ -8,10 +8,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use mlx_engine_core::{
-    Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
-    Prompt,
-};
+use mlx_engine_core::{Backend, EngineError, EngineWrapper, LlmEngine};
 use mlx_engine_monitor::{ErrorKind, Monitored, ProbeFailure, probe};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
@@ -108,37 +105,11 @@ impl<R: Recover> Recover for Monitored<R> {
 /// An engine that can do nothing about its faults.
 pub(crate) struct Unrecoverable<E>(pub(crate) Arc<E>);
 
-impl<E: LlmEngine> LlmEngine for Unrecoverable<E> {
-    fn stream(
-        &self,
-        prompt: Prompt,
-        params: GenerateParams,
-    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
-        self.0.stream(prompt, params)
-    }
+impl<E: LlmEngine> EngineWrapper for Unrecoverable<E> {
+    type Inner = E;
 
-    fn backend(&self) -> Option<Backend> {
-        self.0.backend()
-    }
-
-    fn model(&self) -> Option<Arc<ModelConfiguration>> {
-        self.0.model()
-    }
-
-    fn fallback_reason(&self) -> Option<String> {
-        self.0.fallback_reason()
-    }
-
-    fn abandon(&self) {
-        self.0.abandon();
-    }
-
-    fn statistics(&self) -> Option<EngineStatistics> {
-        self.0.statistics()
-    }
-
-    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        self.0.unload()
+    fn inner(&self) -> &E {
+        &self.0
     }
 }
 
@@ -148,7 +119,7 @@ impl<E: LlmEngine> Recover for Unrecoverable<E> {
     }
 
     fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>> {
-        Box::pin(async move { Err(EngineError::internal(format!("the engine cannot {step}"))) })
+        Box::pin(async move { Err(EngineError::unsupported(format!("the engine cannot {step}"))) })
     }
 }
 

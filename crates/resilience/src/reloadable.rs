@@ -233,7 +233,7 @@ impl<E: LlmEngine> Recover for Reloadable<E> {
             };
             match load {
                 Some(load) if self.can(step) => self.replace(load, step == RecoveryStep::FallBack).await,
-                _ => Err(EngineError::internal(format!("the engine cannot {step}"))),
+                _ => Err(EngineError::unsupported(format!("the engine cannot {step}"))),
             }
         })
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
 use mlx_engine_core::{
-    Backend, EngineError, EngineStatistics, EventStream, GenerateOutput, GenerateParams, GenerationEvent,
-    LlmEngine, ModelConfiguration, ParamError, Prompt, collect_events,
+    EngineError, EngineWrapper, EventStream, GenerateOutput, GenerateParams, GenerationEvent, LlmEngine,
+    ParamError, Prompt, collect_events,
 };
 use serde::{Deserialize, Serialize};
 
@@ -181,8 +181,14 @@ impl<E: LlmEngine + 'static> Resilient<E> {
     }
 }
 
-impl<E: LlmEngine + 'static> LlmEngine for Resilient<E> {
-    fn stream(
+impl<E: LlmEngine + 'static> EngineWrapper for Resilient<E> {
+    type Inner = E;
+
+    fn inner(&self) -> &E {
+        &self.engine
+    }
+
+    fn wrapped_stream(
         &self,
         prompt: Prompt,
         params: GenerateParams,
@@ -191,30 +197,6 @@ impl<E: LlmEngine + 'static> LlmEngine for Resilient<E> {
             let total = self.control.deadline();
             Ok(self.attempt(prompt, params, total).await?.boxed())
         })
-    }
-
-    fn backend(&self) -> Option<Backend> {
-        self.engine.backend()
-    }
-
-    fn model(&self) -> Option<Arc<ModelConfiguration>> {
-        self.engine.model()
-    }
-
-    fn fallback_reason(&self) -> Option<String> {
-        self.engine.fallback_reason()
-    }
-
-    fn abandon(&self) {
-        self.engine.abandon();
-    }
-
-    fn statistics(&self) -> Option<EngineStatistics> {
-        self.engine.statistics()
-    }
-
-    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        self.engine.unload()
     }
 }
 
