@@ -41,11 +41,16 @@ pub trait Service: LlmEngine {
     fn call(&self, method: String, argument: Value) -> BoxFuture<'_, Result<Value, EngineError>> {
         let _ = argument;
         Box::pin(async move {
-            Err(EngineError::internal(format!(
+            Err(EngineError::unsupported(format!(
                 "the engine has no method `{method}`"
             )))
         })
     }
+
+    /// The last that the process does for the engine: it was unloaded, and the program waits for the end of the connection, up to
+    /// its [`exit_limit`](super::SupervisorConfiguration::exit_limit). It may block. Once the connection has ended, the process is
+    /// ended too.
+    fn finish(&self) {}
 }
 
 /// The connection to the program that started this process: its standard input.
@@ -146,10 +151,12 @@ where
     // The reader says so, or is gone.
     let _ = ended.await;
     tasks.abort();
-    match timeout(UNLOAD_LIMIT, engine.unload()).await {
-        Ok(unloaded) => unloaded,
-        Err(_) => Err(EngineError::DeadlineExceeded { limit: UNLOAD_LIMIT }),
+    let unloaded = timeout(UNLOAD_LIMIT, engine.unload()).await;
+    let finish = tokio::task::spawn_blocking(move || engine.finish());
+    if let Err(error) = finish.await {
+        tracing::error!(%error, "the last of the engine's process went wrong");
     }
+    unloaded.unwrap_or(Err(EngineError::DeadlineExceeded { limit: UNLOAD_LIMIT }))
 }
 
 /// The way to the program.

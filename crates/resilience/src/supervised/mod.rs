@@ -29,8 +29,13 @@ mod frame;
 mod launch;
 mod parent;
 mod requests;
+mod run;
+mod shared;
+mod status;
+mod watch;
 
 pub use child::{ProgressFn, Service, connection, serve};
 pub use configuration::SupervisorConfiguration;
 pub use launch::{Launch, Process, Program};
-pub use parent::{ChildState, Supervised, SupervisedStatus};
+pub use parent::Supervised;
+pub use status::{ChildState, SupervisedStatus};

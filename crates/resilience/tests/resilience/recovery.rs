@@ -1,14 +1,15 @@
 //! An engine is brought back, and proves it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use mlx_engine_core::{EngineError, GenerateParams, LlmEngine, Prompt};
-use mlx_engine_monitor::{EngineHealth, Monitored};
+use futures::future::BoxFuture;
+use mlx_engine_core::{EngineError, EngineWrapper, EventStream, GenerateParams, LlmEngine, Prompt};
+use mlx_engine_monitor::{EngineHealth, ErrorKind, Monitored, ProbeFailure};
 use mlx_engine_resilience::{
-    BreakerState, RecoveryStep, Reloadable, ResilienceConfiguration, Resilient, StepOutcome,
+    BreakerState, Recover, RecoveryStep, Reloadable, ResilienceConfiguration, Resilient, StepOutcome,
 };
 
 use crate::support::{Fate, Fated};
@@ -222,4 +223,120 @@ async fn nothing_is_lost_or_stuck_in_thousands_of_requests() {
     assert_eq!(metrics.total.ended(), metrics.total.submitted);
     let succeeded = ended.iter().filter(|end| **end == Some(true)).count() as u64;
     assert_eq!(metrics.total.finished.total(), succeeded);
+}
+
+/// Gives no token until it falls back, and takes every step before that badly, each in its own way.
+#[derive(Default)]
+struct Stubborn {
+    engine: Fated,
+    well: AtomicBool,
+}
+
+impl EngineWrapper for Stubborn {
+    type Inner = Fated;
+
+    fn inner(&self) -> &Fated {
+        &self.engine
+    }
+
+    fn wrapped_stream(
+        &self,
+        prompt: Prompt,
+        params: GenerateParams,
+    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+        assert!(self.well.load(Ordering::Relaxed), "told to panic");
+        self.engine.stream(prompt, params)
+    }
+}
+
+impl Recover for Stubborn {
+    fn can(&self, _: RecoveryStep) -> bool {
+        true
+    }
+
+    fn recover(&self, step: RecoveryStep) -> BoxFuture<'_, Result<(), EngineError>> {
+        Box::pin(async move {
+            match step {
+                RecoveryStep::ClearCaches => panic!("told to panic"),
+                RecoveryStep::RebuildStream => Err(crate::support::device()),
+                RecoveryStep::RestartWorker => std::future::pending().await,
+                RecoveryStep::FallBack => {
+                    self.well.store(true, Ordering::Relaxed);
+                    Ok(())
+                }
+                _ => Ok(()),
+            }
+        })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_a_step_does_the_next_is_taken_and_the_report_says_what_came_of_each() {
+    let mut configuration = ResilienceConfiguration::default();
+    configuration.recovery.fall_back = true;
+    let engine = Resilient::builder(Arc::new(Stubborn::default()))
+        .recoverable()
+        .configuration(configuration)
+        .build()
+        .unwrap();
+    let report = engine.attempt_recovery().await;
+    let panicked = ProbeFailure::Error {
+        kind: ErrorKind::WorkerPanicked,
+    };
+    assert_eq!((report.recovered, report.before), (true, Some(panicked)));
+    let failed = |kind, message: &str| StepOutcome::Failed {
+        kind,
+        message: message.to_owned(),
+    };
+    let outcomes: Vec<_> = report
+        .steps
+        .iter()
+        .map(|step| (step.step, step.outcome.clone()))
+        .collect();
+    assert_eq!(
+        outcomes,
+        [
+            (
+                RecoveryStep::ClearCaches,
+                failed(ErrorKind::WorkerPanicked, "the step panicked")
+            ),
+            (
+                RecoveryStep::RebuildStream,
+                failed(ErrorKind::Device, "device failed: x")
+            ),
+            (RecoveryStep::RestartWorker, StepOutcome::TimedOut),
+            (
+                RecoveryStep::ReloadModel,
+                StepOutcome::NoToken { failure: panicked }
+            ),
+            (RecoveryStep::FallBack, StepOutcome::Recovered),
+        ]
+    );
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!(
+        serde_json::from_value::<mlx_engine_resilience::RecoveryReport>(json).unwrap(),
+        report
+    );
+}
+
+#[test]
+fn a_recovery_whose_runtime_ends_claims_nothing() {
+    let fates = std::iter::repeat_n(Fate::Hang, 1);
+    let engine = Resilient::new(Fated::new(fates));
+    let mut recovery = Box::pin(engine.attempt_recovery());
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        assert!(futures::poll!(&mut recovery).is_pending());
+        // The proof has begun, and waits.
+        while engine.engine().asked() == 0 {
+            tokio::task::yield_now().await;
+        }
+    });
+    drop(runtime);
+    let report = futures::executor::block_on(recovery);
+    assert!(!report.recovered && report.steps.is_empty(), "{report:?}");
+    assert!(!engine.status().recovering, "nobody waits for it");
 }

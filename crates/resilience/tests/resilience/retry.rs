@@ -159,6 +159,106 @@ async fn an_open_circuit_refuses_at_once_and_says_when_to_come_back() {
     );
 }
 
+/// What a request meets at one of its attempts.
+#[derive(Clone, Copy, Debug)]
+enum Meets {
+    Answer,
+    Device,
+    /// The engine is full, and says for how many seconds.
+    Full(u64),
+    /// What no other attempt would change.
+    Empty,
+}
+
+impl Meets {
+    fn fate(self) -> Fate {
+        match self {
+            Self::Answer => Fate::Answer,
+            Self::Device => Fate::Refuse(device()),
+            Self::Full(seconds) => Fate::Refuse(EngineError::QueueFull {
+                retry_after: SECOND * seconds as u32,
+            }),
+            Self::Empty => Fate::Refuse(EngineError::EmptyPrompt),
+        }
+    }
+}
+
+/// The rules, in whole seconds and said the short way.
+struct Rules {
+    max_retries: u32,
+    longest: u64,
+    total: Option<u64>,
+    /// Tenths of retries that each request brings, those that are saved at most, and those that are.
+    ratio: u32,
+    reserve: u32,
+    left: u32,
+}
+
+impl Rules {
+    /// How many attempts a request makes, how long it waits in all, and whether it is answered.
+    fn request(&mut self, mut meets: impl Iterator<Item = Meets>) -> (u32, u64, bool) {
+        self.left = (self.left + self.ratio).min((10 * self.reserve).max(10));
+        let (mut retries, mut waited) = (0, 0);
+        loop {
+            let least = match meets.next().unwrap_or(Meets::Answer) {
+                Meets::Answer => return (retries + 1, waited, true),
+                Meets::Empty => return (retries + 1, waited, false),
+                Meets::Device => 0,
+                Meets::Full(seconds) => seconds,
+            };
+            let wait = (1 << retries).min(self.longest).max(least);
+            let in_time = self.total.is_none_or(|total| waited + wait < total);
+            if retries == self.max_retries || !in_time || self.left < 10 {
+                return (retries + 1, waited, false);
+            }
+            self.left -= 10;
+            waited += wait;
+            retries += 1;
+        }
+    }
+}
+
+fn meets() -> impl Strategy<Value = Meets> {
+    prop_oneof![
+        3 => Just(Meets::Answer),
+        6 => Just(Meets::Device),
+        2 => (0..12_u64).prop_map(Meets::Full),
+        1 => Just(Meets::Empty),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Requests one after the other, whatever each meets.
+    #[test]
+    fn it_follows_its_rules(
+        met in prop::collection::vec(meets(), 0..60), requests in 1..12_u32, max_retries in 0..6_u32, longest in 1..20_u64,
+        total in prop::option::of(1..40_u64), reserve in 0..6_u32, ratio in 0..15_u32,
+    ) {
+        let mut configuration = exact();
+        configuration.retry.max_retries = max_retries;
+        configuration.retry.max_delay = SECOND * longest as u32;
+        configuration.retry.budget.reserve = reserve;
+        configuration.retry.budget.ratio = f64::from(ratio) / 10.0;
+        configuration.timeouts.total = total.map(Duration::from_secs);
+        // The circuit stays out of this.
+        configuration.breaker.min_requests = 1024;
+        let engine = resilient(configuration, met.iter().map(|meets| meets.fate()).collect());
+        let mut rules = Rules { max_retries, longest, total, ratio, reserve, left: 10 * reserve };
+        let mut met = met.into_iter();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            for request in 0..requests {
+                let (began, before) = (Instant::now(), engine.engine().asked());
+                let answered = ask(&engine).await.is_ok();
+                let found = (engine.engine().asked() - before, began.elapsed().as_secs(), answered);
+                assert_eq!(found, rules.request(&mut met), "request {request}");
+            }
+        });
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
