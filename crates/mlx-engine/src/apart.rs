@@ -1,17 +1,13 @@
 //! The engine in a process of its own: what the two processes agree on.
 
-use std::path::PathBuf;
-use std::sync::Arc;
-
 use futures::future::BoxFuture;
-use mlx_engine_core::{
-    Backend, Device, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine,
-    ModelConfiguration, Prompt,
-};
+use mlx_engine_core::{Device, EngineError, EngineWrapper, ModelConfiguration, Prompt};
 use mlx_engine_engine::{Engine, EngineConfig, MockScript, PrefixCacheReport, ProgressFn, Score};
 use mlx_engine_resilience::{Program, Service, Supervised, SupervisorConfiguration, connection, serve};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 /// What the process is to load.
 #[derive(Debug, Serialize, Deserialize)]
@@ -92,41 +88,26 @@ const CLEAR_PREFIX_CACHE: &str = "clear_prefix_cache";
 const PIN_PREFIX: &str = "pin_prefix";
 const UNPIN_PREFIX: &str = "unpin_prefix";
 
-/// The engine that the process serves.
-struct Child(Engine);
+/// The engine that the process serves, and the last that the process does for it.
+struct Child<F> {
+    engine: Engine,
+    finish: Mutex<Option<F>>,
+}
 
-impl LlmEngine for Child {
-    fn stream(
-        &self,
-        prompt: Prompt,
-        params: GenerateParams,
-    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
-        self.0.stream(prompt, params)
-    }
+impl<F: Send> EngineWrapper for Child<F> {
+    type Inner = Engine;
 
-    fn backend(&self) -> Option<Backend> {
-        self.0.backend()
-    }
-
-    fn model(&self) -> Option<Arc<ModelConfiguration>> {
-        self.0.model()
-    }
-
-    fn statistics(&self) -> Option<EngineStatistics> {
-        self.0.statistics()
-    }
-
-    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        self.0.unload()
+    fn inner(&self) -> &Engine {
+        &self.engine
     }
 }
 
-impl Service for Child {
+impl<F: FnOnce() + Send> Service for Child<F> {
     fn details(&self) -> Value {
         let details = Details {
-            device: self.0.device(),
-            load_s: self.0.load_seconds(),
-            peak_memory_bytes: self.0.peak_memory_bytes(),
+            device: self.engine.device(),
+            load_s: self.engine.load_seconds(),
+            peak_memory_bytes: self.engine.peak_memory_bytes(),
         };
         // Numbers and a name: they can be written.
         serde_json::to_value(details).unwrap_or_default()
@@ -135,20 +116,27 @@ impl Service for Child {
     fn call(&self, method: String, argument: Value) -> BoxFuture<'_, Result<Value, EngineError>> {
         Box::pin(async move {
             match method.as_str() {
-                SCORE => written(&self.0.score(&read::<String>(argument)?).await?),
+                SCORE => written(&self.engine.score(&read::<String>(argument)?).await?),
                 PREPARE => {
-                    crate::served::prepare(&self.0, read(argument)?).await?;
+                    crate::served::prepare(&self.engine, read(argument)?).await?;
                     Ok(Value::Null)
                 }
-                PREFIX_CACHE => written(&self.0.prefix_cache().await?),
-                CLEAR_PREFIX_CACHE => written(&self.0.clear_prefix_cache().await?),
-                PIN_PREFIX => written(&self.0.pin_prefix(read(argument)?).await?),
-                UNPIN_PREFIX => written(&self.0.unpin_prefix(read(argument)?).await?),
-                _ => Err(EngineError::internal(format!(
+                PREFIX_CACHE => written(&self.engine.prefix_cache().await?),
+                CLEAR_PREFIX_CACHE => written(&self.engine.clear_prefix_cache().await?),
+                PIN_PREFIX => written(&self.engine.pin_prefix(read(argument)?).await?),
+                UNPIN_PREFIX => written(&self.engine.unpin_prefix(read(argument)?).await?),
+                _ => Err(EngineError::unsupported(format!(
                     "the engine has no method `{method}`"
                 ))),
             }
         })
+    }
+
+    fn finish(&self) {
+        let finish = self.finish.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(finish) = finish {
+            finish();
+        }
     }
 }
 
@@ -190,6 +178,26 @@ fn read<T: DeserializeOwned>(value: Value) -> Result<T, EngineError> {
 /// [`EngineError::Device`] where no program started this process, or the system gives it nothing to work with. What goes
 /// wrong with the model is told to the program.
 pub fn serve_child() -> Result<(), EngineError> {
+    serve_child_then(|| {})
+}
+
+/// As [`serve_child`], and calls `finish` once the engine has ended, while the program still waits: up to
+/// [`exit_limit`](crate::SupervisorConfiguration::exit_limit). It is for what a process does at its end, such as sending its last
+/// spans: when `serve_child` returns, the program ends the process. Where the process is killed, or nothing was loaded, it is not
+/// called.
+///
+/// ```no_run
+/// use mlx_engine::EngineError;
+///
+/// fn engine() -> Result<(), EngineError> {
+///     mlx_engine::serve_child_then(|| eprintln!("the engine has ended"))
+/// }
+/// ```
+///
+/// # Errors
+///
+/// As [`serve_child`].
+pub fn serve_child_then(finish: impl FnOnce() + Send + 'static) -> Result<(), EngineError> {
     let connection = connection().map_err(|error| {
         EngineError::device(
             "standard input is no connection to the program of this engine",
@@ -200,6 +208,12 @@ pub fn serve_child() -> Result<(), EngineError> {
         .enable_time()
         .build()
         .map_err(|error| EngineError::device("the runtime could not be started", error))?;
+    let load = async move |setup, progress| {
+        Ok(Child {
+            engine: load(setup, progress).await?,
+            finish: Mutex::new(Some(finish)),
+        })
+    };
     match runtime.block_on(serve(connection, load)) {
         Ok(()) => {}
         // An ordinary exit would wait for the thread that hangs.
@@ -209,22 +223,23 @@ pub fn serve_child() -> Result<(), EngineError> {
     Ok(())
 }
 
-async fn load(setup: Value, progress: ProgressFn) -> Result<Child, EngineError> {
-    let engine = match read(setup)? {
-        Setup::Mock { name, script, config } => Engine::mock(&name, *script, config).await?,
+async fn load(setup: Value, progress: ProgressFn) -> Result<Engine, EngineError> {
+    match read(setup)? {
+        Setup::Mock { name, script, config } => Engine::mock(&name, *script, config).await,
         #[cfg(feature = "mlx")]
         Setup::Mlx {
             path,
             configuration,
             config,
-        } => crate::slot::load_here(path, configuration.map(|known| *known), config, Some(progress)).await?,
+        } => {
+            crate::settings::load_here(path, configuration.map(|known| *known), config, Some(progress)).await
+        }
         #[cfg(not(feature = "mlx"))]
         Setup::Mlx { .. } => {
             drop(progress);
-            return Err(EngineError::MlxUnavailable {
+            Err(EngineError::MlxUnavailable {
                 reason: "the engine's process was built without it".to_owned(),
-            });
+            })
         }
-    };
-    Ok(Child(engine))
+    }
 }

@@ -1,30 +1,30 @@
 //! The engine that programs hold.
 
+mod setup;
+
 use std::fmt;
 use std::sync::Arc;
 
-use futures::future::BoxFuture;
 use mlx_engine_core::{
-    Backend, Device, EngineError, EngineStatistics, EventStream, FallbackPolicy, GenerateOutput,
-    GenerateParams, LlmEngine, ModelConfiguration, Prompt,
+    Device, EngineError, EngineWrapper, EventStream, GenerateOutput, GenerateParams, LlmEngine,
+    ModelConfiguration, Prompt,
 };
 #[cfg(feature = "mlx")]
 use mlx_engine_engine::PromptEncoder;
-use mlx_engine_engine::{Engine, EngineConfig, MockScript, PrefixCacheReport, ProgressFn, Score, UnloadMode};
+use mlx_engine_engine::{Engine, PrefixCacheReport, ProgressFn, Score, UnloadMode};
 use mlx_engine_monitor::{
     DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, Monitored,
 };
 use mlx_engine_registry::ModelRegistry;
 #[cfg(unix)]
-use mlx_engine_resilience::{Program, SupervisedStatus, SupervisorConfiguration};
+use mlx_engine_resilience::SupervisedStatus;
 use mlx_engine_resilience::{RecoveryReport, ResilienceConfiguration, ResilienceStatus, Resilient};
 
 use crate::ChatSession;
-#[cfg(unix)]
-use crate::apart::Apart;
 use crate::optimize::{self, OptimizeOptions, OptimizeReport};
 use crate::served::Served;
-use crate::slot::{BackendChoice, Settings, Slot};
+use crate::settings::Settings;
+use crate::slot::Slot;
 
 /// An engine that loads one model at a time and answers with it. Clones share the model.
 ///
@@ -76,114 +76,6 @@ impl InferenceEngine {
     /// An engine without a model.
     pub fn new() -> Self {
         Self::default()
-    }
-
-    /// Sets how requests are scheduled and computed, for models that are loaded from now on; a value out of its range is
-    /// an error of the load.
-    pub fn with_config(mut self, config: EngineConfig) -> Self {
-        self.settings.config = config;
-        self
-    }
-
-    /// Sets which backend models are loaded on.
-    pub fn with_backend(mut self, choice: BackendChoice) -> Self {
-        self.settings.choice = choice;
-        self
-    }
-
-    /// Sets when the mock may stand in for a model.
-    pub fn with_fallback(mut self, policy: FallbackPolicy) -> Self {
-        self.settings.fallback = policy;
-        self
-    }
-
-    /// Names a smaller model, or another file of the same one, that recovery serves from where the model cannot be brought back:
-    /// only where [`RecoveryConfiguration::fall_back`](crate::RecoveryConfiguration::fall_back) allows it. Health is degraded
-    /// then, and [`fallback_reason`](Self::fallback_reason) tells why. Without a name recovery falls back to the mock, where the
-    /// policy is [`FallbackPolicy::OnLoadFailure`] too.
-    pub fn with_fallback_model(mut self, model: impl Into<String>) -> Self {
-        self.settings.fallback_model = Some(model.into());
-        self
-    }
-
-    /// Sets how the mock behaves.
-    pub fn with_mock(mut self, script: MockScript) -> Self {
-        self.settings.mock = script;
-        self
-    }
-
-    /// Loads models in a process of their own from now on, so that an abort or a kill of it costs only the requests that run
-    /// there. `program` has to call [`serve_child`](crate::serve_child); what may be wrong with `supervisor` is an error of
-    /// the load.
-    ///
-    /// ```no_run
-    /// use mlx_engine::{InferenceEngine, Program, SupervisorConfiguration};
-    ///
-    /// # fn run() -> std::io::Result<()> {
-    /// let engine = InferenceEngine::new()
-    ///     .with_child_process(Program::this()?.arg("engine"), SupervisorConfiguration::default());
-    /// # Ok(())
-    /// # }
-    /// ```
-    #[cfg(unix)]
-    pub fn with_child_process(mut self, program: Program, supervisor: SupervisorConfiguration) -> Self {
-        self.settings.apart = Some(Apart { program, supervisor });
-        self
-    }
-
-    /// Sets the registry that names are looked up in; [`ModelRegistry::builtin`] unless told.
-    pub fn with_registry(mut self, registry: ModelRegistry) -> Self {
-        self.settings.registry = Some(Arc::new(registry));
-        self
-    }
-
-    /// Sets whether loading a model may fetch it from the hub.
-    #[cfg(all(feature = "hub", feature = "mlx"))]
-    pub fn with_fetch(mut self, policy: crate::FetchPolicy) -> Self {
-        self.settings.fetch = policy;
-        self
-    }
-
-    /// Sets where models are fetched from; the hub of the environment unless told.
-    #[cfg(all(feature = "hub", feature = "mlx"))]
-    pub fn with_hub(mut self, hub: crate::hub::Hub) -> Self {
-        self.settings.hub = Some(hub);
-        self
-    }
-
-    /// Sets from where on the engine is not well. What was counted so far stays with the clones made before.
-    ///
-    /// # Errors
-    ///
-    /// [`EngineError::InvalidParameter`] for a field that is out of its range.
-    pub fn with_health(mut self, health: HealthConfiguration) -> Result<Self, EngineError> {
-        self.engine = self.wrapped(health.clone(), self.engine.configuration().clone())?;
-        self.health = health;
-        Ok(self)
-    }
-
-    /// Sets the limits, the retries and the recovery of requests. What was counted so far stays with the clones made
-    /// before.
-    ///
-    /// # Errors
-    ///
-    /// [`EngineError::InvalidParameter`] for a field that is out of its range.
-    pub fn with_resilience(mut self, resilience: ResilienceConfiguration) -> Result<Self, EngineError> {
-        self.engine = self.wrapped(self.health.clone(), resilience)?;
-        Ok(self)
-    }
-
-    /// The slot, seen through new wrappers.
-    fn wrapped(
-        &self,
-        health: HealthConfiguration,
-        resilience: ResilienceConfiguration,
-    ) -> Result<Resilient<Monitored<Arc<Slot>>>, EngineError> {
-        let monitored = Monitored::builder(Arc::clone(self.slot()))
-            .health(health)
-            .build()?;
-        let resilient = Resilient::builder(monitored).configuration(resilience);
-        Ok(resilient.recoverable().build()?)
     }
 
     fn slot(&self) -> &Arc<Slot> {
@@ -249,14 +141,19 @@ impl InferenceEngine {
     ///
     /// # Errors
     ///
-    /// [`EngineError::NotLoaded`], [`EngineError::LoadInProgress`], and [`EngineError::Internal`] where it is in another process.
+    /// [`EngineError::NotLoaded`], [`EngineError::LoadInProgress`], and [`EngineError::Unsupported`] where it is in a process of its
+    /// own, whose engine only the methods here reach.
     pub fn engine(&self) -> Result<Arc<Engine>, EngineError> {
         match self.slot().engine()? {
             Served::Here(engine) => Ok(engine),
             #[cfg(unix)]
-            Served::Apart(_) => Err(EngineError::internal(
-                "the engine is in a process of its own and cannot be handed out",
-            )),
+            Served::Apart(_) => Err(EngineError::Unsupported {
+                message: "the engine is in a process of its own and cannot be handed out".to_owned(),
+                hint: Some(
+                    "ask `InferenceEngine`, whose methods reach it there, or load without `with_child_process`"
+                        .to_owned(),
+                ),
+            }),
         }
     }
 
@@ -510,36 +407,10 @@ impl InferenceEngine {
     }
 }
 
-impl LlmEngine for InferenceEngine {
-    fn stream(
-        &self,
-        prompt: Prompt,
-        params: GenerateParams,
-    ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
-        self.engine.stream(prompt, params)
-    }
+impl EngineWrapper for InferenceEngine {
+    type Inner = dyn LlmEngine;
 
-    fn backend(&self) -> Option<Backend> {
-        self.engine.backend()
-    }
-
-    fn model(&self) -> Option<Arc<ModelConfiguration>> {
-        self.engine.model()
-    }
-
-    fn fallback_reason(&self) -> Option<String> {
-        self.engine.fallback_reason()
-    }
-
-    fn abandon(&self) {
-        self.engine.abandon();
-    }
-
-    fn statistics(&self) -> Option<EngineStatistics> {
-        self.engine.statistics()
-    }
-
-    fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        self.engine.unload()
+    fn inner(&self) -> &(dyn LlmEngine + 'static) {
+        &self.engine
     }
 }

@@ -27,6 +27,9 @@
 //! loaded (`FetchPolicy`), and `hub::Hub` searches it. It is off by default, because it brings a TLS stack; the cache
 //! ([`hub::HubCache`]) is looked in without it.
 //!
+//! `metrics` hands every request that ends to whatever recorder of the `metrics` facade the program has installed, and `otlp` sends
+//! spans of requests and steps to a collector.
+//!
 //! `schemars` (default) brings `InferenceEngine::generate_as`, which answers with a value of a type that has a JSON schema.
 //!
 //! `mlx` (default) brings MLX. Without it everything builds and runs on the mock alone, with nothing else than
@@ -50,12 +53,13 @@ pub mod otlp;
 mod platform;
 mod resolve;
 mod served;
+mod settings;
 mod slot;
 #[cfg(feature = "schemars")]
 mod typed;
 
 #[cfg(unix)]
-pub use apart::serve_child;
+pub use apart::{serve_child, serve_child_then};
 pub use chat::{ChatSession, ChatStream};
 #[cfg(feature = "mlx")]
 pub use convert::convert;
@@ -80,6 +84,8 @@ pub use mlx_engine_engine::{
 };
 /// Models on the Hugging Face hub, and in its cache on this machine.
 pub use mlx_engine_hub as hub;
+/// Metrics and health of any [`LlmEngine`], also alone.
+pub use mlx_engine_monitor as monitor;
 pub use mlx_engine_monitor::{
     DetailedStatus, Distribution, EngineHealth, HealthConfiguration, HealthEvent, HealthEvents, HealthReason,
     HealthReport, InferenceMetrics,
@@ -88,17 +94,19 @@ pub use mlx_engine_registry::{
     CacheShape, Capability, Compatibility, DeviceDescription, Fit, MemoryEstimate, ModelEntry, ModelEstimate,
     ModelQuery, ModelRegistry, Recommendation, RegistryError, SearchCriteria, SortBy, UseCase, Weights,
 };
+/// Retries, limits and recovery of any [`LlmEngine`], also alone, and an engine in a process of its own.
+pub use mlx_engine_resilience as resilience;
 pub use mlx_engine_resilience::{
     BreakerConfiguration, BreakerState, BudgetConfiguration, BulkheadConfiguration, RecoveryConfiguration,
-    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration,
-    TimeoutConfiguration,
+    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration, StepOutcome,
+    StepReport, TimeoutConfiguration,
 };
 #[cfg(unix)]
 pub use mlx_engine_resilience::{ChildState, Program, SupervisedStatus, SupervisorConfiguration};
 pub use optimize::{Measured, OptimizeGoal, OptimizeOptions, OptimizeOutcome, OptimizeReport, Trial};
 pub use platform::platform;
 pub use resolve::{MODELS_VARIABLE, ModelLocation, ModelReference, hub_cache, locate, user_registry};
-pub use slot::BackendChoice;
+pub use settings::BackendChoice;
 #[cfg(feature = "schemars")]
 pub use typed::{TypedError, schema_of};
 

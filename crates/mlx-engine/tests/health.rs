@@ -1,5 +1,7 @@
 //! Metrics, health, retry and recovery, as a program sees them on the facade.
 
+use std::time::Duration;
+
 use futures::StreamExt;
 use mlx_engine::prelude::*;
 use mlx_engine::{EngineHealth, MockFault, MockScript};
@@ -138,6 +140,65 @@ async fn recovery_falls_back_only_where_it_may_and_says_so() {
             falls
         );
     }
+}
+
+/// A load that hangs is given up when the step has taken too long, and is tried again at the next recovery.
+#[tokio::test]
+async fn a_reload_that_is_given_up_may_be_tried_again() {
+    use mlx_engine::{RecoveryConfiguration, RecoveryStep, ResilienceConfiguration, StepOutcome};
+
+    let resilience = ResilienceConfiguration {
+        recovery: RecoveryConfiguration {
+            automatic: false,
+            // The model takes longer.
+            step_timeout: Duration::from_millis(1),
+            ..RecoveryConfiguration::default()
+        },
+        ..ResilienceConfiguration::default()
+    };
+    // Broken until it is loaded anew, and then again.
+    let script = MockScript::reply("Paris").with_load_delay(Duration::from_millis(100));
+    let script = (0..3).fold(script, |script, _| script.with_fault(0, MockFault::Device));
+    let engine = mock(script).with_resilience(resilience).unwrap();
+    engine.load_model("tiny").await.unwrap();
+    for recovery in 0..3 {
+        let report = engine.attempt_recovery().await;
+        let reload = report.steps.last().expect("it tries");
+        assert_eq!(
+            (reload.step, &reload.outcome),
+            (RecoveryStep::ReloadModel, &StepOutcome::TimedOut),
+            "{recovery}: {report:?}"
+        );
+        assert_eq!(engine.health().status, EngineHealth::Unhealthy);
+    }
+}
+
+#[tokio::test]
+async fn a_load_that_fails_is_told_by_its_type_and_the_next_one_serves() {
+    let broken = mock(MockScript::default().with_load_failure("no such tensor"));
+    let health = |engine: &InferenceEngine| {
+        let report = engine.health();
+        (report.status, report.is_live(), report.is_ready())
+    };
+    let nothing = (EngineHealth::Unhealthy, true, false);
+    assert_eq!(health(&broken), nothing, "before");
+    let error = broken.load_model("tiny").await.unwrap_err();
+    assert!(
+        matches!(error, EngineError::ModelLoad { .. }) && !error.is_retryable(),
+        "{error}"
+    );
+    assert_eq!(health(&broken), nothing, "after");
+    let report = broken.attempt_recovery().await;
+    assert!(
+        !report.recovered && report.steps.is_empty(),
+        "nothing was there to be brought back: {report:?}"
+    );
+    // Clones share the model.
+    let sound = broken.clone().with_mock(MockScript::reply("Paris"));
+    sound.load_model("tiny").await.unwrap();
+    assert_eq!(health(&broken), (EngineHealth::Degraded, true, true));
+    let output = broken.generate("Where?", GenerateParams::default()).await;
+    assert_eq!(output.unwrap().text, "Paris");
 }
 
 #[tokio::test]
