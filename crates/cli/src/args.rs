@@ -11,13 +11,17 @@ use mlx_engine::{
 use crate::criteria::{CAPABILITIES, ORDERS, Order, TYPES, USES, amount, one_of};
 use crate::failure::Failure;
 
+/// The variable that names the collector, for this process and for one that it starts.
+#[cfg(feature = "otlp")]
+pub(crate) const OTLP: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+
 /// Runs language models on Apple's MLX.
 #[derive(Debug, Parser)]
 #[command(name = "mlx-engine", version)]
 pub(crate) struct Cli {
     /// Send spans of requests and steps to this collector for OTLP over HTTP, such as http://localhost:4318
     #[cfg(feature = "otlp")]
-    #[arg(long, global = true, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    #[arg(long, global = true, value_name = "URL", env = OTLP)]
     pub(crate) otlp: Option<String>,
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -48,6 +52,21 @@ pub(crate) enum Command {
     #[cfg(unix)]
     #[command(hide = true)]
     ServeEngine,
+}
+
+impl Command {
+    /// The model that the command loads for requests.
+    #[cfg(all(unix, feature = "otlp"))]
+    pub(crate) fn model(&mut self) -> Option<&mut Model> {
+        match self {
+            Self::Generate(args) => Some(&mut args.model),
+            Self::Chat(args) => Some(&mut args.model),
+            Self::Score(args) => Some(&mut args.model),
+            Self::Bench(args) => Some(&mut args.model),
+            Self::Optimize(args) => Some(&mut args.model),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -116,6 +135,11 @@ pub(crate) struct Model {
     #[cfg(unix)]
     #[arg(long)]
     pub(crate) isolate: bool,
+
+    /// Where a process of its own sends its spans.
+    #[cfg(all(unix, feature = "otlp"))]
+    #[arg(skip)]
+    pub(crate) otlp: Option<String>,
 }
 
 impl Model {

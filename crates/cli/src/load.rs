@@ -21,13 +21,21 @@ pub(crate) async fn load(model: &Model) -> Result<InferenceEngine, Failure> {
 
 /// An engine whose process is this program again.
 #[cfg(unix)]
-fn isolated(engine: InferenceEngine) -> Result<InferenceEngine, Failure> {
+#[cfg_attr(
+    not(feature = "otlp"),
+    expect(unused_variables, reason = "there are no spans to send")
+)]
+fn isolated(engine: InferenceEngine, model: &Model) -> Result<InferenceEngine, Failure> {
     let program = mlx_engine::Program::this()
         .map_err(|error| Failure::other(format!("the program does not know its own path: {error}")))?;
-    Ok(engine.with_child_process(
-        program.arg("serve-engine"),
-        mlx_engine::SupervisorConfiguration::default(),
-    ))
+    let program = program.arg("serve-engine");
+    #[cfg(feature = "otlp")]
+    let program = match &model.otlp {
+        // The steps are spans of that process.
+        Some(collector) => program.env(crate::args::OTLP, collector),
+        None => program,
+    };
+    Ok(engine.with_child_process(program, mlx_engine::SupervisorConfiguration::default()))
 }
 
 /// Whether a model that is not here is fetched: what cannot run here is not. The engine would fetch it too, without a word
@@ -70,7 +78,11 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
         .with_backend(model.backend.into())
         .with_config(config);
     #[cfg(unix)]
-    let engine = if model.isolate { isolated(engine)? } else { engine };
+    let engine = if model.isolate {
+        isolated(engine, model)?
+    } else {
+        engine
+    };
     // indicatif draws on a terminal alone.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}") {

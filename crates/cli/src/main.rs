@@ -37,19 +37,31 @@ use crate::args::{Cli, Command};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    #[cfg(unix)]
-    if let Command::ServeEngine = cli.command {
-        return match mlx_engine::serve_child() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => Failure::from(error).report(),
-        };
-    }
+    #[cfg_attr(
+        not(all(unix, feature = "otlp")),
+        expect(unused_mut, reason = "there are no spans to send")
+    )]
+    let mut cli = Cli::parse();
     #[cfg(feature = "otlp")]
     let otlp = match cli.otlp.as_deref().map(spans).transpose() {
         Ok(otlp) => otlp,
         Err(failure) => return failure.report(),
     };
+    #[cfg(unix)]
+    if let Command::ServeEngine = cli.command {
+        let served = mlx_engine::serve_child_then(move || {
+            #[cfg(feature = "otlp")]
+            send_rest(otlp);
+        });
+        return match served {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => Failure::from(error).report(),
+        };
+    }
+    #[cfg(all(unix, feature = "otlp"))]
+    if let Some(model) = cli.command.model() {
+        model.otlp.clone_from(&cli.otlp);
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -82,9 +94,7 @@ fn main() -> ExitCode {
     // A read of stdin that nobody waits for must not hold the process up.
     runtime.shutdown_background();
     #[cfg(feature = "otlp")]
-    if let Some(Err(error)) = otlp.map(mlx_engine::otlp::Otlp::shutdown) {
-        output::errln!("warning: {error}");
-    }
+    send_rest(otlp);
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
@@ -99,6 +109,14 @@ fn spans(endpoint: &str) -> Result<mlx_engine::otlp::Otlp, Failure> {
         mlx_engine::otlp::Otlp::start(&mlx_engine::otlp::OtlpOptions::new(endpoint)).map_err(failed)?;
     otlp.install().map_err(failed)?;
     Ok(otlp)
+}
+
+/// Sends the spans that wait, and no more from then on.
+#[cfg(feature = "otlp")]
+fn send_rest(otlp: Option<mlx_engine::otlp::Otlp>) {
+    if let Some(Err(error)) = otlp.map(mlx_engine::otlp::Otlp::shutdown) {
+        output::errln!("warning: {error}");
+    }
 }
 
 /// The first Ctrl-C is the commands': they end what they do. The second ends the process, whatever it is at.

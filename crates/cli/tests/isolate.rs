@@ -8,7 +8,8 @@ use std::time::Duration;
 use futures::StreamExt;
 use mlx_engine::prelude::*;
 use mlx_engine::{
-    ChildState, EngineConfig, EngineHealth, MockScript, Program, SupervisorConfiguration, UnloadMode,
+    ChildState, EngineConfig, EngineHealth, HealthConfiguration, MockScript, Program, RecoveryStep,
+    SupervisorConfiguration, UnloadMode,
 };
 
 fn program() -> Program {
@@ -65,43 +66,148 @@ async fn end(mut events: mlx_engine::EventStream) -> EngineError {
     }
 }
 
-#[tokio::test]
-async fn a_kill_costs_what_runs_and_recovery_brings_a_token() {
-    let once = SupervisorConfiguration {
-        max_restarts: 0,
-        ..SupervisorConfiguration::default()
-    };
-    let engine = mock(once);
-    engine.load_model("tiny").await.unwrap();
-    assert_eq!(
-        engine.health().status,
-        EngineHealth::Degraded,
-        "a mock is no model"
-    );
-    let victim = running(&engine, GenerateParams::default()).await;
-    let before = process(&engine);
-    signal("-KILL", before);
-    let error = end(victim).await;
-    assert!(matches!(error, EngineError::WorkerLost { .. }) && error.is_retryable());
-    assert!(error.to_string().contains("signal: 9"), "{error}");
-    let error = engine
-        .generate(Prompt::text("x"), GenerateParams::default())
-        .await
-        .unwrap_err();
-    assert!(matches!(error, EngineError::WorkerLost { .. }), "{error}");
-    assert_eq!(engine.health().status, EngineHealth::Unhealthy);
-    assert_eq!(engine.child_status().unwrap().state, ChildState::GivenUp);
+/// How health is while nothing is wrong: a mock is no model.
+fn well(engine: &InferenceEngine) -> EngineHealth {
+    match engine.backend() {
+        Some(Backend::Mlx) => EngineHealth::Healthy,
+        _ => EngineHealth::Degraded,
+    }
+}
 
-    let report = engine.attempt_recovery().await;
-    assert!(report.recovered, "{report:?}");
-    assert_eq!(report.steps.len(), 1);
-    assert_eq!(engine.health().status, EngineHealth::Degraded);
-    let output = engine
-        .generate(Prompt::text("back"), GenerateParams::default())
-        .await
-        .unwrap();
-    assert_eq!(output.text, "back");
+/// Kills the engine's process with an answer running and another request behind it, and brings the engine back. With
+/// `restarts` the process is started again by itself.
+async fn killed(engine: InferenceEngine, model: &str, with: &str, restarts: bool) {
+    let context = format!("{model} {with} restarts {restarts}");
+    let health = HealthConfiguration {
+        max_consecutive_failures: 1,
+        ..HealthConfiguration::default()
+    };
+    let engine = engine.with_health(health).expect("valid");
+    engine.load_model(model).await.expect("it loads");
+    let (well, before) = (well(&engine), process(&engine));
+    let neighbour = async || {
+        let params = GenerateParams::default()
+            .with_temperature(0.0)
+            .with_max_tokens(12);
+        engine.stream(Prompt::text("the next one"), params).await
+    };
+    let tokens = async |events| {
+        mlx_engine::collect_events(events)
+            .await
+            .map(|output| output.tokens)
+    };
+    let answered = async || {
+        tokens(neighbour().await.expect("it is taken"))
+            .await
+            .expect("an answer")
+    };
+    let expected = answered().await;
+    assert_eq!(engine.health().status, well, "{context}");
+
+    let mut changes = engine.health_events();
+    let long = GenerateParams::default()
+        .with_max_tokens(2000)
+        .with_ignore_eos(true);
+    let victim = running(&engine, long).await;
+    let behind = neighbour().await.expect("it is taken");
+    signal(with, before);
+    let error = end(victim).await;
+    assert!(
+        matches!(error, EngineError::WorkerLost { .. }) && error.is_retryable(),
+        "{context}: {error}"
+    );
+    let number = if with == "-KILL" { "signal: 9" } else { "signal: 6" };
+    assert!(error.to_string().contains(number), "{context}: {error}");
+    let change = changes.next().await.expect("health changed");
+    assert_eq!(
+        (change.from, change.to),
+        (well, EngineHealth::Unhealthy),
+        "{context}"
+    );
+
+    let behind = tokens(behind).await;
+    let report = if restarts {
+        // It had not started, and goes to the next process.
+        assert_eq!(behind.expect("an answer"), expected, "{context}");
+        engine.attempt_recovery().await
+    } else {
+        assert!(
+            matches!(behind, Err(EngineError::WorkerLost { .. })),
+            "{context}: {behind:?}"
+        );
+        assert_eq!(engine.health().status, EngineHealth::Unhealthy, "{context}");
+        assert_eq!(
+            engine.child_status().expect("it is apart").state,
+            ChildState::GivenUp
+        );
+        engine.attempt_recovery().await
+    };
+    let steps: Vec<_> = report.steps.iter().map(|step| step.step).collect();
+    let expected_steps: &[_] = if restarts {
+        &[]
+    } else {
+        &[RecoveryStep::RestartWorker]
+    };
+    assert!(
+        report.recovered && steps == expected_steps,
+        "{context}: {report:?}"
+    );
+    assert_eq!(answered().await, expected, "{context}");
+    assert_eq!(engine.health().status, well, "{context}");
     assert_ne!(process(&engine), before);
+    let status = engine.child_status().expect("it is apart");
+    assert_eq!((status.state, status.restarts), (ChildState::Ready, 1));
+    engine.unload().await.expect("it ends");
+    assert!(engine.child_status().is_none() && engine.backend().is_none());
+}
+
+/// The rows of the table of faults (`crates/engine/src/faults/suite.rs`) that need a process: by an abort in a driver, and by a
+/// kill of the system.
+#[tokio::test]
+async fn a_process_that_is_killed_is_told_survived_and_recovered_from() {
+    for with in ["-KILL", "-ABRT"] {
+        for restarts in [true, false] {
+            killed(mock(supervisor(restarts)), "tiny", with, restarts).await;
+            #[cfg(feature = "mlx")]
+            killed(
+                one_at_a_time(supervisor(restarts)),
+                &model::model(),
+                with,
+                restarts,
+            )
+            .await;
+        }
+    }
+}
+
+fn supervisor(restarts: bool) -> SupervisorConfiguration {
+    SupervisorConfiguration {
+        max_restarts: if restarts { 5 } else { 0 },
+        ..SupervisorConfiguration::default()
+    }
+}
+
+#[tokio::test]
+async fn what_only_this_process_could_have_is_refused_with_what_to_do() {
+    let engine = mock(SupervisorConfiguration::default());
+    engine.load_model("tiny").await.unwrap();
+    let error = engine.engine().unwrap_err();
+    assert!(
+        matches!(error, EngineError::Unsupported { .. }) && !error.is_retryable(),
+        "{error:?}"
+    );
+    assert!(
+        error
+            .hint()
+            .is_some_and(|hint| hint.contains("with_child_process")),
+        "{error:?}"
+    );
+    // What the mock cannot do is the same error from there.
+    let error = engine.score("one two").await.unwrap_err();
+    assert!(
+        matches!(&error, EngineError::Unsupported { message, .. } if message.contains("no probabilities")),
+        "{error:?}"
+    );
 }
 
 #[tokio::test]
@@ -149,47 +255,6 @@ async fn what_is_kept_is_looked_after_across_the_processes() {
     assert!(!engine.unpin_prefix(prompt).await.unwrap());
     assert!(engine.clear_prefix_cache().await.unwrap() > 0);
     assert_eq!(engine.prefix_cache().await.unwrap().bytes, 0);
-}
-
-#[tokio::test]
-async fn what_had_not_started_survives_a_kill() {
-    let engine = mock(SupervisorConfiguration::default());
-    engine.load_model("tiny").await.unwrap();
-    let victim = running(&engine, GenerateParams::default()).await;
-    let waits = engine
-        .stream(Prompt::text("the next one"), GenerateParams::default())
-        .await
-        .unwrap();
-    signal("-KILL", process(&engine));
-    assert!(matches!(end(victim).await, EngineError::WorkerLost { .. }));
-    assert_eq!(
-        mlx_engine::collect_events(waits).await.unwrap().text,
-        "the next one"
-    );
-    let status = engine.child_status().unwrap();
-    assert_eq!((status.state, status.restarts), (ChildState::Ready, 1));
-    let output = engine
-        .generate_with_retry(Prompt::text("x"), GenerateParams::default())
-        .await
-        .unwrap();
-    assert_eq!(output.text, "x");
-    engine.unload().await.unwrap();
-    assert!(engine.child_status().is_none() && engine.backend().is_none());
-}
-
-#[tokio::test]
-async fn an_abort_in_the_process_is_an_error_here() {
-    let engine = mock(SupervisorConfiguration::default());
-    engine.load_model("tiny").await.unwrap();
-    let victim = running(&engine, GenerateParams::default()).await;
-    signal("-ABRT", process(&engine));
-    let error = end(victim).await;
-    assert!(error.to_string().contains("signal: 6"), "{error}");
-    let output = engine
-        .generate(Prompt::text("x"), GenerateParams::default())
-        .await
-        .unwrap();
-    assert_eq!(output.text, "x");
 }
 
 #[tokio::test]
@@ -261,7 +326,7 @@ fn by_hand_the_process_says_what_it_is_not_for() {
 mod model {
     use super::*;
 
-    fn model() -> String {
+    pub(super) fn model() -> String {
         std::env::var("MLX_ENGINE_TEST_MODEL").expect("the tests are run by `cargo xtask test`")
     }
 
@@ -272,7 +337,7 @@ mod model {
     }
 
     #[tokio::test]
-    async fn the_real_model_gives_the_same_tokens_apart_and_after_a_kill() {
+    async fn the_real_model_gives_the_same_tokens_apart() {
         let here = InferenceEngine::new();
         here.load_model(&model()).await.unwrap();
         let question = "What is the capital of France?";
@@ -295,16 +360,6 @@ mod model {
             (&expected.text, &expected.tokens, &expected.logprobs)
         );
         assert_eq!(engine.score("one two").await.unwrap().tokens.len(), 2);
-
-        let victim = running(&engine, greedy().with_max_tokens(4000).with_ignore_eos(true)).await;
-        let waits = engine.stream(question, greedy()).await.unwrap();
-        signal("-KILL", process(&engine));
-        assert!(matches!(end(victim).await, EngineError::WorkerLost { .. }));
-        assert_eq!(
-            mlx_engine::collect_events(waits).await.unwrap().tokens,
-            expected.tokens
-        );
-        assert_eq!(engine.check_health().await.status, EngineHealth::Healthy);
     }
 
     #[tokio::test]
