@@ -6,6 +6,7 @@ mod model;
 mod neighbours;
 mod plan;
 mod recovery;
+mod suite;
 mod worker;
 
 use std::sync::Arc;
@@ -103,7 +104,7 @@ fn is(error: &EngineError, fault: Fault) -> bool {
             matches!(error, EngineError::WorkerPanicked { message } if message == "told to panic")
         }
         #[cfg(feature = "mlx")]
-        Fault::HostOp | Fault::HostOpPanic => {
+        Fault::HostOp | Fault::HostOpPanic | Fault::HostOpHang => {
             matches!(error, EngineError::Device { source: Some(source), .. } if source.to_string().contains("told to"))
         }
     }

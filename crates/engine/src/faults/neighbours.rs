@@ -73,7 +73,6 @@ async fn together(
     stays: bool,
 ) -> ([Result<Vec<u32>, EngineError>; 3], u64) {
     let before = engine.statistics().expect("it tells").redone_steps;
-    *plan.gate.0.lock().unwrap() = false;
     plan.stays.store(false, Ordering::Relaxed);
     *plan.fault.lock().unwrap() = Some((Point::Prefill, Fault::Pause));
     let first = engine.stream(prompt(), victim());

@@ -37,6 +37,32 @@ pub(super) enum Fault {
     HostOp,
     #[cfg(feature = "mlx")]
     HostOpPanic,
+    /// A function inside MLX's graph does not return until the gate opens, and then fails.
+    #[cfg(feature = "mlx")]
+    HostOpHang,
+}
+
+/// Holds who comes to it until somebody opens it, once for each time that it is opened.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    opened: Mutex<u32>,
+    changed: Condvar,
+}
+
+impl Gate {
+    pub(super) fn open(&self) {
+        *self.opened.lock().expect("not poisoned") += 1;
+        self.changed.notify_one();
+    }
+
+    fn pass(&self) {
+        let opened = self.opened.lock().expect("not poisoned");
+        let mut opened = self
+            .changed
+            .wait_while(opened, |opened| *opened == 0)
+            .expect("not poisoned");
+        *opened -= 1;
+    }
 }
 
 /// The parameters of a request that is to fail have this seed.
@@ -53,7 +79,7 @@ pub(super) struct Plan {
     /// Whether nothing that a step has left can be taken back.
     pub(super) forgets: AtomicBool,
     pub(super) loads: Mutex<u32>,
-    pub(super) gate: (Mutex<bool>, Condvar),
+    pub(super) gate: Arc<Gate>,
     /// Told when something hangs.
     pub(super) hangs: tokio::sync::Notify,
 }
@@ -67,22 +93,26 @@ impl Plan {
         })
     }
 
+    /// Plans a fault in place of another.
+    pub(super) fn set(&self, point: Point, fault: Fault, stays: bool) {
+        self.stays.store(stays, Ordering::Relaxed);
+        *self.fault.lock().expect("not poisoned") = Some((point, fault));
+    }
+
+    /// Plans nothing any more.
+    pub(super) fn clear(&self) {
+        *self.fault.lock().expect("not poisoned") = None;
+    }
+
     /// Ends what hangs.
     pub(super) fn open(&self) {
-        *self.gate.0.lock().expect("not poisoned") = true;
-        self.gate.1.notify_all();
+        self.gate.open();
     }
 
     /// Until the gate opens.
     fn wait(&self) {
         self.hangs.notify_one();
-        let closed = self.gate.0.lock().expect("not poisoned");
-        drop(
-            self.gate
-                .1
-                .wait_while(closed, |open| !*open)
-                .expect("not poisoned"),
-        );
+        self.gate.pass();
     }
 
     /// The fault of this point, if there is one.
@@ -113,20 +143,26 @@ impl Plan {
                 Ok(())
             }
             #[cfg(feature = "mlx")]
-            Some(Fault::HostOp) => Err(in_a_host_op(false)),
+            Some(Fault::HostOp) => Err(in_a_host_op(|| {})),
             #[cfg(feature = "mlx")]
-            Some(Fault::HostOpPanic) => Err(in_a_host_op(true)),
+            Some(Fault::HostOpPanic) => Err(in_a_host_op(|| panic!("told to panic"))),
+            #[cfg(feature = "mlx")]
+            Some(Fault::HostOpHang) => {
+                self.hangs.notify_one();
+                let gate = Arc::clone(&self.gate);
+                Err(in_a_host_op(move || gate.pass()))
+            }
         }
     }
 }
 
-/// The error of a graph whose node fails.
+/// The error of a graph whose node does something and then fails.
 #[cfg(feature = "mlx")]
-fn in_a_host_op(panics: bool) -> EngineError {
+fn in_a_host_op(does: impl Fn() + Send + Sync + 'static) -> EngineError {
     use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_FLOAT32};
 
     let op = HostOp::new(c"faulty", move |_, _| {
-        assert!(!panics, "told to panic");
+        does();
         Err("told to fail".to_owned())
     });
     let stream = mlx_rs::Stream::cpu();
