@@ -321,6 +321,9 @@ impl EngineError {
             }
             Self::OutOfMemory => "lower the batch size, the context or the memory limit of the prefix cache",
             Self::NotLoaded { .. } => "load the model again",
+            Self::WorkerPanicked { .. } | Self::WorkerLost { .. } => {
+                "ask again; where it goes on failing, load the model again"
+            }
             _ => return None,
         };
         Some(hint.to_owned())
@@ -570,7 +573,7 @@ mod tests {
                 },
                 "engine worker panicked: index 3",
                 true,
-                None,
+                Some("ask again"),
             ),
             (
                 EngineError::WorkerLost {
@@ -578,7 +581,7 @@ mod tests {
                 },
                 "engine worker was lost: signal 9",
                 true,
-                None,
+                Some("ask again"),
             ),
             (
                 EngineError::device("metal", "hang"),
