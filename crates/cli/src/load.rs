@@ -85,13 +85,16 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
     };
     // indicatif draws on a terminal alone.
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len}") {
+    // Until it is known of what there is a part.
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
         bar.set_style(style);
     }
+    bar.set_message("loading");
     bar.enable_steady_tick(Duration::from_millis(200));
     let seen = bar.clone();
-    let fetching = ProgressStyle::with_template("{msg} {bar:30} {decimal_bytes}/{decimal_total_bytes}").ok();
-    let loading = bar.style();
+    let styled = |template| ProgressStyle::with_template(template).unwrap_or_else(|_| bar.style());
+    let fetching = styled("{msg} {bar:30} {decimal_bytes}/{decimal_total_bytes}");
+    let loading = styled("{msg} {bar:30} {pos}/{len}");
     let progress: ProgressFn = Box::new(move |stage| match stage {
         LoadProgress::Fetching {
             done,
@@ -99,7 +102,7 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
             bytes_per_second,
             remaining_s,
         } => {
-            seen.set_style(fetching.clone().unwrap_or_else(|| loading.clone()));
+            seen.set_style(fetching.clone());
             let left = remaining_s.map_or_else(String::new, |left| format!(", {left} s left"));
             seen.set_message(format!("fetching at {}/s{left}", table::size(bytes_per_second)));
             seen.set_length(total);

@@ -38,8 +38,13 @@ pub(crate) fn report(engine: &InferenceEngine) {
     );
     if let Some(inside) = &metrics.engine {
         errln!(
-            "kept        {} sequences, {:.1} MB",
+            "kept        {} {}, {:.1} MB",
             inside.prefix_cache_sequences,
+            if inside.prefix_cache_sequences == 1 {
+                "sequence"
+            } else {
+                "sequences"
+            },
             mb(inside.prefix_cache_bytes)
         );
         if let Some(memory) = inside.memory {
