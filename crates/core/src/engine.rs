@@ -372,6 +372,77 @@ mod tests {
     }
 
     #[test]
+    fn a_shared_engine_says_what_the_engine_says() {
+        /// Says something wherever an engine may stay silent.
+        #[derive(Default)]
+        struct Talkative(AtomicBool);
+
+        impl LlmEngine for Talkative {
+            fn stream(
+                &self,
+                _: Prompt,
+                _: GenerateParams,
+            ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+                Box::pin(async { Err(EngineError::EmptyPrompt) })
+            }
+
+            fn generate(
+                &self,
+                _: Prompt,
+                _: GenerateParams,
+            ) -> BoxFuture<'_, Result<GenerateOutput, EngineError>> {
+                Box::pin(async { Err(EngineError::Cancelled) })
+            }
+
+            fn backend(&self) -> Option<Backend> {
+                None
+            }
+
+            fn model(&self) -> Option<Arc<ModelConfiguration>> {
+                None
+            }
+
+            fn fallback_reason(&self) -> Option<String> {
+                Some("no MLX".to_owned())
+            }
+
+            fn abandon(&self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+
+            fn statistics(&self) -> Option<EngineStatistics> {
+                Some(EngineStatistics {
+                    turns: 7,
+                    ..EngineStatistics::default()
+                })
+            }
+
+            fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+                Box::pin(async { Err(EngineError::OutOfMemory) })
+            }
+        }
+
+        let inner = Arc::new(Talkative::default());
+        let engine: &dyn LlmEngine = &Arc::clone(&inner);
+        assert_eq!(engine.fallback_reason().as_deref(), Some("no MLX"));
+        assert_eq!(engine.statistics().map(|told| told.turns), Some(7));
+        assert_eq!((engine.backend(), engine.model()), (None, None));
+        engine.abandon();
+        assert!(inner.0.load(Ordering::Relaxed));
+        let prompt = || Prompt::text("hello");
+        // Its own way of collecting is taken, not that of the trait.
+        let generated = block_on(engine.generate(prompt(), GenerateParams::default()));
+        assert!(matches!(generated, Err(EngineError::Cancelled)), "{generated:?}");
+        let streamed = block_on(engine.stream(prompt(), GenerateParams::default()));
+        assert!(matches!(streamed.err(), Some(EngineError::EmptyPrompt)));
+        assert!(matches!(block_on(engine.unload()), Err(EngineError::OutOfMemory)));
+        // Where an engine has nothing to say, it says nothing.
+        let silent = Echo::new();
+        silent.abandon();
+        assert_eq!((silent.fallback_reason(), silent.statistics()), (None, None));
+    }
+
+    #[test]
     fn a_refusal_reaches_the_caller_of_generate() {
         let engine = Echo::new();
         let ask = |params| block_on(engine.generate(Prompt::text("hello"), params)).map(|output| output.text);

@@ -507,6 +507,14 @@ mod tests {
                 None,
             ),
             (
+                EngineError::Constraint {
+                    message: "`allOf` is unknown".to_owned(),
+                },
+                "output constraint refused: `allOf` is unknown",
+                false,
+                None,
+            ),
+            (
                 EngineError::MlxUnavailable {
                     reason: "simulator".to_owned(),
                 },
@@ -698,6 +706,47 @@ mod tests {
             "invalid parameter: `temperature` is 9, allowed: 0 to 2"
         );
         assert!(error.source().is_none(), "the message already says it");
+    }
+
+    #[test]
+    fn a_fetch_that_may_pass_says_when() {
+        let after = Some(Duration::from_secs(7));
+        let fetch = |retryable, retry_after| EngineError::ModelFetch {
+            model: "tiny".to_owned(),
+            hint: None,
+            retryable,
+            retry_after,
+            source: ErrorSource::new("status 429"),
+        };
+        assert!(fetch(true, after).is_retryable() && !fetch(false, after).is_retryable());
+        assert_eq!(
+            (fetch(true, after).retry_after(), fetch(true, None).retry_after()),
+            (after, None)
+        );
+        assert_eq!(fetch(true, None).hint(), None);
+    }
+
+    #[test]
+    fn no_types_are_no_hint() {
+        let error = EngineError::UnsupportedModel {
+            model_type: "mamba9".to_owned(),
+            supported: Vec::new(),
+        };
+        assert_eq!(error.hint(), None);
+    }
+
+    #[test]
+    fn a_source_is_printed_as_what_it_is() {
+        let io = || std::io::Error::new(std::io::ErrorKind::UnexpectedEof, "truncated");
+        let source = ErrorSource::new(io());
+        assert_eq!(source.to_string(), "truncated");
+        assert_eq!(format!("{source:?}"), format!("{:?}", io()));
+        let error = EngineError::tokenizer("bad merge", io());
+        assert_eq!(error.source().unwrap().to_string(), "truncated");
+        // One that said nothing is read as nothing, and not refused.
+        let silent: ErrorSource = serde_json::from_str("[]").unwrap();
+        assert_eq!(silent.to_string(), "");
+        assert!(silent.source().is_none());
     }
 
     #[test]

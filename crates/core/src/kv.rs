@@ -73,3 +73,53 @@ impl KvConfig {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_range_ends_where_it_says() {
+        let check = |config: KvConfig, expect: &str| {
+            let told = config.validate().map_err(|error| error.to_string());
+            assert_eq!(told.err().as_deref().unwrap_or("valid"), expect, "{config:?}");
+        };
+        let config = KvConfig::default;
+        check(config(), "valid");
+        for bits in [4, 8] {
+            let bits = Some(bits);
+            check(KvConfig { bits, ..config() }, "valid");
+        }
+        for group_size in [32, 64, 128] {
+            check(
+                KvConfig {
+                    group_size,
+                    ..config()
+                },
+                "valid",
+            );
+        }
+        let group_size = 16;
+        check(
+            KvConfig {
+                group_size,
+                ..config()
+            },
+            "`kv.group_size` is 16, allowed: 32, 64 or 128",
+        );
+        let window = |most: usize, keep| KvConfig {
+            max_positions: Some(most),
+            keep,
+            ..config()
+        };
+        check(window(64, 31), "valid");
+        check(window(63, 0), "`kv.max_positions` is 63, allowed: 64 or more");
+        check(
+            window(64, 32),
+            "`kv.keep` is 32, allowed: less than half of `kv.max_positions`, which is 64",
+        );
+        // Where everything is seen, nothing has to be kept.
+        let keep = 1000;
+        check(KvConfig { keep, ..config() }, "valid");
+    }
+}

@@ -293,6 +293,61 @@ mod tests {
         assert!(Prompt::user("").is_empty());
     }
 
+    #[test]
+    fn a_prompt_that_says_something_is_not_empty() {
+        assert!(!Prompt::text(" ").is_empty() && !Prompt::tokens([0]).is_empty());
+        assert!(!Prompt::user("hi").is_empty());
+        // An answer that was only begun is continued.
+        let begun = [ChatMessage::user("hi"), ChatMessage::assistant("")];
+        assert!(!Prompt::chat(begun).is_empty());
+        let silent = [ChatMessage::user("hi"), ChatMessage::user("")];
+        assert!(Prompt::chat(silent).is_empty());
+    }
+
+    #[test]
+    fn names_and_thoughts_are_added_to_a_message() {
+        let message = ChatMessage::assistant("4")
+            .with_name("ann")
+            .with_reasoning("2 + 2");
+        assert_eq!(
+            serde_json::to_value(&message).unwrap(),
+            json!({"role": "assistant", "content": "4", "name": "ann", "reasoning_content": "2 + 2"})
+        );
+    }
+
+    #[test]
+    fn only_a_conversation_has_tools_and_a_template() {
+        let tool = || ToolDefinition::new("now", "The time.", json!({})).unwrap();
+        let dressed = |prompt: Prompt| {
+            prompt
+                .with_tools([tool()])
+                .with_template_argument("enable_thinking", false)
+        };
+        let prompt = dressed(Prompt::user("hi"));
+        assert_eq!(prompt.tools(), [tool()]);
+        let Prompt::Chat { template_args, .. } = &prompt else {
+            panic!("{prompt:?}")
+        };
+        assert_eq!(
+            Value::Object(template_args.clone()),
+            json!({"enable_thinking": false})
+        );
+        for prompt in [Prompt::text("hi"), Prompt::tokens([1])] {
+            assert_eq!(dressed(prompt.clone()), prompt);
+            assert!(prompt.tools().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_string_is_a_question_and_messages_are_a_conversation() {
+        assert_eq!(Prompt::from("hi"), Prompt::user("hi"));
+        assert_eq!(Prompt::from("hi".to_owned()), Prompt::user("hi"));
+        let system = || ChatMessage::system("be brief");
+        assert_eq!(Prompt::from(system()), Prompt::chat([system()]));
+        let both = vec![system(), ChatMessage::user("hi")];
+        assert_eq!(Prompt::from(both.clone()), Prompt::chat(both));
+    }
+
     proptest! {
         #[test]
         fn messages_round_trip(

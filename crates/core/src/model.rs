@@ -266,6 +266,38 @@ mod tests {
     }
 
     #[test]
+    fn experts_are_those_that_do_not_all_take_part() {
+        let with = |active_parameters| ModelConfiguration {
+            parameters: 8,
+            active_parameters,
+            ..ModelConfiguration::new("m", ModelType::Base)
+        };
+        assert!(with(Some(7)).is_mixture_of_experts());
+        assert!(!with(Some(8)).is_mixture_of_experts() && !with(None).is_mixture_of_experts());
+    }
+
+    #[test]
+    fn a_quantization_says_its_widths() {
+        let packed = Quantization::new(3, 128).unwrap();
+        assert_eq!((packed.bits(), packed.group_size()), (3, 128));
+        assert_eq!(packed.to_string(), "3-bit (groups of 128)");
+    }
+
+    #[test]
+    fn vectors_and_scores_are_no_text() {
+        let silent = [ModelType::Embedding, ModelType::Rerank];
+        let speaks = [
+            ModelType::Base,
+            ModelType::Chat,
+            ModelType::Code,
+            ModelType::Reasoning,
+            ModelType::VisionLanguage,
+        ];
+        assert!(!silent.into_iter().any(ModelType::generates_text));
+        assert!(speaks.into_iter().all(ModelType::generates_text));
+    }
+
+    #[test]
     fn types_are_written_as_they_are_displayed() {
         for model_type in [
             ModelType::Base,

@@ -221,6 +221,83 @@ mod tests {
     }
 
     #[test]
+    fn any_part_of_an_answer_is_something() {
+        let tokens = || vec![1.into()];
+        let text = || "a".to_owned();
+        let call = ToolCall::new("c1", "now", json!({}));
+        for event in [
+            GenerationEvent::Text {
+                text: text(),
+                tokens: tokens(),
+            },
+            GenerationEvent::Reasoning {
+                text: text(),
+                tokens: tokens(),
+            },
+            GenerationEvent::ToolCall {
+                call,
+                tokens: tokens(),
+            },
+            GenerationEvent::MalformedToolCall {
+                text: text(),
+                tokens: tokens(),
+            },
+        ] {
+            assert_eq!(event.tokens(), tokens());
+            let mut answer = PartialOutput::default();
+            answer.take(event.clone());
+            assert!(!answer.is_empty(), "{event:?}");
+        }
+        let mut answer = PartialOutput::default();
+        let started = GenerationEvent::Started {
+            prompt_tokens: 3,
+            cached_tokens: 0,
+        };
+        assert!(started.tokens().is_empty());
+        assert_eq!(answer.take(started), None);
+        assert!(answer.is_empty());
+    }
+
+    #[test]
+    fn an_answer_is_the_next_message_of_its_conversation() {
+        let call = ToolCall::new("c1", "now", json!({}));
+        let mut answer = PartialOutput::default();
+        for event in [
+            GenerationEvent::Reasoning {
+                text: "hm".to_owned(),
+                tokens: Vec::new(),
+            },
+            GenerationEvent::Text {
+                text: "a".to_owned(),
+                tokens: Vec::new(),
+            },
+            GenerationEvent::ToolCall {
+                call: call.clone(),
+                tokens: Vec::new(),
+            },
+        ] {
+            answer.take(event);
+        }
+        let expect = ChatMessage {
+            tool_calls: vec![call],
+            ..ChatMessage::assistant("a").with_reasoning("hm")
+        };
+        assert_eq!(answer.message(), expect);
+        assert_eq!(answer.clone().finish(summary()).message(), expect);
+        answer.take(GenerationEvent::MalformedToolCall {
+            text: "<call>{".to_owned(),
+            tokens: Vec::new(),
+        });
+        assert_eq!(
+            answer.message().content,
+            "a<call>{",
+            "the model sees what it wrote"
+        );
+        assert_eq!(answer.finish(summary()).malformed_tool_calls, ["<call>{"]);
+        assert_eq!(PartialOutput::default().message(), ChatMessage::assistant(""));
+    }
+
+    #[test]
     fn the_parts_of_an_answer_are_kept_apart_and_go_into_the_next_message() {
         let mut answer = PartialOutput::default();
         assert!(answer.is_empty());

@@ -536,6 +536,109 @@ mod tests {
     }
 
     #[test]
+    fn each_setter_sets_its_field_and_nothing_else() {
+        let bias = BTreeMap::from([(7, -1.5)]);
+        let constraint = OutputConstraint::Regex("a+".to_owned());
+        let choice = ToolChoice::Function("now".to_owned());
+        macro_rules! sets {
+            ($($setter:ident($given:expr): $field:ident = $value:expr;)*) => {
+                $(assert_eq!(params().$setter($given), GenerateParams { $field: $value, ..params() });)*
+            };
+        }
+        sets! {
+            with_max_tokens(9): max_tokens = 9;
+            with_temperature(0.25): temperature = 0.25;
+            with_top_p(0.25): top_p = 0.25;
+            with_top_k(9): top_k = 9;
+            with_min_p(0.25): min_p = 0.25;
+            with_repetition_penalty(1.5): repetition_penalty = 1.5;
+            with_repetition_window(9): repetition_window = 9;
+            with_presence_penalty(0.25): presence_penalty = 0.25;
+            with_frequency_penalty(0.25): frequency_penalty = 0.25;
+            with_logit_bias([(7, -1.5)]): logit_bias = bias;
+            with_seed(9): seed = Some(9);
+            with_stop(["a", "b"]): stop = vec!["a".to_owned(), "b".to_owned()];
+            with_stop_tokens([3, 4]): stop_tokens = vec![3, 4];
+            with_logprobs(true): logprobs = true;
+            with_top_logprobs(0): top_logprobs = 0;
+            with_ignore_eos(true): ignore_eos = true;
+            with_constraint(constraint.clone()): constraint = Some(constraint);
+            with_priority(Priority::High): priority = Priority::High;
+            with_queue_timeout_s(1.5): queue_timeout_s = Some(1.5);
+            with_timeout_s(1.5): timeout_s = Some(1.5);
+            with_tool_choice(choice.clone()): tool_choice = choice;
+            with_parallel_tool_calls(false): parallel_tool_calls = false;
+            with_tool_format("hermes"): tool_format = Some("hermes".to_owned());
+            with_separate_reasoning(false): separate_reasoning = false;
+            with_thinking_budget(9): thinking_budget = Some(9);
+        }
+        let likely = params().with_top_logprobs(3);
+        assert_eq!((likely.top_logprobs, likely.logprobs), (3, true));
+        // Asking for no alternatives does not turn off what was asked for before.
+        assert!(params().with_logprobs(true).with_top_logprobs(0).logprobs);
+    }
+
+    #[test]
+    fn a_range_ends_where_it_says() {
+        type Set = fn(GenerateParams, f32) -> GenerateParams;
+        let ranges: [(Set, f32, f32); 6] = [
+            (GenerateParams::with_temperature, 0.0, 2.0),
+            (GenerateParams::with_top_p, 0f32.next_up(), 1.0),
+            (GenerateParams::with_min_p, 0.0, 1.0),
+            (GenerateParams::with_repetition_penalty, 0.01, 100.0),
+            (GenerateParams::with_presence_penalty, -2.0, 2.0),
+            (GenerateParams::with_frequency_penalty, -2.0, 2.0),
+        ];
+        for (set, least, most) in ranges {
+            for inside in [least, most] {
+                check(&set(params(), inside), "valid");
+            }
+            for outside in [least.next_down(), most.next_up()] {
+                assert!(set(params(), outside).validate().is_err(), "{outside}");
+            }
+        }
+        let year = GenerateParams::MAX_TIMEOUT_S;
+        for set in [
+            GenerateParams::with_timeout_s,
+            GenerateParams::with_queue_timeout_s,
+        ] {
+            for (seconds, valid) in [(year, true), (year.next_up(), false), (0.0, false), (1e-9, true)] {
+                assert_eq!(set(params(), seconds).validate().is_ok(), valid, "{seconds}");
+            }
+        }
+        check(
+            &params().with_repetition_window(1).with_thinking_budget(1),
+            "valid",
+        );
+        check(
+            &params().with_thinking_budget(0),
+            "`thinking_budget` is 0, allowed: 1 or more",
+        );
+        check(
+            &params().with_thinking_budget(9).with_separate_reasoning(false),
+            "`thinking_budget` is 9, allowed: none while `separate_reasoning` is false",
+        );
+        check(&params().with_separate_reasoning(false), "valid");
+    }
+
+    #[test]
+    fn greedy_is_what_leaves_chance_nothing() {
+        let is_greedy = |temperature| params().with_temperature(temperature).is_greedy();
+        let border = GenerateParams::GREEDY_BELOW;
+        assert!(is_greedy(0.0) && is_greedy(border.next_down()));
+        assert!(!is_greedy(border) && !params().is_greedy());
+    }
+
+    #[test]
+    fn a_refusal_is_read_in_its_parts() {
+        let error = params().with_logit_bias([(42, 101.0)]).validate().unwrap_err();
+        assert_eq!(
+            (error.field(), error.value(), error.allowed()),
+            ("logit_bias[42]", "101", "-100 to 100")
+        );
+    }
+
+    #[test]
     fn an_empty_object_is_the_defaults() {
         assert_eq!(serde_json::from_str::<GenerateParams>("{}").unwrap(), params());
     }

@@ -39,3 +39,22 @@ impl SpeculationReport {
         (self.drafted_tokens > 0).then(|| f64::from(self.accepted_tokens) / f64::from(self.drafted_tokens))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acceptance_is_the_part_that_was_right() {
+        let of = |accepted_tokens, drafted_tokens| {
+            let report = SpeculationReport {
+                accepted_tokens,
+                drafted_tokens,
+                ..SpeculationReport::default()
+            };
+            report.acceptance()
+        };
+        assert_eq!((of(3, 4), of(0, 4), of(1, 1)), (Some(0.75), Some(0.0), Some(1.0)));
+        assert_eq!(of(0, 0), None);
+    }
+}

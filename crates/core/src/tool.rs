@@ -220,6 +220,54 @@ mod tests {
     }
 
     #[test]
+    fn a_definition_is_read_in_its_parts() {
+        let schema = json!({"type": "object", "properties": {"city": {"type": "string"}}});
+        let tool = ToolDefinition::new("weather", "The weather.", schema.clone()).unwrap();
+        assert_eq!(
+            (tool.name(), tool.description()),
+            ("weather", Some("The weather."))
+        );
+        assert_eq!((tool.parameters(), tool.is_strict()), (schema, false));
+        assert!(tool.clone().strict().is_strict());
+        let value = Value::from(tool.clone());
+        assert_eq!((&value, &value["type"]), (tool.as_value(), &json!("function")));
+        let bare = ToolDefinition::try_from(json!({"type": "function", "function": {"name": "f"}})).unwrap();
+        assert_eq!(bare.parameters(), json!({"type": "object"}));
+    }
+
+    #[test]
+    fn names_and_schemas_that_may_be_are_taken() {
+        let taken = |name: &str, parameters: Value| ToolDefinition::new(name, "", parameters).is_ok();
+        assert!(taken("Get_the-weather.2", json!({})));
+        assert!(taken(&"n".repeat(64), json!({})) && !taken(&"n".repeat(65), json!({})));
+        assert!(!taken("caf\u{e9}", json!({})), "letters are those of ASCII");
+        assert!(taken("f", json!({"properties": {}})), "the type may be left out");
+        assert!(taken("f", Value::Null));
+        for schema in [
+            json!(true),
+            json!([]),
+            json!("object"),
+            json!({"type": ["object"]}),
+        ] {
+            assert!(!taken("f", schema.clone()), "{schema}");
+        }
+        assert!(ToolDefinition::try_from(json!({"type": "function", "function": "f"})).is_err());
+        assert!(ToolDefinition::try_from(json!({"type": "f", "function": {"name": "f"}})).is_err());
+    }
+
+    #[test]
+    fn arguments_are_told_as_the_model_wrote_them() {
+        let call = ToolCall::new("c1", "add", json!({"a": 1}));
+        assert_eq!(call.arguments_text(), r#"{"a":1}"#);
+        let raw_arguments = Some("{ \"a\": 1.0 }".to_owned());
+        let call = ToolCall {
+            raw_arguments,
+            ..call
+        };
+        assert_eq!(call.arguments_text(), "{ \"a\": 1.0 }");
+    }
+
+    #[test]
     fn choices_are_written_as_they_are_read() {
         for (choice, text) in [
             (ToolChoice::Auto, "\"auto\""),
