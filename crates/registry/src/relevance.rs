@@ -122,7 +122,71 @@ fn is_misspelt(word: &str, text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use mlx_engine_core::{ModelConfiguration, ModelType};
+
     use super::*;
+    use crate::Capability;
+
+    fn model() -> ModelEntry {
+        ModelEntry {
+            licence: "apache-2.0".to_owned(),
+            capabilities: vec![Capability::Tools],
+            ..ModelEntry::from(ModelConfiguration {
+                name: "Scribe 7B".to_owned(),
+                family: "llama".to_owned(),
+                description: "Writes letters, well.".to_owned(),
+                aliases: vec!["poet-small".to_owned()],
+                ..ModelConfiguration::new("owner/Scribe-v1.5-7B-4bit", ModelType::Code)
+            })
+        }
+    }
+
+    #[test]
+    fn words_are_folded_and_what_is_none_is_left_out() {
+        assert_eq!(words("  Llama-3.2  1B -- "), ["llama3.2", "1b"]);
+        assert!(words(" - ").is_empty());
+    }
+
+    #[test]
+    fn the_better_a_word_is_met_the_more_it_counts() {
+        for (query, expect) in [
+            // Whole names: of the id without its owner, the name, an alias.
+            ("scribe-v1.5-7b-4bit", Some(60)),
+            ("scribe7b", Some(60)),
+            ("PoetSmall", Some(60)),
+            // Words of them, the owner's, and the family.
+            ("scribe", Some(50)),
+            ("v1.5", Some(50)),
+            ("small", Some(50)),
+            ("owner", Some(50)),
+            ("llama", Some(50)),
+            // A part of them.
+            ("cribe", Some(40)),
+            ("b4", Some(40)),
+            ("o", Some(40)),
+            // Words of what is said about it, and parts of those that are long enough to mean something.
+            ("apache", Some(30)),
+            ("well", Some(30)),
+            ("tools", Some(30)),
+            ("code", Some(30)),
+            ("2.0", Some(30)),
+            ("ode", Some(20)),
+            ("ett", Some(20)),
+            ("ac", None),
+            // A typing error.
+            ("lettres", Some(10)),
+            ("scrible", Some(10)),
+            ("tooks", Some(10)),
+            ("verse", None),
+            // All words have to be met, and each counts.
+            ("scribe letters", Some(80)),
+            ("scribe tools lettres", Some(90)),
+            ("scribe verse", None),
+            ("", Some(0)),
+        ] {
+            assert_eq!(score(&words(query), &model()), expect, "{query}");
+        }
+    }
 
     #[test]
     fn a_part_cuts_no_number() {
@@ -134,6 +198,12 @@ mod tests {
             ("3", "qwen30b", false),
             ("3", "qwen3.5", false),
             ("coder", "qwen2.5coder7b", true),
+            // Another place may do.
+            ("7b", "27b7b", true),
+            ("7b", "27b27b", false),
+            (".5", "qwen2.5", false),
+            ("qwen", "qwen2", true),
+            ("x", "y", false),
         ] {
             assert_eq!(is_part(word, text), expect, "{word} in {text}");
         }
@@ -149,6 +219,13 @@ mod tests {
             ("qwen2", "qwen3", false),
             ("phi", "pho", false),
             ("", "qwen", false),
+            // From four letters on one error, from eight on two.
+            ("abcd", "abxd", true),
+            ("abcdefg", "abxdxfg", false),
+            ("abcdefgh", "abxdxfgh", true),
+            ("abcdefgh", "abxdxfxh", false),
+            ("abcd1", "abxd1", true),
+            ("1abcd", "abcd1", false),
         ] {
             assert_eq!(is_misspelt(word, text), expect, "{word} for {text}");
         }

@@ -139,7 +139,67 @@ mod tests {
         }
     }
 
+    /// The fewest edits from one text to another, found by trying: two neighbours that changed places are one where they may
+    /// be swapped.
+    fn tried(from: &[char], to: &[char], swaps: bool) -> usize {
+        let (Some((a, rest)), Some((b, left))) = (from.split_last(), to.split_last()) else {
+            return from.len().max(to.len());
+        };
+        let mut least = (tried(rest, to, swaps) + 1)
+            .min(tried(from, left, swaps) + 1)
+            .min(tried(rest, left, swaps) + usize::from(a != b));
+        if let (true, Some((c, rest)), Some((d, left))) = (swaps, rest.split_last(), left.split_last())
+            && (a, c) == (d, b)
+        {
+            least = least.min(tried(rest, left, swaps) + 1);
+        }
+        least
+    }
+
+    #[test]
+    fn near_is_a_third_of_the_letters_or_a_part() {
+        let near =
+            |reference: &str, key: &str| !nearest(reference, [("it", vec![key.to_owned()])]).is_empty();
+        for (reference, key, expect) in [
+            ("abc", "abx", true),
+            ("abc", "axx", false),
+            ("abcd", "abxx", true),
+            ("abcdef", "abcdxx", true),
+            ("abcdef", "abcxxx", false),
+            ("abc", "abcx", true),
+            ("abc", "abcxx", true),
+            ("abc", "xxxxabcxxxx", true),
+            // Two letters are a part of too much.
+            ("ab", "xxxxabxxxx", false),
+            ("ab", "abc", true),
+            ("ab", "abcd", false),
+        ] {
+            assert_eq!(near(reference, key), expect, "{reference} and {key}");
+        }
+    }
+
+    #[test]
+    fn the_nearest_of_several_keys_decides_and_labels_do_where_they_are_as_near() {
+        let candidates = [
+            ("far", vec!["abcxxxxx".to_owned()]),
+            ("z", vec!["nothing".to_owned(), "abcx".to_owned()]),
+            ("exact", vec!["abcxx".to_owned(), "abc".to_owned()]),
+            ("a", vec!["abcy".to_owned()]),
+            ("never", vec!["unlike".to_owned()]),
+        ];
+        assert_eq!(nearest("abc", candidates.clone()), ["exact", "a", "z"]);
+        let few = candidates.into_iter().filter(|(label, _)| *label != "exact");
+        assert_eq!(nearest("abc", few), ["a", "z", "far"]);
+    }
+
     proptest! {
+        #[test]
+        fn distances_are_the_fewest_edits_that_there_are(from in "[abé]{0,5}", to in "[abé]{0,5}") {
+            let chars = |text: &str| text.chars().collect::<Vec<_>>();
+            prop_assert_eq!(distance(&from, &to), tried(&chars(&from), &chars(&to), false));
+            prop_assert_eq!(typing_distance(&from, &to), tried(&chars(&from), &chars(&to), true));
+        }
+
         #[test]
         fn the_distance_is_a_metric(a in ".{0,12}", b in ".{0,12}", c in ".{0,12}") {
             prop_assert_eq!(distance(&a, &b), distance(&b, &a));
