@@ -113,3 +113,47 @@ impl Kernel for Multiply {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_instruction_set_reads_and_multiplies_at_some_speed() {
+        for isa in Isa::available() {
+            let Ceilings {
+                read_bytes_per_s: read,
+                integer_ops_per_s: multiply,
+            } = ceilings(isa, &Pool::new(2));
+            assert!(read.is_finite() && read > 0.0, "{isa}: {read}");
+            assert!(multiply.is_finite() && multiply > 0.0, "{isa}: {multiply}");
+        }
+    }
+
+    #[test]
+    fn what_is_read_is_what_is_there_and_what_is_multiplied_is_summed() {
+        for isa in Isa::available() {
+            let mut lines = vec![Line::ZERO; 8];
+            lines[5].0[17] = 3;
+            lines[6].0[17] = 4;
+            let found = dispatch(isa, Read { lines: &lines });
+            assert_eq!((found.0[17], found.0[16]), (7, 0), "{isa}");
+            // 32 columns of ones, as often as there are products.
+            let sums = dispatch(isa, Multiply);
+            let expected = [32 * PRODUCTS as i32; LANES];
+            assert!(
+                sums.iter()
+                    .all(|sum| bytemuck::cast::<Line, [i32; LANES]>(*sum) == expected),
+                "{isa}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_fastest_round_counts_and_all_are_done() {
+        let mut rounds = 0;
+        let fastest = fastest(|| rounds += 1);
+        assert_eq!(rounds, ROUNDS);
+        assert!(fastest < Duration::MAX);
+    }
+}

@@ -837,3 +837,6 @@ impl<const M: usize> Kernel for FloatBlock<'_, M> {
         stored(s, sums.map(|[a, b]| s.add(a, b)))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -41,7 +41,7 @@ impl MatrixUnit {
         }
         // SAFETY: the call changes nothing but what this process may use.
         let granted = unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
-        (granted == 0 && proved_in_child()).then_some(Self(()))
+        (granted == 0 && proved_in_child(is_right)).then_some(Self(()))
     }
 
     /// The proof again, where [`detect`](Self::detect) has given it before.
@@ -118,8 +118,8 @@ impl<const ROWS: usize> Drop for Tiles<ROWS> {
     }
 }
 
-/// Whether a product comes out right, found out by a process that may die of it.
-fn proved_in_child() -> bool {
+/// Whether something comes out right, found out by a process that may die of it.
+fn proved_in_child(is_right: impl FnOnce() -> bool) -> bool {
     // SAFETY: the child has a copy of this memory, allocates nothing, and ends by the system call. It sends no signal
     // when it ends, so that no handler of the program hears of it.
     unsafe {
@@ -158,4 +158,18 @@ fn is_right() -> bool {
     drop(tiles);
     let [first, last] = [sums[0], sums[15]].map(|row| bytemuck::cast::<Line, [i32; 16]>(row)[15]);
     (first, last) == (32 * 3 * 200, -32 * 2 * 200)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_says_what_comes_out_right_and_may_die_of_it() {
+        assert!(proved_in_child(|| true));
+        assert!(!proved_in_child(|| false));
+        // As an instruction that the processor promised and does not have.
+        // SAFETY: it ends the child, which has a copy of this memory.
+        assert!(!proved_in_child(|| unsafe { asm!("ud2", options(noreturn)) }));
+    }
 }

@@ -30,13 +30,22 @@ mod neon;
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod no_matrix_unit;
 mod portable;
+
+#[cfg(test)]
+pub(crate) mod emulated_unit;
 #[cfg(test)]
 mod tests;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(crate) use amx::{MatrixUnit, Sums, Tiles};
+use amx as unit;
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub(crate) use no_matrix_unit::{MatrixUnit, Sums, Tiles};
+use no_matrix_unit as unit;
+
+#[cfg(test)]
+pub(crate) use emulated_unit::{MatrixUnit, Tiles};
+pub(crate) use unit::Sums;
+#[cfg(not(test))]
+pub(crate) use unit::{MatrixUnit, Tiles};
 
 use bytemuck::{Pod, Zeroable};
 use half::f16;

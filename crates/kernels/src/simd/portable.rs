@@ -40,6 +40,11 @@ impl Simd for Portable {
         kernel.run(self)
     }
 
+    #[cfg(test)]
+    fn matrix_unit(self) -> Option<super::MatrixUnit> {
+        super::emulated_unit::wanted()
+    }
+
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         [x; LANES]
