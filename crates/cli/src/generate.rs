@@ -236,3 +236,115 @@ fn guessed(report: &SpeculationReport) -> String {
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use mlx_engine::{Backend, BackendChoice, TokenInfo};
+
+    use super::*;
+
+    fn text(tokens: &[u32]) -> GenerationEvent {
+        GenerationEvent::Text {
+            text: "word ".to_owned(),
+            tokens: tokens.iter().copied().map(TokenInfo::from).collect(),
+        }
+    }
+
+    /// An answer of which the first text came after a second with one token, and four more within two seconds.
+    fn begun() -> Answer {
+        let mut answer = Answer::new();
+        let started = GenerationEvent::Started {
+            prompt_tokens: 10,
+            cached_tokens: 4,
+        };
+        for event in [started, text(&[1]), text(&[2, 3]), text(&[]), text(&[4, 5])] {
+            answer
+                .take(event, false)
+                .unwrap_or_else(|_| panic!("nothing is printed"));
+        }
+        assert!(answer.between.is_some_and(|(first, last)| first <= last));
+        let second = Duration::from_secs(1);
+        let submitted = answer.submitted;
+        answer.between = Some((submitted + second, submitted + 3 * second));
+        answer
+    }
+
+    #[test]
+    fn times_are_those_that_were_seen() {
+        let Timings {
+            load_s,
+            ttft_s,
+            prompt_tps,
+            generation_tps,
+        } = begun().timings(0.5);
+        assert_eq!((load_s, ttft_s, prompt_tps, generation_tps), (0.5, 1.0, 6.0, 2.0));
+        // Nothing has come, or all at once.
+        assert_eq!(
+            Answer::new().timings(0.5),
+            Timings {
+                load_s: 0.5,
+                ..Timings::default()
+            }
+        );
+        let mut at_once = begun();
+        at_once.between = Some((at_once.submitted, at_once.submitted));
+        let timings = at_once.timings(0.0);
+        assert_eq!((timings.prompt_tps, timings.generation_tps), (0.0, 0.0));
+    }
+
+    #[test]
+    fn an_answer_that_was_interrupted_has_a_summary() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let engine = InferenceEngine::new().with_backend(BackendChoice::Mock);
+        runtime.unwrap().block_on(async {
+            assert!(begun().cancelled(&engine).is_err(), "no model is loaded");
+            engine.load_model("tiny").await.unwrap();
+            let Ok(summary) = begun().cancelled(&engine) else {
+                panic!("the model is loaded")
+            };
+            assert_eq!(
+                (summary.model.as_str(), summary.backend, summary.finish_reason),
+                ("tiny", Backend::Mock, FinishReason::Cancelled)
+            );
+            assert_eq!(
+                summary.usage,
+                Usage {
+                    prompt_tokens: 10,
+                    completion_tokens: 5,
+                    cached_tokens: 4
+                }
+            );
+            engine.unload().await.unwrap();
+        });
+    }
+
+    #[test]
+    fn it_is_said_what_guessing_did() {
+        let report = |off| SpeculationReport {
+            steps: 4,
+            drafted_tokens: 8,
+            accepted_tokens: 6,
+            paused_steps: 2,
+            off,
+        };
+        for (off, expect) in [
+            (None, " | guessed 6 of 8 tokens right, 2 steps paused"),
+            (
+                Some(SpeculationOff::Constraint),
+                " | nothing guessed: the answer is held to a grammar",
+            ),
+            (
+                Some(SpeculationOff::Uncuttable),
+                " | nothing guessed: the model's sequences cannot be cut",
+            ),
+            (
+                Some(SpeculationOff::DraftFailed),
+                " | guessed 6 of 8 tokens right, then the draft model failed",
+            ),
+        ] {
+            assert_eq!(guessed(&report(off)), expect);
+        }
+    }
+}
