@@ -59,9 +59,11 @@ impl ModelDescription {
         }
     }
 
-    /// The bytes of all files.
+    /// The bytes of all files; those of a repository are what the hub claims.
     pub fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
+        self.files
+            .iter()
+            .fold(0, |sum, file| sum.saturating_add(file.bytes))
     }
 
     /// How it would fit a device, with a sequence of 8192 tokens or of its whole context where that is less.
@@ -313,6 +315,47 @@ mod gguf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(feature = "mlx")]
+    #[test]
+    fn a_gguf_file_is_described_by_its_own_tensors() {
+        let model = std::env::var("MLX_ENGINE_TEST_MODEL");
+        let model =
+            model.expect("MLX_ENGINE_TEST_MODEL names the test model; run the tests by `cargo xtask test`");
+        let described = describe_local(&model, ModelRegistry::builtin()).unwrap();
+        let estimate = described.estimate.clone().unwrap();
+        assert_eq!((&*estimate.model_type, estimate.is_exact), ("llama", true));
+        // As its maker counts them, and 30 layers of 3 heads with 64 numbers of 2 bytes, for keys and for values.
+        assert_eq!(estimate.parameters, 134_515_008);
+        assert_eq!(estimate.cache.token_bytes, 30 * 3 * 64 * 2 * 2);
+        assert_eq!(estimate.context_length, Some(8192));
+        assert_eq!(estimate.weight_bytes, described.bytes(), "the whole file");
+        assert_eq!(described.files.len(), 1);
+
+        let folder = tempfile::tempdir().unwrap();
+        let broken = folder.path().join("broken.gguf");
+        std::fs::write(&broken, "GGUF").unwrap();
+        let described = describe_local(broken.to_str().unwrap(), ModelRegistry::builtin()).unwrap();
+        assert!(described.not_estimated.is_some() && described.estimate.is_none());
+        assert_eq!(described.bytes(), 4);
+    }
+
+    #[test]
+    fn what_is_not_there_is_not_described() {
+        let error = describe_local("/no/such/model.gguf", ModelRegistry::builtin()).unwrap_err();
+        assert!(matches!(error, EngineError::ModelNotFound { .. }), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_that_leads_nowhere_is_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/no/such/blob", folder.path().join("model.safetensors")).unwrap();
+        std::fs::write(folder.path().join("a.txt"), "a").unwrap();
+        let model = describe_local(folder.path().to_str().unwrap(), ModelRegistry::builtin()).unwrap();
+        assert_eq!(model.files.len(), 1);
+        assert_eq!(model.files[0].path, "a.txt");
+    }
 
     #[test]
     fn a_folder_is_described_by_its_files_and_its_configuration() {

@@ -151,11 +151,13 @@ fn same(found: &Parts, case: &Value) -> bool {
             })
 }
 
+/// The format of each template, by its file.
+fn formats() -> Value {
+    serde_json::from_str(include_str!("fixtures/formats.json")).expect("it is well")
+}
+
 fn all(check: impl Fn(&OutputParser, &str, &Value) -> Result<(), String>) -> usize {
-    let folder = std::env::var_os("MLX_ENGINE_TEST_DATA");
-    let folder =
-        folder.expect("MLX_ENGINE_TEST_DATA names the test data; run the tests by `cargo xtask test`");
-    let folder = std::path::Path::new(&folder).join("templates");
+    let formats = formats();
     let made: Value = serde_json::from_str(include_str!("fixtures/answers.json")).expect("it is well");
     let (mut count, mut wrong) = (0, Vec::new());
     for case in made["cases"].as_array().expect("it is well") {
@@ -163,8 +165,11 @@ fn all(check: impl Fn(&OutputParser, &str, &Value) -> Result<(), String>) -> usi
             continue;
         };
         let name = case["template"].as_str().expect("it is well");
-        let source = std::fs::read_to_string(folder.join(name)).expect("it is well");
-        let format = ToolFormat::detect(&source);
+        let format: ToolFormat = formats[name]
+            .as_str()
+            .expect("it is well")
+            .parse()
+            .expect("a format");
         if UNKNOWN.contains(&name) {
             assert_eq!(format, ToolFormat::Plain, "{name}");
             continue;
@@ -189,6 +194,19 @@ fn all(check: impl Fn(&OutputParser, &str, &Value) -> Result<(), String>) -> usi
     count
 }
 
+#[cfg(feature = "oracle")]
+#[test]
+fn published_templates_are_known_by_their_marks() {
+    let folder = std::env::var_os("MLX_ENGINE_TEST_DATA");
+    let folder =
+        folder.expect("MLX_ENGINE_TEST_DATA names the test data; run the tests by `cargo xtask test`");
+    let folder = std::path::Path::new(&folder).join("templates");
+    for (name, format) in formats().as_object().expect("it is well") {
+        let source = std::fs::read_to_string(folder.join(name)).expect("it is well");
+        assert_eq!(ToolFormat::detect(&source).name(), format, "{name}");
+    }
+}
+
 #[test]
 fn answers_have_the_parts_that_others_find_in_them() {
     let known = |case: &Value| {
@@ -210,6 +228,8 @@ fn answers_have_the_parts_that_others_find_in_them() {
     assert!(count > 500, "{count} cases");
 }
 
+// It takes a minute, which the runs without other programs' data are too many for.
+#[cfg(feature = "oracle")]
 #[test]
 fn every_split_of_an_answer_gives_what_the_whole_gives() {
     all(|parser, answer, _| {

@@ -1,5 +1,7 @@
 //! The decisions, one by one. What they add up to is tested over the mock.
 
+mod edges;
+
 use super::*;
 
 fn limits() -> Limits {

@@ -41,9 +41,11 @@ pub struct ModelInfo {
 }
 
 impl ModelInfo {
-    /// The bytes of all files.
+    /// The bytes of all files, as the hub claims them.
     pub fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes).sum()
+        self.files
+            .iter()
+            .fold(0, |sum, file| sum.saturating_add(file.bytes))
     }
 }
 
@@ -246,5 +248,34 @@ fn known(file: RawFile, nonsense: &impl Fn(String) -> HubError) -> Result<RepoFi
     match (bytes, hash) {
         (Some(bytes), Some(hash)) => Ok(RepoFile { path, bytes, hash }),
         _ => Err(nonsense(format!("it gives no length and hash for `{path}`"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_that_cannot_be_true_add_up_to_the_most_there_is() {
+        let file = |path: &str, bytes| RepoFile {
+            path: path.parse().unwrap(),
+            bytes,
+            hash: "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391".parse().unwrap(),
+        };
+        let info = |files| ModelInfo {
+            id: "a/b".parse().unwrap(),
+            commit: String::new(),
+            files,
+            private: false,
+            gated: false,
+            pipeline_tag: None,
+            library: None,
+            tags: Vec::new(),
+            downloads: None,
+            likes: None,
+            last_modified: None,
+        };
+        assert_eq!(info(vec![file("a", 3), file("b", 4)]).bytes(), 7);
+        assert_eq!(info(vec![file("a", u64::MAX), file("b", 1)]).bytes(), u64::MAX);
     }
 }
