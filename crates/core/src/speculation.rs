@@ -48,8 +48,8 @@ mod tests {
     fn acceptance_is_the_part_that_was_right() {
         let of = |accepted_tokens, drafted_tokens| {
             let report = SpeculationReport {
-                accepted_tokens,
                 drafted_tokens,
+                accepted_tokens,
                 ..SpeculationReport::default()
             };
             report.acceptance()

@@ -236,7 +236,8 @@ fn a_list_is_read_up_to_four_mebibytes() {
 #[test]
 fn a_registry_says_how_many_it_has() {
     let mut registry = ModelRegistry::new();
-    assert!(registry.is_empty() && registry.len() == 0);
+    assert!(registry.is_empty());
+    assert_eq!(registry.len(), 0);
     registry
         .register(ModelConfiguration::new("a", ModelType::Chat))
         .unwrap();

@@ -26,7 +26,9 @@ fn model(id: &str) -> ModelEntry {
 fn registry(models: impl IntoIterator<Item = ModelEntry>) -> ModelRegistry {
     let mut registry = ModelRegistry::new();
     for model in models {
-        registry.register_entry(model).unwrap();
+        registry
+            .register_entry(model)
+            .expect("it is the only one of its name");
     }
     registry
 }
