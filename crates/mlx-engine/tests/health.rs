@@ -261,10 +261,20 @@ async fn a_configuration_is_measured_and_the_engine_keeps_the_one_that_is_told()
         report.trials.iter().all(|trial| trial.error.is_none()),
         "{report:?}"
     );
+    let applied = |config: &EngineConfig| {
+        let config = config.clone();
+        (
+            config.threads,
+            config.max_batch,
+            config.prefill_chunk,
+            config.kv,
+            config.speculation,
+        )
+    };
     assert_eq!(
-        engine.engine().unwrap().config().threads,
-        report.config.threads,
-        "it is applied"
+        applied(engine.engine().unwrap().config()),
+        applied(&report.config),
+        "it is applied, and not what was tried last"
     );
 
     let wrong = OptimizeOptions {
