@@ -437,9 +437,30 @@ mod tests {
         assert!(matches!(streamed.err(), Some(EngineError::EmptyPrompt)));
         assert!(matches!(block_on(engine.unload()), Err(EngineError::OutOfMemory)));
         // Where an engine has nothing to say, it says nothing.
-        let silent = Echo::new();
+        let silent = Silent;
         silent.abandon();
         assert_eq!((silent.fallback_reason(), silent.statistics()), (None, None));
+    }
+
+    /// Does what an engine has to, and nothing else.
+    struct Silent;
+
+    impl LlmEngine for Silent {
+        fn stream(&self, _: Prompt, _: GenerateParams) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+            Box::pin(async { Err(EngineError::EmptyPrompt) })
+        }
+
+        fn backend(&self) -> Option<Backend> {
+            None
+        }
+
+        fn model(&self) -> Option<Arc<ModelConfiguration>> {
+            None
+        }
+
+        fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+            Box::pin(async { Ok(()) })
+        }
     }
 
     #[test]

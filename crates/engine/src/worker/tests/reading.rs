@@ -109,6 +109,7 @@ fn answers_go_on_while_a_prompt_is_read() {
     bench.finish();
     let sent = &bench.requests[1];
     assert_eq!((sent.cached, &*sent.text), (Some(768), answer(&prompt(), 9)));
+    assert_eq!(sent.tokens.len(), 9);
     let fed: usize = bench.worker.model.fed.iter().flatten().sum();
     assert!(fed < 100, "{fed} tokens were fed");
 }
