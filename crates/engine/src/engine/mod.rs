@@ -21,6 +21,7 @@ use mlx_engine_core::{
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::lifetime::UnloadMode;
+#[cfg(any(test, feature = "mlx"))]
 pub(crate) use self::loading::Loaded;
 pub use self::loading::ProgressFn;
 #[cfg(test)]

@@ -9,6 +9,7 @@ use mlx_engine_core::{EngineError, LlmEngine, Prompt, collect_events};
 
 use super::plan::{Fault, Plan, Point};
 use super::{KINDS, Kind, config, greedy, is, load, prompt, tokens, victim};
+#[cfg(feature = "mlx")]
 use crate::EngineConfig;
 use crate::engine::{Engine, Loaded};
 
