@@ -84,7 +84,7 @@ impl Integers {
     }
 }
 
-/// Rows below which a strip has only these, and no matrix unit is used.
+/// Rows below which a strip has only these.
 pub(crate) const FEW: usize = 7;
 
 /// Rows of a strip where they are all there are.

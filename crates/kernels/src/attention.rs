@@ -406,13 +406,13 @@ impl RowSums {
 }
 
 impl Attend<'_> {
-    /// The keys of a page, to be asked for.
-    fn keys_of(&self, page: usize) -> Ahead {
-        let layer = self.sequence.pages.get(page).and_then(Option::as_ref);
+    /// The keys and the values of a page, to be asked for. Integers are unpacked at once, and nothing is asked for ahead.
+    fn ahead(&self, page: Option<usize>) -> [Ahead; 2] {
+        let layer = page.and_then(|page| self.sequence.pages.get(page)?.as_ref());
         match layer.map(|layer| layer.head(self.unit.kv_head)) {
-            Some(Head::F32(keys, _)) => Ahead::of(keys),
-            Some(Head::F16(keys, _)) => Ahead::of(keys),
-            Some(Head::Integers) | None => Ahead::NOTHING,
+            Some(Head::F32(keys, values)) => [Ahead::of(keys), Ahead::of(values)],
+            Some(Head::F16(keys, values)) => [Ahead::of(keys), Ahead::of(values)],
+            Some(Head::Integers) | None => [Ahead::NOTHING; 2],
         }
     }
 }
@@ -429,8 +429,7 @@ impl Kernel for Attend<'_> {
         let mut scratch = SCRATCH.take();
         // Units of many rows find in the second cache what others have read before.
         let few = unit.rows <= S::SUMS / 2;
-        let first = unit.pages.iter().cloned().flatten().next().filter(|_| few);
-        let keys = first.map_or(Ahead::NOTHING, |page| self.keys_of(page));
+        let [keys, _] = self.ahead(unit.pages.iter().cloned().flatten().next().filter(|_| few));
         keys.ask_all(s);
         scratch.part.clear(unit.rows, width);
         scratch.whole.clear(unit.rows, width);
@@ -453,51 +452,20 @@ impl Kernel for Attend<'_> {
                 continue;
             };
             let head = layer.head(unit.kv_head);
-            let ahead = next
-                .filter(|_| few)
-                .map_or(Ahead::NOTHING, |next| self.keys_of(next));
+            let [_, values] = self.ahead(Some(page).filter(|_| few));
+            let [ahead, _] = self.ahead(next.filter(|_| few));
+            let queries = &scratch.queries;
             match head {
-                Head::F32(keys, values) => {
-                    let values = if few { Ahead::of(values) } else { Ahead::NOTHING };
-                    scores_of(
-                        s,
-                        keys,
-                        head_dim,
-                        &scratch.queries,
-                        unit.rows,
-                        values,
-                        &mut weights,
-                    );
-                }
-                Head::F16(keys, values) => {
-                    let values = if few { Ahead::of(values) } else { Ahead::NOTHING };
-                    scores_of(
-                        s,
-                        keys,
-                        head_dim,
-                        &scratch.queries,
-                        unit.rows,
-                        values,
-                        &mut weights,
-                    );
-                }
+                Head::F32(keys, _) => scores_of(s, keys, queries, unit.rows, values, &mut weights),
+                Head::F16(keys, _) => scores_of(s, keys, queries, unit.rows, values, &mut weights),
                 Head::Integers => {
                     layer.unpack(s, unit.kv_head, &mut scratch.unpacked);
                     let keys = &scratch.unpacked.keys;
-                    let values = Ahead::NOTHING;
-                    scores_of(
-                        s,
-                        keys,
-                        head_dim,
-                        &scratch.queries,
-                        unit.rows,
-                        values,
-                        &mut weights,
-                    );
+                    scores_of(s, keys, queries, unit.rows, values, &mut weights);
                 }
             }
             let mut seen = 0;
-            for row in 0..unit.rows {
+            for (row, weights) in weights.iter_mut().enumerate().take(unit.rows) {
                 let (_, position) = place(spec, sequence, unit, row);
                 let within = |position: usize| position.saturating_sub(page * PAGE).min(PAGE);
                 let start = spec
@@ -507,22 +475,18 @@ impl Kernel for Attend<'_> {
                 let kept = within(spec.keep).min(end);
                 seen = seen.max(end);
                 if let Some(cap) = spec.softcap {
-                    soft_cap(s, &mut weights[row], cap);
+                    soft_cap(s, weights, cap);
                 }
                 let ranges = [0..kept, start.max(kept)..end];
-                soften(s, &mut weights[row], ranges, scratch.part.row(row, width));
+                soften(s, weights, ranges, scratch.part.row(row, width));
             }
-            let sums = &mut scratch.part.sums;
+            let (rows, sums) = ((unit.rows, seen), &mut scratch.part.sums);
             match head {
-                Head::F32(_, values) => {
-                    add_values(s, values, width, &weights, (unit.rows, seen), ahead, sums)
-                }
-                Head::F16(_, values) => {
-                    add_values(s, values, width, &weights, (unit.rows, seen), ahead, sums)
-                }
+                Head::F32(_, values) => add_values(s, values, width, &weights, rows, ahead, sums),
+                Head::F16(_, values) => add_values(s, values, width, &weights, rows, ahead, sums),
                 Head::Integers => {
                     let values = &scratch.unpacked.values;
-                    add_values(s, values, width, &weights, (unit.rows, seen), ahead, sums);
+                    add_values(s, values, width, &weights, rows, ahead, sums);
                 }
             }
             if unit.partial.is_none() && next.is_none_or(|next| next / PART_PAGES != page / PART_PAGES) {
@@ -619,12 +583,12 @@ macro_rules! side_by_side {
 fn scores_of<S: Simd, E: Element>(
     s: S,
     keys: &[E],
-    head_dim: usize,
     queries: &[f32],
     rows: usize,
     mut ahead: Ahead,
     out: &mut [[f32; PAGE]; ROWS],
 ) {
+    let head_dim = keys.len() / PAGE;
     in_groups!(S, rows, first, R => {
         let (queries, _) = queries[first * head_dim..][..R * head_dim].as_chunks::<R>();
         if let Some(out) = out[first..].first_chunk_mut::<R>() {

@@ -7,14 +7,16 @@ use super::{Bytes, LANES, Line, Sums, unit};
 
 thread_local! {
     static WANTED: Cell<bool> = const { Cell::new(false) };
+    static USED: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Gives portable code a matrix unit on this thread while something runs.
-pub(crate) fn with_unit<T>(work: impl FnOnce() -> T) -> T {
+/// Gives portable code a matrix unit on this thread while something runs, and says how often it multiplied.
+pub(crate) fn with_unit<T>(work: impl FnOnce() -> T) -> (T, usize) {
+    USED.set(0);
     WANTED.set(true);
     let done = work();
     WANTED.set(false);
-    done
+    (done, USED.get())
 }
 
 /// The unit of portable code.
@@ -57,6 +59,7 @@ impl<const ROWS: usize> Tiles<ROWS> {
         match self {
             Self::Real(tiles) => tiles.dot(weights, x, sums),
             Self::Emulated => {
+                USED.set(USED.get() + 1);
                 for (sums, x) in sums.iter_mut().zip(x) {
                     let lane = |lane: usize| -> i32 {
                         let products = weights.iter().zip(x.0).flat_map(|(weights, x)| {
