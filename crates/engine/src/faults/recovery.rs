@@ -11,7 +11,7 @@ use mlx_engine_resilience::{
 };
 
 use super::plan::{Fault, Plan, Point};
-use super::{KINDS, Kind, config, faults, is, load, prompt, tokens, victim};
+use super::{KINDS, Kind, config, load, prompt, tokens, victim};
 use crate::engine::Engine;
 
 /// An engine that is watched and brought back, with a health that one fault changes.
@@ -51,32 +51,6 @@ fn well(kind: Kind) -> EngineHealth {
         Kind::Mock => EngineHealth::Degraded,
         #[cfg(feature = "mlx")]
         Kind::Mlx => EngineHealth::Healthy,
-    }
-}
-
-#[tokio::test]
-async fn health_tells_of_a_fault_and_recovery_proves_a_token() {
-    for &kind in KINDS {
-        for fault in faults(kind) {
-            let engine = watched(kind, &Plan::until_reload(Point::Read, fault)).await;
-            let expected = tokens(engine.engine().engine(), "Blue").await;
-            let health = || engine.engine().health().status;
-            assert_eq!(health(), well(kind), "before");
-            let error = engine.generate(prompt(), victim()).await.unwrap_err();
-            assert!(is(&error, fault), "{kind:?} {fault:?}: {error}");
-            assert_eq!(health(), EngineHealth::Unhealthy, "{kind:?} {fault:?}: during");
-            // The engine gives tokens to all but the victim, and says so.
-            let report = engine.attempt_recovery().await;
-            assert!(report.recovered && report.steps.is_empty(), "{report:?}");
-            // That memory was short is told for as long as the window reaches back.
-            let after = if fault == Fault::OutOfMemory {
-                EngineHealth::Degraded
-            } else {
-                well(kind)
-            };
-            assert_eq!(health(), after, "{kind:?} {fault:?}: after");
-            assert_eq!(tokens(&engine, "Blue").await, expected);
-        }
     }
 }
 
