@@ -102,7 +102,7 @@ impl<M: TokenModel> Drafter<M> {
     /// for none of them before the last is begun.
     ///
     /// First the sequences are fed what they have not seen, no more than a chunk in all: who has more to catch up with gets no
-    /// guess yet. Says too whether there was nothing to catch up with.
+    /// guess yet. Says too whether all had seen their prompts: what it takes to read these is spent once, to learn what guesses take.
     pub(crate) fn guess(
         &mut self,
         asked: Vec<Asked<'_, M::Sequence>>,
@@ -112,9 +112,11 @@ impl<M: TokenModel> Drafter<M> {
         let mut room = self.chunk;
         let mut all = Vec::with_capacity(asked.len());
         let mut first = Vec::with_capacity(asked.len());
+        let mut had_prompts = true;
         for asked in asked {
             let sequence = asked.sequence.get_or_insert_with(|| self.model.open());
             let seen = self.model.len(sequence);
+            had_prompts &= seen >= asked.prompt_len;
             let fed = (asked.tokens.len() - seen).min(room);
             room -= fed;
             let whole = seen + fed == asked.tokens.len();
@@ -165,7 +167,7 @@ impl<M: TokenModel> Drafter<M> {
             Some(error) => Err(error),
             None => Ok(guessing.tokens.split_off(guessing.known)),
         };
-        (all.into_iter().map(result).collect(), kept_up)
+        (all.into_iter().map(result).collect(), had_prompts)
     }
 
     /// Feeds those for which `tokens` says what in one step: the token that is being chosen where that is `Some(None)`.

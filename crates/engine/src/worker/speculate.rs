@@ -329,7 +329,7 @@ impl<M: TokenModel> Speculation<M> {
             count: *count,
         });
         let asked = asked.collect();
-        let (guessed, kept_up) = drafter.guess(asked, clock);
+        let (guessed, had_prompts) = drafter.guess(asked, clock);
         for ((active, _), guess) in drafted.into_iter().zip(guessed) {
             match guess {
                 Ok(guess) => active.guesses.fed = guess,
@@ -342,7 +342,7 @@ impl<M: TokenModel> Speculation<M> {
         }
         let spent = clock.now().saturating_duration_since(began);
         self.drafting += spent;
-        if kept_up {
+        if had_prompts {
             self.guessing.0 += spent;
         }
     }

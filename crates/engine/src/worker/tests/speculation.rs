@@ -174,6 +174,79 @@ fn milliseconds_of_steps(bench: &mut Bench, prompt: &str, max_tokens: u32) -> u6
     bench.clock.milliseconds.load(Ordering::Relaxed) - between
 }
 
+/// An answer, and what guesses for it and its steps take.
+#[derive(Clone, Debug)]
+struct Guessed {
+    /// New letters, and how many of the prompt follow them.
+    parts: Vec<(String, usize)>,
+    /// Milliseconds of a step and of each token in it.
+    pace: (u64, u64),
+    /// Milliseconds of a step of the draft model, and what it says before it says the answer.
+    drafted: Option<(u64, String)>,
+    eager: bool,
+    min_ngram: usize,
+}
+
+impl Guessed {
+    /// What the answer takes at least, with guesses, and at most.
+    fn takes(&self) -> (f64, f64, f64) {
+        let prompt = "to be or not to be that is the question whether it is nobler ".to_owned();
+        let mut reply = String::new();
+        for (new, copied) in &self.parts {
+            reply.push_str(new);
+            reply.push_str(&prompt[..*copied]);
+        }
+        let take = |speculation| {
+            let config = EngineConfig {
+                speculation,
+                ..config()
+            };
+            let said = |new: &str| format!("{reply}{new}").split_off(new.len());
+            let draft = self
+                .drafted
+                .as_ref()
+                .map_or_else(String::new, |(_, wrong)| said(wrong));
+            let script = MockScript::reply(reply.clone()).with_draft(MockScript::reply(draft));
+            let mut bench = Bench::new(script, &config).with_pace(self.pace);
+            if let Some(pace) = &mut bench.worker.model.pace {
+                pace.eager = self.eager;
+            }
+            if let (Some((step, _)), false) = (&self.drafted, config.speculation.is_off()) {
+                let clock = Arc::clone(&bench.clock.milliseconds);
+                let pace = Pace {
+                    clock,
+                    step: *step,
+                    token: 0,
+                    eager: true,
+                    steps: Vec::new(),
+                    run: 0,
+                };
+                bench.worker.speculation.draft_mut().pace = Some(pace);
+            }
+            let spent = milliseconds_of_steps(&mut bench, &prompt, 600);
+            assert_eq!(bench.requests[0].text, reply);
+            spent as f64
+        };
+        let plain = take(SpeculationConfig::Off);
+        let (guessed, first) = match &self.drafted {
+            None => {
+                let lookup = LookupConfig {
+                    min_ngram: self.min_ngram,
+                    ..LookupConfig::default()
+                };
+                (take(SpeculationConfig::Lookup(lookup)), 0)
+            }
+            // Its reading of the prompt, and a step of guesses.
+            Some((step, _)) => (
+                take(SpeculationConfig::Draft(DraftConfig::new("draft"))),
+                12 * step,
+            ),
+        };
+        let (step, token) = self.pace;
+        (plain, guessed, plain * 1.01 + (step + token + first) as f64 + 1.0)
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -182,47 +255,35 @@ proptest! {
     #[test]
     fn guesses_cost_an_answer_next_to_nothing(
         parts in prop::collection::vec(("[a-j]{1,40}", 0_usize..50), 1..8),
-        (step, token) in (0_u64..40, 1_u64..40),
+        pace in (0_u64..40, 1_u64..40),
         drafted in prop::option::of((0_u64..20, "[a-j]{0,60}")),
         eager in any::<bool>(),
         min_ngram in 1_usize..3,
     ) {
-        let prompt = "to be or not to be that is the question whether it is nobler ".to_owned();
-        let mut reply = String::new();
-        for (new, copied) in &parts {
-            reply.push_str(new);
-            reply.push_str(&prompt[..*copied]);
-        }
-        let take = |speculation| {
-            let config = EngineConfig { speculation, ..config() };
-            let said = |new: &str| format!("{reply}{new}").split_off(new.len());
-            let draft = drafted.as_ref().map_or_else(String::new, |(_, wrong)| said(wrong));
-            let script = MockScript::reply(reply.clone()).with_draft(MockScript::reply(draft));
-            let mut bench = Bench::new(script, &config).with_pace((step, token));
-            if let Some(pace) = &mut bench.worker.model.pace {
-                pace.eager = eager;
-            }
-            if let (Some((step, _)), false) = (&drafted, config.speculation.is_off()) {
-                let clock = Arc::clone(&bench.clock.milliseconds);
-                let pace = Pace { clock, step: *step, token: 0, eager: true, steps: Vec::new(), run: 0 };
-                bench.worker.speculation.draft_mut().pace = Some(pace);
-            }
-            let spent = milliseconds_of_steps(&mut bench, &prompt, 600);
-            assert_eq!(bench.requests[0].text, reply);
-            spent as f64
-        };
-        let plain = take(SpeculationConfig::Off);
-        let (guessed, first) = match &drafted {
-            None => {
-                let lookup = LookupConfig { min_ngram, ..LookupConfig::default() };
-                (take(SpeculationConfig::Lookup(lookup)), 0)
-            }
-            // Its reading of the prompt, and a step of guesses.
-            Some((step, _)) => (take(SpeculationConfig::Draft(DraftConfig::new("draft"))), 12 * step),
-        };
-        let most = plain * 1.01 + (step + token + first) as f64 + 1.0;
+        let (plain, guessed, most) = Guessed { parts, pace, drafted, eager, min_ngram }.takes();
         prop_assert!(guessed <= most, "{guessed} {plain}");
     }
+}
+
+/// What a draft model has missed in a pause costs the answer too.
+#[test]
+fn catching_up_is_accounted_for() {
+    let part = |new: &str, copied| (new.to_owned(), copied);
+    let answer = Guessed {
+        parts: vec![
+            part("aaaaa", 14),
+            part("aaaaaaacaaaaaaaaaaaa", 4),
+            part("aaa", 38),
+            part("ccaaaaaaaaaaaaaaaaaaaaaaaafaaaaac", 19),
+            part("aa", 33),
+        ],
+        pace: (16, 1),
+        drafted: Some((1, "abbaaacaaaaaaaaaaaaaaaaaaaaaaaaaaaaa".to_owned())),
+        eager: false,
+        min_ngram: 1,
+    };
+    let (plain, guessed, most) = answer.takes();
+    assert!(guessed <= most, "{guessed} {plain}");
 }
 
 /// Letters of which one of ten at random follows the last that went alike.
