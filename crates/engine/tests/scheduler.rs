@@ -455,3 +455,30 @@ async fn what_steps_take_is_measured_and_admission_corrected() {
         .unwrap();
     assert_eq!(available(&engine).await, 500);
 }
+
+/// What an engine says that it works by is what it works by.
+#[tokio::test]
+async fn a_configuration_that_was_changed_is_told() {
+    let loaded = EngineConfig {
+        threads: Some(2),
+        ..EngineConfig::default()
+    };
+    let engine = Engine::mock("echo", MockScript::default(), loaded.clone())
+        .await
+        .unwrap();
+    assert_eq!(engine.config(), loaded);
+    let changed = EngineConfig {
+        max_batch: 3,
+        prefill_chunk: Some(64),
+        ..loaded
+    };
+    engine.reconfigure(changed.clone()).await.unwrap();
+    assert_eq!(engine.config(), changed);
+    let refused = EngineConfig {
+        threads: Some(3),
+        ..changed.clone()
+    };
+    let error = engine.reconfigure(refused).await.unwrap_err();
+    assert!(matches!(error, EngineError::InvalidParameter(_)), "{error}");
+    assert_eq!(engine.config(), changed, "nothing of it is taken");
+}

@@ -108,9 +108,10 @@ impl Served {
 /// See [`Served::prepare`].
 pub(crate) async fn prepare(engine: &Engine, mut config: EngineConfig) -> Result<(), EngineError> {
     // Where none is told, the limit is what was there to be had at the load.
-    config.memory_limit = config.memory_limit.or(engine.config().memory_limit);
+    let now = engine.config();
+    config.memory_limit = config.memory_limit.or(now.memory_limit);
     // A draft model is known by where its files are.
-    config.speculation = engine.config().speculation.clone();
+    config.speculation = now.speculation;
     engine.reconfigure(config).await?;
     engine.clear_caches().await?;
     engine.reset_peak_memory();

@@ -272,7 +272,7 @@ async fn a_configuration_is_measured_and_the_engine_keeps_the_one_that_is_told()
         )
     };
     assert_eq!(
-        applied(engine.engine().unwrap().config()),
+        applied(&engine.engine().unwrap().config()),
         applied(&report.config),
         "it is applied, and not what was tried last"
     );

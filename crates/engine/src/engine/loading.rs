@@ -192,7 +192,7 @@ impl Engine {
             ended,
             gone: Mutex::new(gone),
             gauges,
-            config: loaded_with,
+            config: Arc::new(Mutex::new(loaded_with)),
             lost: watch::Sender::new(false),
         })
     }

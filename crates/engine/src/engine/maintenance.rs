@@ -1,5 +1,7 @@
 //! What can be asked of an engine beside answers: what it keeps, and how it is kept well.
 
+use std::sync::Arc;
+
 use mlx_engine_core::{EngineError, GenerateParams, LlmEngine, ParamError, Prompt};
 use tokio::sync::oneshot;
 
@@ -102,18 +104,19 @@ impl Engine {
     /// A value that is out of its range, and a field that only a load can change.
     pub async fn reconfigure(&self, config: EngineConfig) -> Result<(), EngineError> {
         config.validate()?;
-        let loaded = EngineConfig {
+        let now = self.config();
+        let changed = EngineConfig {
             max_batch: config.max_batch,
             max_queue: config.max_queue,
             prefill_chunk: config.prefill_chunk,
             memory_limit: config.memory_limit,
             prefix_cache: PrefixCacheConfig {
                 max_bytes: config.prefix_cache.max_bytes,
-                ..self.config.prefix_cache.clone()
+                ..now.prefix_cache.clone()
             },
-            ..self.config.clone()
+            ..now
         };
-        if config != loaded {
+        if config != changed {
             let message =
                 "only `max_batch`, `max_queue`, `prefill_chunk`, `memory_limit` and `prefix_cache.max_bytes`";
             return Err(ParamError::new(
@@ -123,7 +126,9 @@ impl Engine {
             )
             .into());
         }
-        self.maintain(Maintenance::Reconfigure(Box::new(config))).await
+        let now = Arc::clone(&self.config);
+        let config = Box::new(config);
+        self.maintain(Maintenance::Reconfigure { config, now }).await
     }
 
     async fn maintain(&self, what: Maintenance) -> Result<(), EngineError> {

@@ -51,8 +51,8 @@ pub struct Engine {
     /// The same for who waits without a runtime.
     gone: Mutex<blocking::Receiver<()>>,
     gauges: Arc<Gauges>,
-    /// As the model was loaded.
-    config: EngineConfig,
+    /// What it works by.
+    config: Arc<Mutex<EngineConfig>>,
     /// Becomes true when the worker is given up.
     lost: watch::Sender<bool>,
 }
@@ -71,9 +71,9 @@ impl Engine {
         &self.encoder
     }
 
-    /// How the model was loaded.
-    pub fn config(&self) -> &EngineConfig {
-        &self.config
+    /// What the engine works by: what the model was loaded with, and what of it was changed since.
+    pub fn config(&self) -> EngineConfig {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What the model runs on.

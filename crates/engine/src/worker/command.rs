@@ -1,5 +1,7 @@
 //! What reaches the worker.
 
+use std::sync::{Arc, Mutex};
+
 use mlx_engine_core::EngineError;
 use tokio::sync::oneshot;
 
@@ -31,7 +33,11 @@ pub(crate) enum Command {
 pub(crate) enum Maintenance {
     ClearCaches,
     RebuildStream,
-    Reconfigure(Box<EngineConfig>),
+    Reconfigure {
+        config: Box<EngineConfig>,
+        /// Where the engine looks up what it works by.
+        now: Arc<Mutex<EngineConfig>>,
+    },
 }
 
 /// What is done with the sequences that are kept.

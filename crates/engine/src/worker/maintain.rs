@@ -1,6 +1,8 @@
 //! What keeps a worker well, beside requests: what it writes down of itself, what can be done for it, and how it goes on
 //! after a panic.
 
+use std::sync::PoisonError;
+
 use mlx_engine_core::EngineError;
 
 use super::command::Maintenance;
@@ -38,12 +40,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 }
                 guarded(|| self.model.rebuild_stream())
             }
-            Maintenance::Reconfigure(config) => {
+            Maintenance::Reconfigure { config, now } => {
                 let (memory, limits, kept) = limits(&self.model, self.speculation.draft(), &config);
                 self.memory = memory;
                 self.scheduler.set_limits(limits);
                 self.prefixes.set_max_bytes(kept);
                 self.make_room();
+                *now.lock().unwrap_or_else(PoisonError::into_inner) = *config;
                 Ok(())
             }
         }
