@@ -97,7 +97,7 @@ mod with_grammars {
                 format!("%json {}", Grammar::json_for_lark(schema).map_err(refused)?)
             }
             OutputConstraint::Regex(pattern) => {
-                format!("%lark {{\nstart: /{}/\n}}", pattern.replace('/', "\\/"))
+                format!("%lark {{\nstart: /{}/\n}}", between_slashes(pattern))
             }
             OutputConstraint::Lark(grammar) => format!("%lark {{\n{grammar}\n}}"),
             other => return Err(unknown(other)),
@@ -105,6 +105,24 @@ mod with_grammars {
         Ok(OutputConstraint::Lark(mlx_engine_text::after_thoughts(
             format, &body, tokenizer,
         )))
+    }
+
+    /// An expression as Lark's grammars have it, where a slash ends it that is not escaped.
+    fn between_slashes(pattern: &str) -> String {
+        let mut escaped = String::with_capacity(pattern.len());
+        let mut chars = pattern.chars();
+        while let Some(char) = chars.next() {
+            match char {
+                // What is escaped stays so, a slash too.
+                '\\' => {
+                    escaped.push(char);
+                    escaped.extend(chars.next());
+                }
+                '/' => escaped.push_str("\\/"),
+                _ => escaped.push(char),
+            }
+        }
+        escaped
     }
 
     fn unknown(constraint: &OutputConstraint) -> EngineError {

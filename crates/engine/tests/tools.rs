@@ -320,6 +320,31 @@ mod held {
         }
     }
 
+    /// An expression holds an answer to the same behind thoughts as without any.
+    #[tokio::test]
+    async fn slashes_mean_the_same_behind_thoughts() {
+        let opened = Prompt::user("Hi").with_template_argument("enable_thinking", true);
+        for (pattern, text) in [
+            ("a/b", "a/b"),
+            (r"a\/b", "a/b"),
+            (r"a\/i", "a/i"),
+            (r"a\\/i", r"a\/i"),
+            (r"[/]\d", "/7"),
+        ] {
+            let held = params().with_constraint(OutputConstraint::Regex(pattern.to_owned()));
+            let said = format!("{text} or not");
+            let plain = super::thinking(&said).await;
+            let plain = plain.generate(Prompt::user("Hi"), held.clone()).await.unwrap();
+            let behind = super::thinking(&format!("Hm.</think>\n\n{said}")).await;
+            let behind = behind.generate(opened.clone(), held).await.unwrap();
+            assert_eq!(
+                (plain.text.as_str(), behind.text.as_str()),
+                (text, text),
+                "{pattern}"
+            );
+        }
+    }
+
     #[tokio::test]
     async fn a_schema_that_cannot_be_held_is_refused_with_the_tool() {
         let schema =
