@@ -1,5 +1,7 @@
 //! ggml's blocks in the layout that MLX computes with.
 
+use half::f16;
+
 use crate::ggml::{five_bits, half_at, scale_min, word_at};
 use crate::{CheckpointError, GgmlType};
 
@@ -59,32 +61,54 @@ impl AffineTensor {
         let Some((bits, _)) = Self::form_of(ggml_type) else {
             return Ok(None);
         };
-        let expected = rows * columns / ggml_type.block_len() * ggml_type.block_bytes();
-        if bytes.len() != expected || !columns.is_multiple_of(ggml_type.block_len()) {
-            return Err(CheckpointError::PartialBlock {
-                ggml_type: ggml_type.name(),
-                bytes: bytes.len(),
-                block_bytes: ggml_type.block_bytes(),
-            });
-        }
-        let groups = rows * columns / GROUP;
-        let mut writer = Writer {
-            packed: Vec::with_capacity(groups * bits as usize),
-            scales: Vec::with_capacity(groups),
-            biases: Vec::with_capacity(groups),
-        };
+        check_blocks(ggml_type, bytes, rows, columns)?;
+        let mut writer = Writer::new(rows * columns / GROUP, bits);
         for block in bytes.chunks_exact(ggml_type.block_bytes()) {
             writer.block(ggml_type, block);
         }
-        Ok(Some(Self {
-            packed: writer.packed,
-            scales: writer.scales,
-            biases: writer.biases,
-            bits,
-            group_size: GROUP as u32,
-            rows,
-            columns,
-        }))
+        Ok(Some(writer.into_tensor(bits, rows, columns)))
+    }
+
+    /// The bits of what [`rounded_from_ggml`](Self::rounded_from_ggml) makes of a type, or `None` where it makes nothing.
+    pub fn rounded_form_of(ggml_type: GgmlType) -> Option<(u32, u32)> {
+        let eight = (!ggml_type.is_float()).then_some((8, GROUP as u32));
+        Self::form_of(ggml_type).or(eight)
+    }
+
+    /// Converts blocks of ggml so that they take little more memory than in the file, for who computes with activations of 8
+    /// bits, beside whose rounding this one is small; `None` where they are floats.
+    ///
+    /// Scales and biases are rounded to float16: those of Q4_K and Q5_K are products of two numbers and have more bits. Q2_K,
+    /// Q3_K and Q6_K, which have groups of 16, become numbers of 8 bits in groups of 32 around zero, as Q8_0 has them, which is
+    /// at most 1/254 of the group's largest value away.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_ggml`](Self::from_ggml).
+    pub fn rounded_from_ggml(
+        ggml_type: GgmlType,
+        bytes: &[u8],
+        rows: usize,
+        columns: usize,
+    ) -> Result<Option<Self>, CheckpointError> {
+        if let Some(mut tensor) = Self::from_ggml(ggml_type, bytes, rows, columns)? {
+            for value in tensor.scales.iter_mut().chain(&mut tensor.biases) {
+                *value = f16::from_f32(*value).to_f32();
+            }
+            return Ok(Some(tensor));
+        }
+        let Some((bits, _)) = Self::rounded_form_of(ggml_type) else {
+            return Ok(None);
+        };
+        check_blocks(ggml_type, bytes, rows, columns)?;
+        let mut writer = Writer::new(rows * columns / GROUP, bits);
+        for block in bytes.chunks_exact(ggml_type.block_bytes()) {
+            let values = ggml_type.dequantize(block)?;
+            values
+                .chunks_exact(GROUP)
+                .for_each(|values| writer.eights(values));
+        }
+        Ok(Some(writer.into_tensor(bits, rows, columns)))
     }
 
     /// The values, row-major.
@@ -109,6 +133,24 @@ impl AffineTensor {
     }
 }
 
+/// Refuses bytes that are not the whole blocks of a matrix.
+fn check_blocks(
+    ggml_type: GgmlType,
+    bytes: &[u8],
+    rows: usize,
+    columns: usize,
+) -> Result<(), CheckpointError> {
+    let expected = rows * columns / ggml_type.block_len() * ggml_type.block_bytes();
+    if bytes.len() == expected && columns.is_multiple_of(ggml_type.block_len()) {
+        return Ok(());
+    }
+    Err(CheckpointError::PartialBlock {
+        ggml_type: ggml_type.name(),
+        bytes: bytes.len(),
+        block_bytes: ggml_type.block_bytes(),
+    })
+}
+
 struct Writer {
     packed: Vec<u32>,
     scales: Vec<f32>,
@@ -116,6 +158,45 @@ struct Writer {
 }
 
 impl Writer {
+    fn new(groups: usize, bits: u32) -> Self {
+        Self {
+            packed: Vec::with_capacity(groups * bits as usize),
+            scales: Vec::with_capacity(groups),
+            biases: Vec::with_capacity(groups),
+        }
+    }
+
+    fn into_tensor(self, bits: u32, rows: usize, columns: usize) -> AffineTensor {
+        AffineTensor {
+            packed: self.packed,
+            scales: self.scales,
+            biases: self.biases,
+            bits,
+            group_size: GROUP as u32,
+            rows,
+            columns,
+        }
+    }
+
+    /// Rounds a group to numbers of 8 bits, 128 of which is zero, with a scale that is a float16.
+    fn eights(&mut self, values: &[f32]) {
+        let most = values.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+        let mut scale = f16::from_f32(most / 127.0);
+        if scale.to_f32() * 127.0 < most {
+            // Rounded down it would not reach the largest value: the next larger.
+            scale = f16::from_bits(scale.to_bits() + 1);
+        }
+        let scale = scale.to_f32();
+        self.group(scale, -128.0 * scale);
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let number = |value: f32| ((value * inverse).round_ties_even().clamp(-128.0, 127.0) + 128.0) as u32;
+        self.packed.extend(values.chunks_exact(4).map(|four| {
+            four.iter()
+                .rev()
+                .fold(0, |word, &value| word << 8 | number(value))
+        }));
+    }
+
     fn group(&mut self, scale: f32, bias: f32) {
         self.scales.push(scale);
         self.biases.push(bias);

@@ -79,6 +79,11 @@ fn a_part_of_a_block_is_refused() {
         matches!(error, CheckpointError::PartialBlock { bytes: 34, .. }),
         "{error:?}"
     );
+    let error = AffineTensor::rounded_from_ggml(GgmlType::Q6_K, &[0; 210], 2, 256).unwrap_err();
+    assert!(
+        matches!(error, CheckpointError::PartialBlock { bytes: 210, .. }),
+        "{error:?}"
+    );
 }
 
 proptest! {
@@ -104,6 +109,50 @@ proptest! {
         let affine = AffineTensor::from_ggml(ggml_type, &bytes, 2, ggml_type.block_len()).unwrap();
         if let Some(affine) = affine {
             assert_close(ggml_type, &affine.dequantize(), &ggml_type.dequantize(&bytes).unwrap());
+        }
+    }
+
+    /// What is rounded is as near as it is said to be, and scales and biases are float16.
+    #[test]
+    fn rounded_blocks_are_near(
+        which in 0..GgmlType::ALL.len(),
+        seed in prop::collection::vec(any::<u8>(), 210 * 2),
+        halves in prop::collection::vec(prop_oneof![-0.5_f32..0.5, -1e-4_f32..1e-4, Just(0.0)], 2),
+    ) {
+        let ggml_type = GgmlType::ALL[which];
+        let mut bytes = seed[..ggml_type.block_bytes() * 2].to_vec();
+        for block in bytes.chunks_exact_mut(ggml_type.block_bytes()) {
+            let places: &[usize] = match ggml_type {
+                GgmlType::Q4_0 | GgmlType::Q5_0 | GgmlType::Q8_0 => &[0],
+                GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K => &[0, 2],
+                GgmlType::Q2_K => &[80, 82],
+                GgmlType::Q3_K => &[108],
+                GgmlType::Q6_K => &[208],
+                GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => &[],
+            };
+            for (&at, &half) in places.iter().zip(&halves) {
+                block[at..at + 2].copy_from_slice(&half::f16::from_f32(half).to_le_bytes());
+            }
+        }
+        let affine = AffineTensor::rounded_from_ggml(ggml_type, &bytes, 2, ggml_type.block_len()).unwrap();
+        prop_assert_eq!(affine.is_none(), ggml_type.is_float());
+        let Some(affine) = affine else { return Ok(()) };
+        prop_assert_eq!(Some((affine.bits, affine.group_size)), AffineTensor::rounded_form_of(ggml_type));
+        for &value in affine.scales.iter().chain(&affine.biases) {
+            prop_assert_eq!(half::f16::from_f32(value).to_f32(), value);
+        }
+        let expected = ggml_type.dequantize(&bytes).unwrap();
+        for (group, (found, expected)) in affine.dequantize().chunks(32).zip(expected.chunks(32)).enumerate() {
+            let largest = expected.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+            // Of a sum of two rounded numbers each may be larger than it; a float16 is exact to 2^-25 at least.
+            let summands = affine.scales[group].abs() * 31.0 + affine.biases[group].abs();
+            let near = match AffineTensor::form_of(ggml_type) {
+                Some(_) => summands / 2048.0 + 32.0 / (1 << 25) as f32,
+                None => largest / 254.0 * 1.002 + 1.0 / (1 << 24) as f32,
+            };
+            for (found, expected) in found.iter().zip(expected) {
+                prop_assert!((found - expected).abs() <= near, "{}: {} is not {}", ggml_type, found, expected);
+            }
         }
     }
 }

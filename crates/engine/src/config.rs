@@ -72,7 +72,9 @@ pub struct PrefixCacheConfig {
 }
 
 /// Keys and values on disk. They are written and read beside the work, in chunks of 256 tokens, and found again by a model
-/// of the same content; what is damaged, or takes longer to read than to compute, is computed again.
+/// of the same content; what is damaged, or takes longer to read than to compute, is computed again. An engine that has nothing else
+/// to do writes what is left; one that is [drained](crate::UnloadMode::Drain) has written all of it, and one that is dropped or
+/// unloaded otherwise not. A model with a window and `kv.max_positions` forget keys and values, and refuse this.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskCacheConfig {

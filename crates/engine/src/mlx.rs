@@ -3,15 +3,15 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use mlx_engine_checkpoint::Metadata;
 use mlx_engine_core::{
     Backend, Device, DeviceMemory, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
 };
 use mlx_engine_models::{
-    self as models, Compute, Decoder, DecoderSpec, FeedTokens, LoadOptions, ModelError, Sampler, Source,
-    Step, Wanted,
+    self as models, Compute, Decoder, DecoderBytes, DecoderSpec, FeedTokens, LoadOptions, ModelError,
+    Sampler, Source, Step, Wanted,
 };
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 
@@ -60,19 +60,16 @@ pub async fn load_mlx(
     config: EngineConfig,
     progress: Option<ProgressFn>,
 ) -> Result<Engine, EngineError> {
-    let options = LoadOptions {
-        compute: if config.exact {
-            Compute::Exact
-        } else {
-            Compute::Fastest
-        },
-        threads: config.threads,
-    };
+    let options = load_options(&config);
     let kept = config.clone();
     Engine::load(config, progress, move |cancelled, progress| {
         let mut loaded = load(&path, configuration, options, &kept, cancelled, progress)?;
         if let SpeculationConfig::Draft(draft) = &kept.speculation {
             loaded.draft = Some(load_draft(draft, &loaded, options, &kept, cancelled, progress)?);
+            loaded
+                .model
+                .settle(2)
+                .map_err(|error| load_error(&draft.model, error))?;
         }
         if kept.prefix_cache.disk.is_some() {
             let content = fingerprint(&path)
@@ -82,6 +79,24 @@ pub async fn load_mlx(
         Ok(loaded)
     })
     .await
+}
+
+/// Has MLX keep to a limit beside weights of so many bytes.
+fn limit_memory(limit: u64, weight_bytes: u64) -> Result<(), ModelError> {
+    // What MLX keeps for later arrays must not stand in the way of what is needed now.
+    models::limit_memory(limit, limit.saturating_sub(weight_bytes) / KEPT_BY_MLX)
+}
+
+/// What of a configuration a decoder is loaded by.
+fn load_options(config: &EngineConfig) -> LoadOptions {
+    LoadOptions {
+        compute: if config.exact {
+            Compute::Exact
+        } else {
+            Compute::Fastest
+        },
+        threads: config.threads,
+    }
 }
 
 pub(crate) fn load(
@@ -97,7 +112,9 @@ pub(crate) fn load(
     let id = configuration.as_ref().map_or(shown, |known| known.id.clone());
     let failed = |error: ModelError| load_error(&id, error);
     let mut source = Source::open(path).map_err(failed)?;
-    let weight_bytes = source.total_bytes();
+    let weight_bytes = DecoderBytes::of(&source, options.compute, &config.kv)
+        .map_err(failed)?
+        .weights;
     if let Some(available) = config.memory_limit.filter(|&limit| limit < weight_bytes) {
         return Err(EngineError::InsufficientMemory {
             required: weight_bytes,
@@ -111,8 +128,7 @@ pub(crate) fn load(
     let encoder = PromptEncoder::new(tokenizer, configuration.default_system_prompt.clone())?;
     source.forget_tokenizer();
     if let Some(limit) = config.memory_limit {
-        // What MLX keeps for later arrays must not stand in the way of what is needed now.
-        models::limit_memory(limit, (limit - weight_bytes) / KEPT_BY_MLX).map_err(failed)?;
+        limit_memory(limit, weight_bytes).map_err(failed)?;
     }
     let before = models::active_memory().map_err(failed)?;
     let decoder = Decoder::load(&source, options, &mut |stage| {
@@ -125,14 +141,26 @@ pub(crate) fn load(
     })
     .and_then(|decoder| decoder.with_kv(&config.kv))
     .map_err(failed)?;
+    let weight_bytes = models::active_memory().map_err(failed)?.saturating_sub(before);
+    if let Some(available) = config.memory_limit.filter(|&limit| limit < weight_bytes) {
+        // It was taken to be smaller than it is.
+        return Err(EngineError::InsufficientMemory {
+            required: weight_bytes,
+            available,
+        });
+    }
+    let mut model = MlxModel {
+        weight_bytes,
+        peak_at_load: 0,
+        decoder,
+        prefill_chunk: config.prefill_chunk,
+        identity: None,
+        alone_since: None,
+        _living: Living::new(),
+    };
+    model.settle(1).map_err(failed)?;
     Ok(Loaded {
-        model: MlxModel {
-            weight_bytes: models::active_memory().map_err(failed)?.saturating_sub(before),
-            peak_at_load: models::peak_memory().map_err(failed)?,
-            decoder,
-            prefill_chunk: config.prefill_chunk,
-            identity: None,
-        },
+        model,
         draft: None,
         configuration,
         encoder,
@@ -152,7 +180,9 @@ fn load_draft(
 ) -> Result<MlxModel, EngineError> {
     let path = Path::new(&draft.model);
     let source = Source::open(path).map_err(|error| load_error(&draft.model, error))?;
-    let required = loaded.model.weight_bytes.saturating_add(source.total_bytes());
+    let needs = DecoderBytes::of(&source, options.compute, &config.kv);
+    let needs = needs.map_err(|error| load_error(&draft.model, error))?;
+    let required = loaded.model.weight_bytes.saturating_add(needs.weights);
     if let Some(available) = config.memory_limit.filter(|&limit| limit < required) {
         return Err(EngineError::InsufficientMemory { required, available });
     }
@@ -203,21 +233,21 @@ pub fn cpu_kernels() -> Result<(&'static str, usize), EngineError> {
     models::cpu_kernels().map_err(|error| EngineError::device("the kernels cannot be chosen", error))
 }
 
-/// What a model needs of memory, from its files' headers.
+/// What a model needs of memory where it is loaded with this configuration, from its files' headers.
 ///
 /// # Errors
 ///
 /// As [`load_mlx`], but for those of the weights and the tokenizer.
-pub fn memory_needs(path: &Path, exact: bool) -> Result<MemoryNeeds, EngineError> {
+pub fn memory_needs(path: &Path, config: &EngineConfig) -> Result<MemoryNeeds, EngineError> {
     let device = mlx_device()?;
     let id = path.display().to_string();
     let source = Source::open(path).map_err(|error| load_error(&id, error))?;
     let spec = source.spec();
-    // Float16 in all cases but one.
-    let element_bytes = if exact && device == Device::Cpu { 4 } else { 2 };
+    let bytes = DecoderBytes::of(&source, load_options(config).compute, &config.kv)
+        .map_err(|error| load_error(&id, error))?;
     Ok(MemoryNeeds {
-        weight_bytes: source.total_bytes(),
-        kv_bytes_per_token: spec.kv_bytes_per_token(element_bytes) as u64,
+        weight_bytes: bytes.weights,
+        kv_bytes_per_token: bytes.kv_per_token,
         workspace_bytes_per_token: workspace_bytes_per_token(spec),
         logits_bytes: logits_bytes(spec),
         context_length: spec.context_length,
@@ -338,6 +368,27 @@ pub(crate) fn vocabulary(
     })
 }
 
+/// Models that this process has loaded, and those that live.
+static LOADED: AtomicU64 = AtomicU64::new(0);
+static LIVING: AtomicUsize = AtomicUsize::new(0);
+
+/// A model that lives.
+struct Living;
+
+impl Living {
+    fn new() -> Self {
+        LOADED.fetch_add(1, Ordering::Relaxed);
+        LIVING.fetch_add(1, Ordering::Relaxed);
+        Self
+    }
+}
+
+impl Drop for Living {
+    fn drop(&mut self) {
+        LIVING.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// A decoder and the steps that it has begun.
 pub(crate) struct MlxModel {
     decoder: Decoder,
@@ -348,6 +399,9 @@ pub(crate) struct MlxModel {
     peak_at_load: u64,
     /// The content of the model and how it computes, where keys and values are written to disk.
     identity: Option<String>,
+    /// How many models had been loaded when this engine had the only ones; `None` where there were others beside them.
+    alone_since: Option<u64>,
+    _living: Living,
 }
 
 /// A sequence of a decoder, with the tokens that are being chosen: the oldest first.
@@ -358,6 +412,14 @@ pub(crate) struct MlxSequence {
 }
 
 impl MlxModel {
+    /// Begins to tell what this engine takes, which has so many models.
+    fn settle(&mut self, own: usize) -> Result<(), ModelError> {
+        self.peak_at_load = models::peak_memory()?;
+        let alone = LIVING.load(Ordering::Relaxed) == own;
+        self.alone_since = alone.then(|| LOADED.load(Ordering::Relaxed));
+        Ok(())
+    }
+
     /// What the decoder is fed for a sequence.
     fn fed<'a>(&self, feed: &Feed<'a, MlxSequence>) -> Result<models::Feed<'a>, EngineError> {
         let count = feed.tokens.map_or(1, <[u32]>::len);
@@ -538,6 +600,10 @@ impl TokenModel for MlxModel {
         self.weight_bytes
     }
 
+    fn limit_memory(&mut self, bytes: u64) -> Result<(), EngineError> {
+        limit_memory(bytes, self.weight_bytes).map_err(run_error)
+    }
+
     fn sequence_bytes(&self, tokens: usize) -> u64 {
         let step = self.prefill_chunk.unwrap_or_else(|| self.prefill_chunk());
         self.decoder.kv_bytes(tokens, step) as u64
@@ -550,10 +616,12 @@ impl TokenModel for MlxModel {
     }
 
     fn measured_bytes(&self) -> Option<u64> {
+        // What is measured is of the whole process: another model's weights and steps would be taken for this one's.
+        let alone = self.alone_since == Some(LOADED.load(Ordering::Relaxed));
         // A peak that loading reached says nothing of what came after.
         models::peak_memory()
             .ok()
-            .filter(|&peak| peak > self.peak_at_load)
+            .filter(|&peak| alone && peak > self.peak_at_load)
     }
 
     fn identity(&self) -> Option<String> {

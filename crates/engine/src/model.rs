@@ -164,6 +164,16 @@ pub trait TokenModel {
         0
     }
 
+    /// Keeps to another limit of bytes from now on, where there is something that can.
+    ///
+    /// # Errors
+    ///
+    /// What the device says.
+    fn limit_memory(&mut self, bytes: u64) -> Result<(), EngineError> {
+        let _ = bytes;
+        Ok(())
+    }
+
     /// The most bytes that all have taken at once since the model was loaded; `None` where that was not measured.
     fn measured_bytes(&self) -> Option<u64> {
         None

@@ -618,7 +618,7 @@ async fn a_model_that_does_not_fit_the_memory_is_refused_with_the_numbers() {
     assert!(refused, "{error}");
     // 30 layers of 3 heads of 64, keys and values in float16; this many for 256 positions.
     let block = 30 * 3 * 64 * 2 * 2 * 256;
-    let needs = mlx_engine::memory_needs(std::path::Path::new(&path), false).unwrap();
+    let needs = mlx_engine::memory_needs(std::path::Path::new(&path), &EngineConfig::default()).unwrap();
     assert_eq!(
         (needs.weight_bytes, needs.kv_bytes_per_token),
         (bytes, block / 256)

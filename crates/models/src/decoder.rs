@@ -124,6 +124,47 @@ pub struct Decoder {
     pub(crate) plan: Arc<KvPlan>,
 }
 
+/// What the kernels of a CPU compute with; `None` where MLX computes.
+fn precision(device: Device, compute: Compute) -> Option<Precision> {
+    match (device, compute) {
+        (Device::Cpu, Compute::Fastest) => Some(Precision::Integer),
+        (Device::Cpu, Compute::Exact) => Some(Precision::Exact),
+        _ => None,
+    }
+}
+
+/// What a decoder is going to take, from its files' headers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecoderBytes {
+    /// Bytes of the weights, as they are in memory.
+    pub weights: u64,
+    /// Bytes of keys and values that the first tokens take each; later ones take less where they are integers or a window
+    /// forgets.
+    pub kv_per_token: u64,
+}
+
+impl DecoderBytes {
+    /// Finds it out for a decoder that is to be loaded so, and to keep keys and values so.
+    ///
+    /// # Errors
+    ///
+    /// Where MLX could not be opened, and what [`Decoder::with_kv`] refuses.
+    pub fn of(source: &Source, compute: Compute, kv: &KvConfig) -> Result<Self, ModelError> {
+        let precision = precision(device::detect()?.device, compute);
+        let spec = source.spec();
+        let plan = KvPlan::new(spec, kv)?;
+        let kv_per_token = match precision {
+            Some(precision) => crate::host::kv_bytes_per_token(spec, plan, precision),
+            // Float16 and bfloat16 in all cases but one.
+            None => plan.graph_bytes(spec, 2, [1, 1, 1]),
+        };
+        Ok(Self {
+            weights: crate::weights::loaded_bytes(source, precision),
+            kv_per_token: kv_per_token as u64,
+        })
+    }
+}
+
 impl Drop for Decoder {
     fn drop(&mut self) {
         device::settle();
@@ -154,11 +195,7 @@ impl Decoder {
         let spec = source.spec().clone();
         let total = source.total_bytes();
         progress(LoadProgress::Bytes { done: 0, total })?;
-        let precision = match (device.device, compute) {
-            (Device::Cpu, Compute::Fastest) => Some(Precision::Integer),
-            (Device::Cpu, Compute::Exact) => Some(Precision::Exact),
-            _ => None,
-        };
+        let precision = precision(device.device, compute);
         let kv = KvConfig::default();
         let plan = Arc::new(KvPlan::new(&spec, &kv)?);
         let body = match precision {

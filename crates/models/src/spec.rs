@@ -229,11 +229,6 @@ impl DecoderSpec {
         &self.attention[self.attention_kind(layer)]
     }
 
-    /// Bytes that the keys and values of one token take, with elements of `element_bytes`.
-    pub fn kv_bytes_per_token(&self, element_bytes: usize) -> usize {
-        2 * self.layers * self.kv_heads * self.head_dim * element_bytes
-    }
-
     /// The number of weights.
     pub fn parameters(&self) -> u64 {
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);

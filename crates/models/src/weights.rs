@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use mlx_engine_checkpoint::{
     AffineTensor, CheckpointError, Dtype as FileType, FloatType, GgmlType, ShardedCheckpoint, TensorView,
 };
+use mlx_engine_kernels::Precision;
 use serde_json::Value;
 
 use crate::convert::matrix::{Matrix, Packing};
@@ -61,6 +62,53 @@ fn mlp_parts(spec: &DecoderSpec, layer: usize) -> Vec<(Part, bool)> {
     });
     let parts = [Part::Router].into_iter().chain(of_experts).chain(shared);
     parts.map(|part| (part, false)).collect()
+}
+
+/// Makes MLX's layout of ggml's blocks, where it does.
+type FromGgml = fn(GgmlType, &[u8], usize, usize) -> Result<Option<AffineTensor>, CheckpointError>;
+
+/// Bytes that a checkpoint's tensors take in memory, where they are computed with by the kernels of a CPU or, where there is no
+/// `precision`, by MLX.
+pub(crate) fn loaded_bytes(source: &Source, precision: Option<Precision>) -> u64 {
+    let Weights::Gguf(file) = &source.weights else {
+        // They lie in memory as in the files.
+        return source.total_bytes();
+    };
+    let matrices = file.tensors().filter(|tensor| tensor.shape.len() > 1);
+    matrices.fold(source.total_bytes(), |total, tensor| {
+        let loaded = loaded_matrix_bytes(tensor.ggml_type, tensor.elements() as u64, precision);
+        total
+            .saturating_add(loaded)
+            .saturating_sub(tensor.data.len() as u64)
+    })
+}
+
+/// Bytes of a matrix of so many elements.
+fn loaded_matrix_bytes(ggml_type: GgmlType, elements: u64, precision: Option<Precision>) -> u64 {
+    let form = match precision {
+        Some(Precision::Integer) => AffineTensor::rounded_form_of(ggml_type),
+        Some(Precision::Exact) | None => AffineTensor::form_of(ggml_type),
+    };
+    let Some((bits, group_size)) = form else {
+        let bytes = match (ggml_type.is_float(), precision) {
+            (true, _) => ggml_type.block_bytes() as u64,
+            (false, Some(_)) => 4,
+            (false, None) => 2,
+        };
+        return elements.saturating_mul(bytes);
+    };
+    // Of numbers around zero the kernels need no bias, and of a product of two numbers float16 does not keep all.
+    let with_biases = matches!(
+        ggml_type,
+        GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K
+    );
+    let of_product = matches!(ggml_type, GgmlType::Q4_K | GgmlType::Q5_K);
+    let scale = match precision {
+        Some(Precision::Exact) if of_product => 4,
+        _ => 2,
+    };
+    let biases = u64::from(with_biases || precision.is_none());
+    elements.saturating_mul(bits.into()) / 8 + elements / u64::from(group_size) * scale * (1 + biases)
 }
 
 /// Reads a checkpoint's tensors for a decoder.
@@ -251,13 +299,37 @@ impl<'a> Loader<'a> {
 
     /// A matrix of weights.
     pub(crate) fn matrix(&self, place: Place, rows: usize, columns: usize) -> Result<RawMatrix, ModelError> {
-        let raw = self.read_matrix(place, rows, columns);
+        self.released_matrix(place, [rows, columns], AffineTensor::from_ggml)
+    }
+
+    /// The same, rounded where it would take much more memory than in the file.
+    pub(crate) fn rounded_matrix(
+        &self,
+        place: Place,
+        rows: usize,
+        columns: usize,
+    ) -> Result<RawMatrix, ModelError> {
+        self.released_matrix(place, [rows, columns], AffineTensor::rounded_from_ggml)
+    }
+
+    fn released_matrix(
+        &self,
+        place: Place,
+        shape: [usize; 2],
+        convert: FromGgml,
+    ) -> Result<RawMatrix, ModelError> {
+        let raw = self.read_matrix(place, shape, convert);
         // What was read lies elsewhere now, and the file's pages would count as this process's memory.
         self.release();
         raw
     }
 
-    fn read_matrix(&self, place: Place, rows: usize, columns: usize) -> Result<RawMatrix, ModelError> {
+    fn read_matrix(
+        &self,
+        place: Place,
+        [rows, columns]: [usize; 2],
+        convert: FromGgml,
+    ) -> Result<RawMatrix, ModelError> {
         let base = self.name(place);
         let name = format!("{base}.weight");
         match &self.source.weights {
@@ -296,7 +368,7 @@ impl<'a> Loader<'a> {
                 let among = self.among(place, tensor.shape);
                 let (shape, data) = part_of(&name, tensor.shape, tensor.data, among)?;
                 check_shape(&name, shape, &[rows, columns])?;
-                ggml_matrix(tensor.ggml_type, data, rows, columns)
+                ggml_matrix(tensor.ggml_type, data, [rows, columns], convert)
             }
         }
     }
@@ -407,10 +479,10 @@ impl<'a> Loader<'a> {
 fn ggml_matrix(
     ggml_type: GgmlType,
     data: &[u8],
-    rows: usize,
-    columns: usize,
+    [rows, columns]: [usize; 2],
+    convert: FromGgml,
 ) -> Result<RawMatrix, ModelError> {
-    if let Some(affine) = AffineTensor::from_ggml(ggml_type, data, rows, columns)? {
+    if let Some(affine) = convert(ggml_type, data, rows, columns)? {
         return Ok(RawMatrix::Affine(affine));
     }
     let values = ggml_type.dequantize(data)?;

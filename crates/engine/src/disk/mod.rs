@@ -2,8 +2,8 @@
 //!
 //! What a sequence has seen is cut into chunks of 256 tokens. The name of a chunk is a hash over the model, all tokens
 //! before the chunk and its own, so that a name that is found is the right one. Files are written on a thread of their
-//! own and read on another, one after the other, and are nothing but a help: what cannot be read, is not what its name says
-//! or comes too late is computed again.
+//! own and read on another, one after the other, and are nothing but a help: nobody waits for a disk, and what cannot be read, is
+//! not what its name says or comes too late is computed again.
 
 mod chain;
 mod file;
@@ -11,12 +11,11 @@ mod reader;
 mod store;
 #[cfg(test)]
 mod tests;
+mod writer;
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::thread::JoinHandle;
 
 use mlx_engine_core::ParamError;
 
@@ -25,19 +24,11 @@ pub(crate) use self::reader::Fetch;
 use self::reader::Reader;
 pub(crate) use self::store::Access;
 use self::store::Store;
+use self::writer::{Job, Writer};
 use crate::config::DiskCacheConfig;
-
-/// Files that may wait to be written; each is held in memory.
-const WAITING: usize = 2;
 
 /// Sequences that may wait to be cut into files.
 const PENDING: usize = 16;
-
-/// A file that is to be written.
-struct Job {
-    name: Name,
-    file: Vec<u8>,
-}
 
 /// A sequence of which chunks are to be written.
 #[derive(Debug)]
@@ -53,8 +44,7 @@ pub(crate) struct DiskCache {
     store: Arc<Store>,
     key: Name,
     pending: VecDeque<Pending>,
-    jobs: Option<SyncSender<Job>>,
-    writer: Option<JoinHandle<()>>,
+    writer: Writer,
     reader: Reader,
 }
 
@@ -85,19 +75,13 @@ impl DiskCache {
             ParamError::new("prefix_cache.disk.folder", config.folder.display(), allowed)
         };
         let store = Arc::new(Store::open(config, access).map_err(refused)?);
-        let (jobs, receiver) = sync_channel(WAITING);
-        let written = Arc::clone(&store);
-        let writer = std::thread::Builder::new()
-            .name("mlx-engine-disk".to_owned())
-            .spawn(move || write(&written, &receiver))
-            .map_err(refused)?;
+        let writer = Writer::start(Arc::clone(&store)).map_err(refused)?;
         let reader = Reader::start(Arc::clone(&store)).map_err(refused)?;
         Ok(Self {
             store,
             key: chain::key(identity),
             pending: VecDeque::new(),
-            jobs: Some(jobs),
-            writer: Some(writer),
+            writer,
             reader,
         })
     }
@@ -159,9 +143,18 @@ impl DiskCache {
         None
     }
 
-    /// Hands a chunk over to be written; without waiting, unless told to. `false` where there is no place for it now.
-    pub(crate) fn write(&mut self, piece: &Piece, block: &[u8], wait: bool) -> bool {
-        let Some(jobs) = &self.jobs else { return false };
+    /// Whether another file may be handed over.
+    pub(crate) fn has_room(&self) -> bool {
+        self.writer.has_room()
+    }
+
+    /// Ends when there is [room](Self::has_room).
+    pub(crate) fn room(&self) -> impl Future<Output = ()> + use<> {
+        self.writer.room()
+    }
+
+    /// Hands a chunk over to be written. `false` where there is no room for it now.
+    pub(crate) fn write(&mut self, piece: &Piece, block: &[u8]) -> bool {
         let tokens = &piece.tokens[piece.range.clone()];
         let file = match file::encode(&piece.name, tokens, block) {
             Ok(file) => file,
@@ -171,15 +164,8 @@ impl DiskCache {
                 return true;
             }
         };
-        let job = Job {
-            name: piece.name,
-            file,
-        };
-        let taken = if wait {
-            jobs.send(job).is_ok()
-        } else {
-            !matches!(jobs.try_send(job), Err(TrySendError::Full(_)))
-        };
+        let name = piece.name;
+        let taken = self.writer.write(Job { name, file });
         if taken && let Some(first) = self.pending.front_mut() {
             first.next += 1;
         }
@@ -189,27 +175,5 @@ impl DiskCache {
     /// Gives up writing the sequence that is next: it is not kept any more.
     pub(crate) fn give_up(&mut self) {
         self.pending.pop_front();
-    }
-}
-
-impl Drop for DiskCache {
-    fn drop(&mut self) {
-        // What was handed over is written, and nothing else.
-        drop(self.jobs.take());
-        if let Some(thread) = self.writer.take() {
-            // It has no result, and nobody to tell of a panic.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Writes files until nobody hands any over.
-fn write(store: &Store, jobs: &Receiver<Job>) {
-    for Job { name, file } in jobs {
-        match store.write(&name, &file) {
-            Ok(true) => {}
-            Ok(false) => tracing::debug!(file = %name, "no room on disk for a prefix"),
-            Err(error) => tracing::warn!(file = %name, %error, "a prefix could not be written"),
-        }
     }
 }

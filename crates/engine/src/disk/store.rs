@@ -22,20 +22,23 @@ struct Entry {
     used: SystemTime,
 }
 
+/// Says how many bytes are free where a folder is.
+pub(crate) type FreeSpace = dyn Fn(&Path) -> io::Result<u64> + Send + Sync;
+
 /// Gives what a file has.
 pub(crate) type ReadFile = dyn Fn(&Path) -> io::Result<Vec<u8>> + Send + Sync;
 
 /// How a disk is asked.
 pub(crate) struct Access {
     /// Bytes that are free where a folder is.
-    pub(crate) free: fn(&Path) -> io::Result<u64>,
+    pub(crate) free: Box<FreeSpace>,
     pub(crate) read: Box<ReadFile>,
 }
 
 impl Default for Access {
     fn default() -> Self {
         Self {
-            free: |folder| fs4::available_space(folder),
+            free: Box::new(|folder| fs4::available_space(folder)),
             read: Box::new(|path| fs::read(path)),
         }
     }

@@ -14,10 +14,11 @@ use crate::worker::panicked;
 /// What becomes of the requests of an engine that is unloaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnloadMode {
-    /// They end with [`EngineError::NotLoaded`] before their next step.
+    /// They end with [`EngineError::NotLoaded`] before their next step. Keys and values that are yet to be written to
+    /// [disk](crate::DiskCacheConfig) are not.
     #[default]
     Abort,
-    /// They are answered first, those that wait too.
+    /// They are answered first, those that wait too, and keys and values are written to disk that may be.
     Drain,
 }
 

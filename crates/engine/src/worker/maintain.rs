@@ -41,8 +41,11 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 guarded(|| self.model.rebuild_stream())
             }
             Maintenance::Reconfigure { config, now } => {
+                if let Some(bytes) = config.memory_limit {
+                    guarded(|| self.model.limit_memory(bytes))?;
+                }
                 let (memory, limits, kept) = limits(&self.model, self.speculation.draft(), &config);
-                self.memory = memory;
+                self.memory = memory.after(&self.memory);
                 self.scheduler.set_limits(limits);
                 self.prefixes.set_max_bytes(kept);
                 self.make_room();

@@ -48,10 +48,22 @@ impl Memory {
         Some(self.beside_weights?.saturating_sub(self.workspace))
     }
 
-    /// Corrects the estimate of the workspace by what all have taken at most, while sequences take `held` bytes. Half of
-    /// the estimate is kept in any case: the largest step may not have been run yet.
-    pub(super) fn measure(&mut self, most: Option<u64>, held: u64) {
+    /// Notes what sequences take: in every turn, as what all have taken at most has that of each of them in it.
+    pub(super) fn hold(&mut self, held: u64) {
         self.most_held = self.most_held.max(held);
+    }
+
+    /// Goes on from what was known before a configuration was changed.
+    pub(super) fn after(self, before: &Self) -> Self {
+        Self {
+            most_held: before.most_held,
+            ..self
+        }
+    }
+
+    /// Corrects the estimate of the workspace by what all have taken at most. Half of the estimate is kept in any case: the
+    /// largest step may not have been run yet.
+    pub(super) fn measure(&mut self, most: Option<u64>) {
         if let Some(most) = most {
             let found = most.saturating_sub(self.weights).saturating_sub(self.most_held);
             self.workspace = found.max(self.estimated / 2);
@@ -76,11 +88,13 @@ mod tests {
     fn the_workspace_is_corrected_by_what_was_measured() {
         let (mut memory, chunk) = memory(Some(1000), MockScript::default().with_workspace(200, 0));
         assert_eq!((memory.available(), chunk), (Some(800), 2048));
-        memory.measure(None, 50);
+        memory.hold(50);
+        memory.measure(None);
         assert_eq!(memory.available(), Some(800));
-        memory.measure(Some(550), 30);
+        memory.hold(30);
+        memory.measure(Some(550));
         assert_eq!(memory.available(), Some(500));
-        memory.measure(Some(60), 30);
+        memory.measure(Some(60));
         assert_eq!(memory.available(), Some(900), "half of the estimate stays");
     }
 

@@ -17,9 +17,12 @@ mod turn;
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures::executor::block_on;
+use futures::future::{Either, select};
 use mlx_engine_core::{Backend, Device, EngineError, ParamError};
 use mlx_engine_text::Tokenizer;
 use tokio::sync::mpsc;
@@ -27,6 +30,7 @@ use tokio::sync::mpsc;
 use self::active::Active;
 pub(crate) use self::command::{Command, Maintenance, PrefixCommand};
 use self::memory::Memory;
+use self::prompts::{MOMENT, Saved};
 use self::scoring::Scoring;
 use self::speculate::Speculation;
 use self::stopwatch::Stopwatch;
@@ -145,11 +149,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 
     fn serve(&mut self, commands: &mut mpsc::Receiver<Command>, abort: &AtomicBool) {
         loop {
-            if self.is_idle() && !self.save(true) {
-                match commands.blocking_recv() {
-                    Some(command) => self.accept(command),
-                    None => return,
-                }
+            if self.is_idle() && !self.rest(commands) {
+                return;
             }
             while let Ok(command) = commands.try_recv() {
                 self.accept(command);
@@ -164,6 +165,31 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             self.wait_for_disk();
             self.sound = true;
         }
+    }
+
+    /// Has written down what was computed, or waits for a command, where nobody waits for an answer. `false` where nobody can send
+    /// any and all is written.
+    fn rest(&mut self, commands: &mut mpsc::Receiver<Command>) -> bool {
+        let room = match self.save() {
+            Saved::Some => return true,
+            Saved::Nothing => None,
+            Saved::Later => self.disk.as_ref().map(DiskCache::room),
+        };
+        let command = match room {
+            None => commands.blocking_recv(),
+            Some(room) => match block_on(select(pin!(commands.recv()), pin!(room))) {
+                Either::Left((Some(command), _)) => Some(command),
+                Either::Left((None, _)) => {
+                    // The disk alone is waited for, by who may give that up.
+                    std::thread::sleep(MOMENT);
+                    return true;
+                }
+                Either::Right(_) => return true,
+            },
+        };
+        let Some(command) = command else { return false };
+        self.accept(command);
+        true
     }
 
     /// Whether there is nothing to do.
@@ -197,20 +223,32 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
     }
 
-    /// Corrects what was thought that steps take, now that they were run.
-    fn measure(&mut self) {
+    /// Bytes that sequences take.
+    fn held(&self) -> u64 {
         let running = self.active.iter().map(|active| self.model.len(&active.sequence));
         let running: u64 = running.map(|len| self.model.sequence_bytes(len)).sum();
         let running = running.saturating_add(self.drafted_bytes());
-        let held = running.saturating_add(self.prefixes.bytes());
-        self.memory.measure(self.model.measured_bytes(), held);
+        let kept = self
+            .prefixes
+            .bytes()
+            .saturating_add(self.scoring.bytes(&self.model));
+        running.saturating_add(kept)
+    }
+
+    /// Corrects what was thought that steps take, now that they were run.
+    fn measure(&mut self) {
+        self.memory.measure(self.model.measured_bytes());
         self.scheduler.set_available(self.memory.available());
     }
 
     /// What is only kept makes room for what runs.
     fn make_room(&mut self) {
         if let Some(available) = self.memory.available() {
-            let free = available.saturating_sub(self.scheduler.reserved());
+            let taken = self
+                .scheduler
+                .reserved()
+                .saturating_add(self.scoring.bytes(&self.model));
+            let free = available.saturating_sub(taken);
             self.prefixes.shrink(free);
         }
     }

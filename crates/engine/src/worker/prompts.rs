@@ -18,7 +18,18 @@ use crate::scheduler::Id;
 const WORTH_WAITING: usize = 64;
 
 /// How long the worker waits for the disk before it looks after callers.
-const MOMENT: Duration = Duration::from_millis(5);
+pub(super) const MOMENT: Duration = Duration::from_millis(5);
+
+/// What came of handing something over to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Saved {
+    /// Some was, or given up: there may be more.
+    Some,
+    /// There is nothing to be written.
+    Nothing,
+    /// The disk has enough to do.
+    Later,
+}
 
 impl<M: TokenModel, C: Clock> Worker<M, C> {
     pub(super) fn manage(&mut self, command: PrefixCommand) {
@@ -48,9 +59,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.make_room();
     }
 
-    /// Hands a chunk of what was computed over to be written; `false` where there is none, and, unless it may wait, no
-    /// place for it.
-    pub(super) fn save(&mut self, wait: bool) -> bool {
+    /// Hands a chunk of what was computed over to be written.
+    pub(super) fn save(&mut self) -> Saved {
         let Self {
             model,
             prefixes,
@@ -58,22 +68,26 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             ..
         } = self
         else {
-            return false;
+            return Saved::Nothing;
         };
         let Some(piece) = disk.piece() else {
-            return false;
+            return Saved::Nothing;
         };
+        if !disk.has_room() {
+            return Saved::Later;
+        }
         let Some(Known { sequence, .. }) = prefixes.with(&piece.tokens) else {
             // It had to make room.
             disk.give_up();
-            return true;
+            return Saved::Some;
         };
         match guarded(|| model.export(sequence, piece.range.clone())) {
-            Ok(block) => disk.write(&piece, &block, wait),
+            Ok(block) if disk.write(&piece, &block) => Saved::Some,
+            Ok(_) => Saved::Later,
             Err(error) => {
                 tracing::warn!(%error, "what was computed could not be written");
                 disk.give_up();
-                true
+                Saved::Some
             }
         }
     }

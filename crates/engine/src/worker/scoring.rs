@@ -30,6 +30,13 @@ impl<S> Scoring<S> {
         Self(VecDeque::new())
     }
 
+    /// Bytes that the text takes that is computed, and those behind it, of which nothing is.
+    pub(super) fn bytes<M: TokenModel<Sequence = S>>(&self, model: &M) -> u64 {
+        let jobs = self.0.iter();
+        jobs.map(|job| model.sequence_bytes(model.len(&job.sequence)))
+            .sum()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -706,3 +706,26 @@ proptest! {
         check(steps, &setting)?;
     }
 }
+
+/// What answers have taken is theirs, and not taken for what steps take: there is as much for sequences after long answers
+/// as before.
+#[test]
+fn long_answers_are_no_workspace() {
+    let config = EngineConfig {
+        memory_limit: Some(100_000),
+        prefix_cache: PrefixCacheConfig {
+            max_bytes: Some(0),
+            ..PrefixCacheConfig::default()
+        },
+        ..config()
+    };
+    let script = MockScript::reply("a".repeat(900))
+        .with_bytes_per_token(10)
+        .with_workspace(1000, 1000);
+    let mut bench = Bench::new(script, &config);
+    for prompt in ["one", "two", "three"] {
+        bench.submit(prompt, params(1000)).unwrap();
+        bench.finish();
+        assert_eq!(bench.worker.memory.available(), Some(99_000), "{prompt}");
+    }
+}

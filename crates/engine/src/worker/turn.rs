@@ -79,6 +79,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             self.scheduler.took(read);
             self.account(due, rows, read.spent, decoded);
         }
+        self.memory.hold(self.held());
         if !turn.chunks.is_empty() {
             self.measure();
         }
@@ -89,7 +90,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.turns += 1;
         if self.turns >= TURNS_BETWEEN_CHUNKS {
             self.turns = 0;
-            self.save(false);
+            self.save();
         }
     }
 

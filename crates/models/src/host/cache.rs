@@ -97,6 +97,11 @@ impl PagePlan {
         Ok(Arc::new(Page { kv, held }))
     }
 
+    /// Bytes that each of the first tokens of a sequence takes.
+    pub(crate) fn bytes_per_token(&self) -> usize {
+        self.bytes(PAGE, PAGE) / PAGE
+    }
+
     /// Bytes that a sequence of `tokens` takes, which was fed at most `step` of them at once.
     pub(crate) fn bytes(&self, tokens: usize, step: usize) -> usize {
         let groups = self.kv.rules.iter().map(|rule| {

@@ -15,12 +15,16 @@ use crate::{DecoderSpec, ModelError};
 /// Lays out what the loader reads.
 struct Layouts<'a> {
     loader: &'a Loader<'a>,
+    precision: Precision,
     pool: &'a Pool,
 }
 
 impl Layouts<'_> {
     fn matrix(&self, place: Place, rows: usize, columns: usize) -> Result<Matrix, ModelError> {
-        let raw = self.loader.matrix(place, rows, columns)?;
+        let raw = match self.precision {
+            Precision::Exact => self.loader.matrix(place, rows, columns)?,
+            Precision::Integer => self.loader.rounded_matrix(place, rows, columns)?,
+        };
         Ok(match &raw {
             RawMatrix::Dense(Floats::F32(values)) => Matrix::dense(rows, columns, DenseSource::F32(values))?,
             RawMatrix::Dense(Floats::F16(values)) => Matrix::dense(rows, columns, DenseSource::F16(values))?,
@@ -100,7 +104,11 @@ pub(super) fn model(
     progress: &mut dyn FnMut(LoadProgress) -> Result<(), ModelError>,
 ) -> Result<Model, ModelError> {
     let isa = Isa::from_environment()?;
-    let layouts = Layouts { loader, pool: &pool };
+    let layouts = Layouts {
+        loader,
+        precision,
+        pool: &pool,
+    };
     let hidden = spec.hidden_size;
     let (q_width, kv_width) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
     let embedding = layouts.matrix(Place::Embedding, spec.vocab_size, hidden)?;

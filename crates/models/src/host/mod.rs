@@ -179,7 +179,7 @@ impl HostDecoder {
 
     /// Bytes of keys and values that a token takes, all of which are kept.
     pub(crate) fn kv_bytes_per_token(&self) -> usize {
-        self.pages.bytes(PAGE, PAGE) / PAGE
+        self.pages.bytes_per_token()
     }
 
     /// Feeds `[tokens]` ids, those of one sequence after those of another, and returns the logits of the rows that each
@@ -256,6 +256,11 @@ impl HostDecoder {
         }
         Ok((wanted > 0).then_some(logits))
     }
+}
+
+/// Bytes of keys and values that a token of a decoder would take, while all are kept.
+pub(crate) fn kv_bytes_per_token(spec: &DecoderSpec, kv: KvPlan, precision: Precision) -> usize {
+    PagePlan::new(spec, kv, precision).bytes_per_token()
 }
 
 /// The instruction set that the kernels would be chosen for, and the threads that they would run on.

@@ -12,6 +12,17 @@ use crate::disk::Access;
 /// How many files may be read.
 type Gate = Arc<(Mutex<usize>, Condvar)>;
 
+/// Has a worker write down all that it may.
+fn save(worker: &mut Worker<MockModel, ManualClock>) {
+    loop {
+        match worker.save() {
+            Saved::Some => {}
+            Saved::Nothing => return,
+            Saved::Later => futures::executor::block_on(worker.disk.as_ref().unwrap().room()),
+        }
+    }
+}
+
 /// A folder with what a worker has computed, and a way to it that the test holds.
 struct Disk {
     folder: tempfile::TempDir,
@@ -37,7 +48,7 @@ impl Disk {
         first.worker.disk = Some(DiskCache::open(&settings, "mock").unwrap());
         first.submit(&prompt(), params(1)).unwrap();
         first.finish();
-        while first.worker.save(true) {}
+        save(&mut first.worker);
         drop(first);
         let gate = Gate::default();
         let (told, reads) = blocking::channel();
@@ -261,4 +272,48 @@ fn an_engine_that_drains_waits_for_the_disk() {
         }
     }
     assert_eq!(cached, Some(768));
+}
+
+/// A disk that writes nothing holds up nobody: neither who asks next nor who unloads.
+#[test]
+fn nobody_waits_for_a_disk_that_does_not_write() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = DiskCacheConfig {
+        min_free_bytes: 0,
+        ..DiskCacheConfig::new(folder.path())
+    };
+    let (told, writes) = blocking::channel();
+    let (opens, opened) = blocking::channel::<()>();
+    let (told, opened) = (Mutex::new(told), Mutex::new(opened));
+    let free = move |_: &Path| {
+        let _ = told.lock().unwrap().send(());
+        // Until the test lets go of the other end.
+        let _ = opened.lock().unwrap().recv();
+        Ok(u64::MAX)
+    };
+    let access = Access {
+        free: Box::new(free),
+        ..Access::default()
+    };
+    let mut bench = Bench::new(MockScript::default(), &config());
+    bench.worker.disk = Some(DiskCache::open_with(&settings, "mock", access).unwrap());
+    // Six chunks, of which the first is being written for ever and two more were handed over.
+    bench.submit(&prompt().repeat(2), params(1)).unwrap();
+    bench.finish();
+    let (commands, receiver) = mpsc::channel(4);
+    let abort = Arc::<AtomicBool>::default();
+    let told = Arc::clone(&abort);
+    let worker = bench.worker;
+    let thread = std::thread::spawn(move || worker.run(receiver, &told));
+    writes.recv().unwrap();
+    for _ in 0..3 {
+        let (reply, report) = tokio::sync::oneshot::channel();
+        let command = Command::Prefixes(PrefixCommand::Report(reply));
+        commands.blocking_send(command).unwrap();
+        assert_eq!(report.blocking_recv().unwrap().entries.len(), 1);
+    }
+    abort.store(true, Ordering::Release);
+    drop(commands);
+    thread.join().unwrap();
+    drop(opens);
 }
