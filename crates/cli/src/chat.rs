@@ -57,6 +57,8 @@ pub(crate) async fn run(args: Chat) -> Result<(), Failure> {
     if lines.is_interactive() || args.verbose {
         stats::report(&engine);
     }
+    drop(session);
+    load::finish(&engine).await?;
     // At a terminal the user has seen it; a script has only the exit code.
     if failed && !lines.is_interactive() {
         return Err(Failure::Told);

@@ -84,10 +84,9 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
         stats::report(&engine);
     }
     if interrupted {
-        Err(Failure::Interrupted)
-    } else {
-        Ok(())
+        return Err(Failure::Interrupted);
     }
+    load::finish(&engine).await
 }
 
 /// What has come of an answer.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use mlx_engine::{EngineConfig, InferenceEngine, LoadProgress, ProgressFn};
+use mlx_engine::{EngineConfig, InferenceEngine, LoadProgress, ProgressFn, UnloadMode};
 
 #[cfg(feature = "hub")]
 use crate::args::Backend;
@@ -58,6 +58,14 @@ fn configured(model: &Model) -> Result<EngineConfig, Failure> {
         .map_err(|error| Failure::other(format!("`{}` is no configuration: {error}", path.display())))?;
     config.validate().map_err(mlx_engine::EngineError::from)?;
     Ok(config)
+}
+
+/// Ends an engine. Where it has a folder for what it computed, that is written down to the end. Ctrl-C leaves the rest.
+pub(crate) async fn finish(engine: &InferenceEngine) -> Result<(), Failure> {
+    tokio::select! {
+        done = engine.unload_with(UnloadMode::Drain) => Ok(done?),
+        _ = tokio::signal::ctrl_c() => Err(Failure::Interrupted),
+    }
 }
 
 /// As [`load`], with a configuration beside those of the command line.

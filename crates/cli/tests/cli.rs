@@ -932,3 +932,23 @@ fn a_configuration_that_was_measured_is_read_again() {
     let (code, _, err) = run(&mock(&["--prompt", "Hi", "--config", path]), "");
     assert!(code == 1 && err.contains("`max_batch` is 0"), "{err}");
 }
+
+/// What one process has computed is there for the next, also where it did nothing but answer once.
+#[test]
+fn a_folder_keeps_what_was_computed_for_the_next_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.json");
+    let kept = serde_json::json!({"prefix_cache": {"disk": {
+        "folder": folder.path().join("kept"), "min_free_bytes": 0}}});
+    std::fs::write(&config, kept.to_string()).unwrap();
+    let prompt = "a word and another, ".repeat(80);
+    let ask = || {
+        let config = config.to_str().expect("UTF-8");
+        let asked = ["--raw", "--json", "--config", config, "--prompt", &prompt];
+        let (code, out, err) = run(&mock(&asked), "");
+        assert_eq!(code, 0, "{err}");
+        json(&out)["usage"]["cached_tokens"].clone()
+    };
+    // 1600 bytes are six chunks of 256 tokens and a rest.
+    assert_eq!((ask(), ask()), (0.into(), 1536.into()));
+}

@@ -1,7 +1,7 @@
 //! A long beginning that is computed once: `cargo run --example caching -- MODEL FOLDER`.
 
 use mlx_engine::prelude::*;
-use mlx_engine::{DiskCacheConfig, EngineConfig, PrefixCacheConfig};
+use mlx_engine::{DiskCacheConfig, EngineConfig, PrefixCacheConfig, UnloadMode};
 
 #[tokio::main]
 async fn main() -> Result<(), EngineError> {
@@ -38,5 +38,6 @@ async fn main() -> Result<(), EngineError> {
         "{} of {} look-ups found a beginning, {} bytes are kept",
         kept.hits, kept.lookups, kept.bytes
     );
-    engine.unload().await
+    // Without waiting for the disk, what is not written yet would be lost.
+    engine.unload_with(UnloadMode::Drain).await
 }

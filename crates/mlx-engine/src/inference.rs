@@ -364,10 +364,13 @@ impl InferenceEngine {
     /// As [`unload`](Self::unload).
     pub async fn unload_with(&self, mode: UnloadMode) -> Result<(), EngineError> {
         // What is not there or not ready is what unloading is about.
-        if let Ok(engine) = self.slot().engine() {
-            engine.unload_with(mode).await?;
-        }
-        self.unload().await
+        let Ok(engine) = self.slot().engine() else {
+            return self.unload().await;
+        };
+        engine.unload_with(mode).await?;
+        // Another may have been loaded meanwhile.
+        self.slot().forget(&engine);
+        Ok(())
     }
 
     /// What is kept of requests for those that begin alike.

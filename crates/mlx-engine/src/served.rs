@@ -94,6 +94,17 @@ impl Served {
         }
     }
 
+    /// Whether it is the same engine.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Here(engine), Self::Here(other)) => Arc::ptr_eq(engine, other),
+            #[cfg(unix)]
+            (Self::Apart(engine), Self::Apart(other)) => Arc::ptr_eq(engine, other),
+            #[cfg(unix)]
+            _ => false,
+        }
+    }
+
     pub(crate) async fn unload_with(&self, mode: UnloadMode) -> Result<(), EngineError> {
         match self {
             Self::Here(engine) => engine.unload_with(mode).await,

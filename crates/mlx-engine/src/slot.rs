@@ -109,6 +109,15 @@ impl Slot {
         Ok(configuration)
     }
 
+    /// Has nothing loaded any more where it has this engine.
+    pub(crate) fn forget(&self, engine: &Served) {
+        let mut state = self.state();
+        if matches!(&*state, State::Loaded { engine: loaded, .. } if loaded.is(engine)) {
+            *self.last() = None;
+            *state = State::Empty;
+        }
+    }
+
     /// The loaded engine.
     pub(crate) fn engine(&self) -> Result<Served, EngineError> {
         match &*self.state() {
