@@ -482,3 +482,17 @@ async fn a_configuration_that_was_changed_is_told() {
     assert!(matches!(error, EngineError::InvalidParameter(_)), "{error}");
     assert_eq!(engine.config(), changed, "nothing of it is taken");
 }
+
+/// A bias for a token that there is not would do nothing, and is refused.
+#[tokio::test]
+async fn a_bias_is_for_a_token_that_there_is() {
+    let engine = mock(MockScript::reply("a")).await;
+    let biased = |token| params().with_logit_bias([(token, 1.0)]);
+    let output = engine.generate(Prompt::text("Hi"), biased(256)).await.unwrap();
+    assert_eq!(output.text, "a");
+    let refused = error(&engine, Prompt::text("Hi"), biased(257)).await;
+    assert_eq!(
+        refused.to_string(),
+        "`logit_bias` is 257, allowed: tokens of the model's vocabulary"
+    );
+}

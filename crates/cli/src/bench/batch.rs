@@ -10,7 +10,7 @@ use mlx_engine::{
 };
 use serde_json::json;
 
-use super::{median, prompt};
+use super::{fits, median, prompt};
 use crate::args::Bench;
 use crate::failure::Failure;
 use crate::load;
@@ -37,6 +37,7 @@ pub(super) async fn run(args: Bench) -> Result<(), Failure> {
         ..EngineConfig::default()
     };
     let engine = load::load_with(&args.model, config).await?;
+    fits(&engine, args.prompt_tokens, args.generate_tokens)?;
     let params = GenerateParams::default()
         .with_temperature(0.0)
         .with_max_tokens(args.generate_tokens)

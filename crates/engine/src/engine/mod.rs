@@ -16,7 +16,7 @@ use futures::StreamExt;
 use futures::future::{BoxFuture, Either, select};
 use mlx_engine_core::{
     Backend, Device, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine,
-    ModelConfiguration, Prompt,
+    ModelConfiguration, ParamError, Prompt,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -128,6 +128,20 @@ impl Engine {
         }
     }
 
+    /// Refuses a bias for a token that there is not: it would do nothing.
+    fn knows_biased(&self, params: &GenerateParams) -> Result<(), ParamError> {
+        let tokenizer = self.encoder.tokenizer();
+        let mut biased = params.logit_bias.keys();
+        match biased.find(|&&token| tokenizer.id_to_token(token).is_none()) {
+            None => Ok(()),
+            Some(token) => Err(ParamError::new(
+                "logit_bias",
+                token,
+                "tokens of the model's vocabulary",
+            )),
+        }
+    }
+
     /// Waits for the worker until it is given up.
     async fn unless_lost<T>(
         &self,
@@ -163,6 +177,7 @@ impl LlmEngine for Engine {
         Box::pin(async move {
             params.validate()?;
             output::named_format(&params)?;
+            self.knows_biased(&params)?;
             let shown = self.encoder.shown(&prompt, &params);
             let text = self.encoder.text(&shown)?;
             let plan = output::plan(&self.encoder, &prompt, text.as_deref(), &params)?;
