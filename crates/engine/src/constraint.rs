@@ -27,29 +27,78 @@ pub(crate) struct Calls<'a> {
 
 #[cfg(feature = "grammar")]
 mod with_grammars {
-    use std::sync::OnceLock;
+    use std::collections::VecDeque;
+    use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-    use mlx_engine_text::{CallGrammar, Constraint, Grammar, TextError, Thoughts, TokenTable, ToolFormat};
+    use mlx_engine_text::{
+        CallGrammar, CompiledGrammar, Constraint, Grammar, TextError, Thoughts, TokenTable, ToolFormat,
+    };
+    use tokio::sync::oneshot;
 
     use super::{Calls, EngineError, OutputConstraint, Tokenizer};
 
+    /// Constraints that are kept compiled: an application asks by the same few again and again.
+    const RECENT: usize = 16;
+
     /// Compiles constraints for one vocabulary, whose table is built with the first.
     #[derive(Debug)]
-    pub(crate) struct Compiler {
+    pub(crate) struct Compiler(Arc<Shared>);
+
+    #[derive(Debug)]
+    struct Shared {
         tokenizer: Tokenizer,
         table: OnceLock<Result<TokenTable, EngineError>>,
+        /// Those used last, the latest at the end.
+        recent: Mutex<VecDeque<(OutputConstraint, CompiledGrammar)>>,
     }
 
     impl Compiler {
         pub(crate) fn new(tokenizer: Tokenizer) -> Self {
-            Self {
+            Self(Arc::new(Shared {
                 tokenizer,
                 table: OnceLock::new(),
-            }
+                recent: Mutex::default(),
+            }))
         }
 
-        pub(crate) fn compile(&self, constraint: &OutputConstraint) -> Result<Walk, EngineError> {
-            let grammar = match constraint {
+        /// Compiles a constraint, on a thread of its own: the table of a large vocabulary takes a good part of a second, and the
+        /// caller's thread may have others to serve.
+        pub(crate) async fn compile(&self, constraint: &OutputConstraint) -> Result<Walk, EngineError> {
+            if let Some(walk) = self.0.known(constraint) {
+                return Ok(walk);
+            }
+            let (shared, constraint) = (Arc::clone(&self.0), constraint.clone());
+            let (reply, compiled) = oneshot::channel();
+            std::thread::Builder::new()
+                .name("mlx-engine-grammar".to_owned())
+                .spawn(move || {
+                    // The caller may have gone; the next finds it then.
+                    let _ = reply.send(shared.compile(constraint));
+                })
+                .map_err(|error| EngineError::internal(format!("no thread to compile on: {error}")))?;
+            compiled
+                .await
+                .unwrap_or_else(|_| Err(EngineError::internal("the compilation was not finished")))
+        }
+    }
+
+    impl Shared {
+        fn recent(&self) -> MutexGuard<'_, VecDeque<(OutputConstraint, CompiledGrammar)>> {
+            self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        /// A walk by a constraint that was compiled lately.
+        fn known(&self, constraint: &OutputConstraint) -> Option<Walk> {
+            let mut recent = self.recent();
+            let at = recent.iter().position(|(known, _)| known == constraint)?;
+            let found = recent.remove(at)?;
+            let walk = Walk(found.1.constraint());
+            recent.push_back(found);
+            Some(walk)
+        }
+
+        fn compile(&self, constraint: OutputConstraint) -> Result<Walk, EngineError> {
+            let grammar = match &constraint {
                 OutputConstraint::JsonSchema(schema) => Grammar::json_schema(schema),
                 OutputConstraint::Regex(pattern) => Grammar::regex(pattern),
                 OutputConstraint::Lark(grammar) => Grammar::lark(grammar),
@@ -60,7 +109,13 @@ mod with_grammars {
                 .get_or_init(|| TokenTable::new(&self.tokenizer).map_err(refused));
             let table = table.as_ref().map_err(Clone::clone)?;
             let compiled = table.compile(&grammar).map_err(refused)?;
-            Ok(Walk(compiled.constraint()))
+            let walk = Walk(compiled.constraint());
+            let mut recent = self.recent();
+            if recent.len() >= RECENT {
+                recent.pop_front();
+            }
+            recent.push_back((constraint, compiled));
+            Ok(walk)
         }
     }
 
@@ -170,6 +225,39 @@ mod with_grammars {
             message: error.to_string(),
         }
     }
+
+    #[cfg(test)]
+    mod tests {
+        use futures::FutureExt;
+
+        use super::*;
+        use crate::MockScript;
+
+        #[tokio::test]
+        async fn a_constraint_that_was_compiled_is_at_hand() {
+            let compiler = Compiler::new(MockScript::default().tokenizer().unwrap());
+            let regex = |number: usize| OutputConstraint::Regex(format!("a{{{number}}}"));
+            for number in 1..=RECENT + 1 {
+                compiler.compile(&regex(number)).await.unwrap();
+            }
+            for number in 2..=RECENT + 1 {
+                // Without waiting, and from its beginning each time.
+                for _ in 0..2 {
+                    let mut walk = compiler.compile(&regex(number)).now_or_never().unwrap().unwrap();
+                    let tokens = vec![u32::from(b'a'); number];
+                    assert_eq!(walk.allowed_of(&tokens).unwrap(), number);
+                    assert_eq!(walk.allowed_of(&[tokens, vec![97]].concat()).unwrap(), number);
+                }
+            }
+            let known = compiler.0.recent().iter().any(|(known, _)| *known == regex(1));
+            assert!(!known && compiler.0.recent().len() == RECENT);
+            let refused = compiler.compile(&OutputConstraint::Regex("(".to_owned())).await;
+            assert!(
+                matches!(refused, Err(EngineError::Constraint { .. })),
+                "{refused:?}"
+            );
+        }
+    }
 }
 
 #[cfg(not(feature = "grammar"))]
@@ -206,8 +294,12 @@ mod without {
             Self
         }
 
-        #[expect(clippy::unused_self, reason = "as where there are grammars")]
-        pub(crate) fn compile(&self, _constraint: &OutputConstraint) -> Result<Walk, EngineError> {
+        #[expect(
+            clippy::unused_self,
+            clippy::unused_async,
+            reason = "as where there are grammars"
+        )]
+        pub(crate) async fn compile(&self, _constraint: &OutputConstraint) -> Result<Walk, EngineError> {
             none()
         }
     }

@@ -190,11 +190,10 @@ impl LlmEngine for Engine {
                     context_length,
                 });
             }
-            let walk = params
-                .constraint
-                .as_ref()
-                .map(|constraint| self.compiler.compile(constraint).map(Box::new))
-                .transpose()?;
+            let walk = match &params.constraint {
+                Some(constraint) => Some(Box::new(self.compiler.compile(constraint).await?)),
+                None => None,
+            };
             let (events, receiver) = mpsc::unbounded_channel();
             let (taken, queued) = oneshot::channel();
             let request = Box::new(Request {
