@@ -71,6 +71,7 @@ pub use events::{HealthEvent, HealthEvents};
 pub use health::{EngineHealth, HealthReason, HealthReport, MemoryKind};
 pub use histogram::Distribution;
 pub use kind::{ErrorClass, ErrorKind};
+pub use memory::resident_bytes;
 pub use metrics::{FinishCounts, InferenceMetrics, LastGeneration, ProbeCounts, Statistics, Throughput};
 pub use monitored::{Monitored, MonitoredBuilder};
 pub use probe::{ProbeFailure, probe};

@@ -51,6 +51,12 @@ impl Seen {
         self.model.as_ref().map(|model| model.id.as_str())
     }
 
+    /// Resident memory of the process that the engine is in: its own, or this one.
+    fn process_memory_bytes(&self) -> Option<u64> {
+        let apart = self.statistics.and_then(|engine| engine.process_memory_bytes);
+        apart.or_else(memory::resident_bytes)
+    }
+
     /// Whether what was loaded before is loaded still.
     fn continues(&self, before: &Self) -> bool {
         self.backend == before.backend && self.model_id() == before.model_id()
@@ -183,7 +189,7 @@ impl Shared {
     /// The health now, given what the engine says that it is.
     pub(crate) fn health(&self, seen: Seen) -> HealthReport {
         let memory = self.limits.process_memory_limit_bytes.is_some();
-        let resident = if memory { memory::resident_bytes() } else { None };
+        let resident = if memory { seen.process_memory_bytes() } else { None };
         let now = self.now();
         let look = |state: &mut State| {
             state.see(seen);
@@ -298,7 +304,7 @@ impl Shared {
     }
 
     pub(crate) fn metrics(&self, seen: &Seen) -> InferenceMetrics {
-        let process_memory_bytes = memory::resident_bytes();
+        let process_memory_bytes = seen.process_memory_bytes();
         let now = self.now();
         let state = self.lock();
         let mut total = state.total.statistics();
