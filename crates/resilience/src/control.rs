@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use mlx_engine_core::EngineError;
+use mlx_engine_core::{EngineError, GenerateParams};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use crate::attempt::{Deadline, Leave};
+use crate::attempt::{Deadline, Leave, Patience};
 use crate::breaker::{CircuitBreaker, Pass, Verdict};
 use crate::bulkhead::Bulkhead;
 use crate::recovery::{self, AutomaticLimit, Occasion};
@@ -81,9 +81,9 @@ impl Control {
         self.recoveries.load(Ordering::Acquire)
     }
 
-    /// When a request that comes now has to be over.
-    pub(crate) fn deadline(&self) -> Option<Deadline> {
-        Deadline::after(self.configuration.timeouts.total)
+    /// How long a request that comes now may take.
+    pub(crate) fn patience(&self, params: &GenerateParams) -> Patience {
+        Patience::new(self.configuration.timeouts.total, params)
     }
 
     /// Waits while a recovery runs.

@@ -11,7 +11,7 @@ use mlx_engine_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::attempt::{Deadline, Guarded, Submission};
+use crate::attempt::{Deadline, Guarded, Patience, Submission};
 use crate::control::Control;
 use crate::recovery::{Occasion, Unrecoverable};
 use crate::{BreakerState, Recover, RecoveryReport, ResilienceConfiguration};
@@ -21,7 +21,9 @@ use crate::{BreakerState, Recover, RecoveryReport, ResilienceConfiguration};
 ///
 /// [`stream`](LlmEngine::stream) and [`generate`](LlmEngine::generate) try once. Clones are the same engine.
 ///
-/// A request waits while a recovery runs, then for a place in the bulkhead. The breaker counts what finishes as a
+/// A request waits while a recovery runs, then for a place in the bulkhead. Its own
+/// [`timeout_s`](GenerateParams::timeout_s) holds for all of it together, waits and retries included, and its
+/// [`queue_timeout_s`](GenerateParams::queue_timeout_s) for the wait of each attempt; the engine gets what is left of them. The breaker counts what finishes as a
 /// success, and as a fault what fails by a [fault of the engine](mlx_engine_monitor::ErrorClass::Fault) or takes longer than it
 /// may; an error of the caller's and an engine that is full say nothing. A request that a recovery ends is
 /// [`Unavailable`](EngineError::Unavailable) and may be tried again; one that had not begun is handed over again by itself.
@@ -64,7 +66,8 @@ impl<E: LlmEngine + 'static> Resilient<E> {
     /// none of it.
     ///
     /// Dropping the future cancels what runs, and the wait. Where the wait would last beyond
-    /// [`timeouts.total`](crate::TimeoutConfiguration::total), the last error is returned at once.
+    /// [`timeouts.total`](crate::TimeoutConfiguration::total) or the request's own
+    /// [`timeout_s`](GenerateParams::timeout_s), the last error is returned at once.
     ///
     /// # Errors
     ///
@@ -74,12 +77,12 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         prompt: Prompt,
         params: GenerateParams,
     ) -> Result<GenerateOutput, EngineError> {
-        let total = self.control.deadline();
+        let patience = self.control.patience(&params);
         let run = || -> BoxFuture<'_, Result<GenerateOutput, EngineError>> {
-            let attempt = self.attempt(prompt.clone(), params.clone(), total);
+            let attempt = self.attempt(prompt.clone(), params.clone(), patience);
             Box::pin(async move { collect_events(attempt.await?).await })
         };
-        self.control.with_retry(total, run).await
+        self.control.with_retry(patience.total, run).await
     }
 
     /// Submits a request, and again where that may help, until the first text or token comes. The future resolves then,
@@ -93,9 +96,9 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         prompt: Prompt,
         params: GenerateParams,
     ) -> Result<EventStream, EngineError> {
-        let total = self.control.deadline();
+        let patience = self.control.patience(&params);
         let run = || -> BoxFuture<'_, Result<EventStream, EngineError>> {
-            let attempt = self.attempt(prompt.clone(), params.clone(), total);
+            let attempt = self.attempt(prompt.clone(), params.clone(), patience);
             Box::pin(async move {
                 let mut events = attempt.await?;
                 let mut head = Vec::new();
@@ -110,7 +113,7 @@ impl<E: LlmEngine + 'static> Resilient<E> {
                 Ok(stream::iter(head).chain(events).boxed())
             })
         };
-        self.control.with_retry(total, run).await
+        self.control.with_retry(patience.total, run).await
     }
 
     /// Brings the engine back, if it gives no token: takes the steps that it can take, the cheapest first, each followed
@@ -149,11 +152,12 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         &self,
         prompt: Prompt,
         params: GenerateParams,
-        total: Option<Deadline>,
+        patience: Patience,
     ) -> Result<Guarded, EngineError> {
         let control = &self.control;
         let timeouts = &control.configuration.timeouts;
-        Deadline::enforce(total, async {
+        let limits = patience.attempt(&params);
+        Deadline::enforce(limits.turn(), async {
             control.recovered().await;
             let place = control.bulkhead.enter().await?;
             // One may have begun while a place was waited for.
@@ -162,7 +166,7 @@ impl<E: LlmEngine + 'static> Resilient<E> {
             control.watch();
             let first_token = Deadline::after(timeouts.first_token);
             let engine: Arc<dyn LlmEngine> = Arc::clone(&self.engine) as _;
-            let submission = Submission::new(engine, Arc::clone(control), prompt, params);
+            let submission = Submission::new(engine, Arc::clone(control), prompt, params, limits);
             let admitted = Deadline::enforce(first_token, async {
                 Ok(submission.submit().await.map_err(|error| leave.failed(error)))
             });
@@ -173,9 +177,8 @@ impl<E: LlmEngine + 'static> Resilient<E> {
                     return Err(late);
                 }
             };
-            let limits = [total, first_token];
             let events = admitted?;
-            Ok(Guarded::new(events, submission, place, leave, limits))
+            Ok(Guarded::new(events, submission, place, leave, first_token))
         })
         .await
     }
@@ -194,8 +197,8 @@ impl<E: LlmEngine + 'static> EngineWrapper for Resilient<E> {
         params: GenerateParams,
     ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
         Box::pin(async move {
-            let total = self.control.deadline();
-            Ok(self.attempt(prompt, params, total).await?.boxed())
+            let patience = self.control.patience(&params);
+            Ok(self.attempt(prompt, params, patience).await?.boxed())
         })
     }
 }

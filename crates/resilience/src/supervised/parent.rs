@@ -212,6 +212,7 @@ impl LlmEngine for Supervised {
                 admitted: Some(admitted),
                 events: sender,
                 started: false,
+                since: Instant::now(),
             })?;
             waits.await.unwrap_or_else(|_| Err(gone()))?;
             let events = Events {

@@ -71,7 +71,7 @@ impl State {
         if self.ready.is_some()
             && let Some(link) = &self.link
         {
-            let frames = self.requests.send();
+            let frames = self.requests.send(Instant::now());
             if !frames.is_empty() {
                 // Where nobody takes it the process has ended, and the next one gets it.
                 let _ = link.send(frames);

@@ -83,6 +83,90 @@ async fn the_deadline_wins_over_waiting() {
     assert_eq!((began.elapsed().as_secs(), engine.engine().asked()), (1, 2));
 }
 
+/// What the caller allows, and what the engine was asked for last.
+async fn ask_within(engine: &Resilient<Fated>, params: GenerateParams) -> Result<(), EngineError> {
+    let output = engine.generate_with_retry(Prompt::text("x"), params);
+    output.await.map(drop)
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_of_a_request_is_for_all_its_attempts() {
+    let fates = vec![Fate::SlowFailure(SECOND * 3, device())];
+    let engine = resilient(exact(), fates);
+    let params = GenerateParams::default().with_timeout_s(10.0);
+    let params = params.with_queue_timeout_s(2.0);
+    ask_within(&engine, params.clone()).await.unwrap();
+    let asked = engine.engine().params.lock().unwrap().clone();
+    // Three seconds of the first, and one of waiting. The queue is joined anew.
+    assert_eq!((asked.timeout_s, asked.queue_timeout_s), (Some(6.0), Some(2.0)));
+
+    let fates = vec![Fate::SlowFailure(SECOND * 3, device()), Fate::Hang];
+    let engine = resilient(exact(), fates);
+    let began = Instant::now();
+    let error = ask_within(&engine, params).await.unwrap_err();
+    assert!(
+        matches!(error, EngineError::DeadlineExceeded { limit } if limit == SECOND * 10),
+        "{error}"
+    );
+    assert_eq!((began.elapsed().as_secs(), engine.engine().asked()), (10, 2));
+    assert_eq!(engine.status().running, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_of_a_request_runs_while_it_waits_for_a_place() {
+    let mut configuration = exact();
+    configuration.bulkhead.max_concurrent = 1;
+    let engine = resilient(configuration, vec![Fate::Slow(SECOND * 5, SECOND * 2)]);
+    let events = engine.stream(Prompt::text("x"), GenerateParams::default());
+    let runs = tokio::spawn(events.await.unwrap().collect::<Vec<_>>());
+    let check = async |params: GenerateParams, limit: Duration| {
+        let began = Instant::now();
+        let error = engine.generate(Prompt::text("x"), params).await.unwrap_err();
+        assert!(
+            matches!(error, EngineError::DeadlineExceeded { limit: found } if found == limit),
+            "{error}"
+        );
+        assert_eq!((began.elapsed(), engine.engine().asked()), (limit, 1));
+    };
+    let params = GenerateParams::default();
+    check(params.clone().with_timeout_s(1.0), SECOND).await;
+    check(params.clone().with_queue_timeout_s(2.0), SECOND * 2).await;
+    let both = params.with_queue_timeout_s(20.0).with_timeout_s(30.0);
+    engine.generate(Prompt::text("x"), both).await.unwrap();
+    let asked = engine.engine().params.lock().unwrap().clone();
+    assert_eq!((asked.queue_timeout_s, asked.timeout_s), (Some(16.0), Some(26.0)));
+    assert_eq!(runs.await.unwrap().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_of_a_request_runs_while_it_waits_for_a_recovery_and_in_the_queue() {
+    let engine = resilient(exact(), vec![Fate::Hang, Fate::Queued, Fate::Queued]);
+    let recovers = engine.clone();
+    let recovers = tokio::spawn(async move { recovers.attempt_recovery().await });
+    while engine.engine().asked() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let check = async |params: GenerateParams, asked: u32| {
+        let began = Instant::now();
+        let error = engine.generate(Prompt::text("x"), params).await.unwrap_err();
+        assert!(
+            matches!(error, EngineError::DeadlineExceeded { limit } if limit == SECOND),
+            "{error}"
+        );
+        assert_eq!((began.elapsed(), engine.engine().asked()), (SECOND, asked));
+        assert_eq!(engine.status().running, 0);
+    };
+    let timeout = GenerateParams::default().with_timeout_s(1.0);
+    let queue_timeout = GenerateParams::default().with_queue_timeout_s(1.0);
+    check(timeout.clone(), 1).await;
+    check(queue_timeout.clone(), 1).await;
+    assert!(!recovers.await.unwrap().recovered);
+    // Where the engine does not see to it, as one whose process is started again.
+    check(timeout, 2).await;
+    check(queue_timeout, 3).await;
+    assert_eq!(engine.status().breaker, BreakerState::Closed);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stream_is_tried_again_only_before_its_first_token() {
     let fates = vec![Fate::FailFirst(device()), Fate::FailLater(device())];

@@ -41,6 +41,8 @@ pub(crate) struct Fated {
     pub(crate) fates: Mutex<VecDeque<Fate>>,
     pub(crate) broken: bool,
     pub(crate) asked: AtomicU32,
+    /// What was asked for last.
+    pub(crate) params: Mutex<GenerateParams>,
     /// Since when a turn has run, where one does: from the first request that hangs on.
     pub(crate) turn: Mutex<Option<Instant>>,
     /// Tells those that hang that nobody waits for the engine any more.
@@ -102,8 +104,9 @@ fn finished() -> GenerationEvent {
 }
 
 impl LlmEngine for Fated {
-    fn stream(&self, _: Prompt, _: GenerateParams) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+    fn stream(&self, _: Prompt, params: GenerateParams) -> BoxFuture<'_, Result<EventStream, EngineError>> {
         self.asked.fetch_add(1, Ordering::Relaxed);
+        *self.params.lock().expect("not poisoned") = params;
         let fate = self.fates.lock().expect("not poisoned").pop_front();
         let otherwise = if self.broken {
             Fate::Refuse(device())
