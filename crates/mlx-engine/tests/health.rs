@@ -58,6 +58,42 @@ async fn what_was_answered_is_counted() {
     assert!(serde_json::to_value(engine.detailed_status()).is_ok());
 }
 
+/// How often as many requests at once were answered, and were refused.
+async fn all_at_once(requests: usize, config: mlx_engine::EngineConfig) -> (u64, u64) {
+    let script = MockScript::reply("Paris").with_step_delay(Duration::from_millis(1));
+    let engine = mock(script).with_config(config);
+    engine.load_model("tiny").await.unwrap();
+    let ask = || engine.generate("Where?", GenerateParams::default());
+    let answers = futures::future::join_all((0..requests).map(|_| ask())).await;
+    for answer in answers {
+        match answer {
+            Ok(output) => assert_eq!(output.text, "Paris"),
+            Err(error) => assert!(matches!(error, EngineError::QueueFull { .. }), "{error}"),
+        }
+    }
+    // What the engine did not hear of is not in these.
+    let total = engine.performance_metrics().total;
+    assert_eq!(total.submitted, requests as u64);
+    (total.finished.total(), total.failed())
+}
+
+#[tokio::test]
+async fn how_many_wait_is_what_the_engine_is_told_and_no_more() {
+    use mlx_engine::EngineConfig;
+
+    let config = |max_batch, max_queue| EngineConfig {
+        max_batch,
+        max_queue,
+        ..EngineConfig::default()
+    };
+    assert_eq!(all_at_once(400, config(128, 1000)).await, (400, 0));
+    let (answered, refused) = all_at_once(40, config(1, 2)).await;
+    assert!(
+        answered >= 3 && refused > 0 && answered + refused == 40,
+        "{answered} {refused}"
+    );
+}
+
 #[tokio::test]
 async fn a_fault_is_an_error_and_a_retry_answers() {
     for fault in [MockFault::Panic, MockFault::OutOfMemory, MockFault::Device] {
