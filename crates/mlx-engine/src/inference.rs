@@ -91,7 +91,7 @@ impl InferenceEngine {
     /// [`EngineError::MlxUnavailable`] where the fallback policy is `Never`, and what is wrong with the model's files.
     /// After an error no model is loaded.
     pub async fn load_model(&self, model: &str) -> Result<Arc<ModelConfiguration>, EngineError> {
-        self.slot().load(model, &self.settings, None).await
+        self.load(model, None).await
     }
 
     /// As [`load_model`](Self::load_model), telling `progress` how far it has come, on a thread of the engine.
@@ -104,7 +104,19 @@ impl InferenceEngine {
         model: &str,
         progress: ProgressFn,
     ) -> Result<Arc<ModelConfiguration>, EngineError> {
-        self.slot().load(model, &self.settings, Some(progress)).await
+        self.load(model, Some(progress)).await
+    }
+
+    async fn load(
+        &self,
+        model: &str,
+        progress: Option<ProgressFn>,
+    ) -> Result<Arc<ModelConfiguration>, EngineError> {
+        let loaded = self.slot().load(model, &self.settings, progress).await;
+        if loaded.is_ok() {
+            self.engine.renewed();
+        }
+        loaded
     }
 
     /// Reads the tokenizer and the template of a model without its weights.

@@ -95,6 +95,42 @@ async fn how_many_wait_is_what_the_engine_is_told_and_no_more() {
 }
 
 #[tokio::test]
+async fn a_model_that_comes_late_serves_at_once() {
+    use mlx_engine::{BreakerState, ResilienceConfiguration};
+
+    let engine = mock(MockScript::reply("Paris"));
+    let ask = async |engine: &InferenceEngine| engine.generate("Where?", GenerateParams::default()).await;
+    for _ in 0..5 {
+        let error = ask(&engine).await.unwrap_err();
+        assert!(matches!(error, EngineError::NotLoaded { .. }), "{error}");
+    }
+    let status = engine.resilience_status();
+    assert_eq!((status.breaker, status.recoveries), (BreakerState::Closed, 0));
+    engine.load_model("tiny").await.unwrap();
+    assert_eq!(ask(&engine).await.unwrap().text, "Paris");
+
+    // What failed before says nothing about what was loaded since.
+    let mut resilience = ResilienceConfiguration::default();
+    resilience.recovery.automatic = false;
+    let broken = (0..5).fold(MockScript::reply("Paris"), |script, _| {
+        script.with_fault(0, MockFault::Device)
+    });
+    let engine = mock(broken).with_resilience(resilience).unwrap();
+    engine.load_model("tiny").await.unwrap();
+    for _ in 0..5 {
+        ask(&engine).await.unwrap_err();
+    }
+    assert_eq!(engine.resilience_status().breaker, BreakerState::Open);
+    engine
+        .clone()
+        .with_mock(MockScript::reply("Paris"))
+        .load_model("tiny")
+        .await
+        .unwrap();
+    assert_eq!(ask(&engine).await.unwrap().text, "Paris");
+}
+
+#[tokio::test]
 async fn a_fault_is_an_error_and_a_retry_answers() {
     for fault in [MockFault::Panic, MockFault::OutOfMemory, MockFault::Device] {
         let engine = mock(MockScript::reply("Paris").with_fault(2, fault));

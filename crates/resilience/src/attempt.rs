@@ -170,7 +170,9 @@ impl Leave {
                 retry_after: Duration::ZERO,
             };
         }
-        self.settle(if kind.class() == ErrorClass::Fault {
+        // Where nothing was loaded there is nothing that could be broken.
+        let absent = kind == ErrorKind::NotLoaded && !self.control.can_recover();
+        self.settle(if kind.class() == ErrorClass::Fault && !absent {
             Verdict::Fault
         } else {
             Verdict::Nothing

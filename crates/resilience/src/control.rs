@@ -15,7 +15,7 @@ use crate::breaker::{CircuitBreaker, Pass, Verdict};
 use crate::bulkhead::Bulkhead;
 use crate::recovery::{self, AutomaticLimit, Occasion};
 use crate::retry::{Budget, chance, delay};
-use crate::{Recover, RecoveryReport, ResilienceConfiguration};
+use crate::{Recover, RecoveryReport, RecoveryStep, ResilienceConfiguration};
 
 pub(crate) struct Control {
     pub(crate) configuration: ResilienceConfiguration,
@@ -94,6 +94,11 @@ impl Control {
             .subscribe()
             .wait_for(|recovering| !recovering)
             .await;
+    }
+
+    /// Whether there is anything that a recovery could do.
+    pub(crate) fn can_recover(&self) -> bool {
+        RecoveryStep::ALL.into_iter().any(|step| self.recoverer.can(step))
     }
 
     /// Asks the breaker for leave to send a request.

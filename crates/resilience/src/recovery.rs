@@ -234,7 +234,7 @@ pub(crate) async fn run(
         None => report.recovered = true,
         // An engine that is busy is not helped by what would end its requests.
         Some(failure) if failure.is_fault() || matches!(failure, ProbeFailure::Abandoned { .. }) => {
-            begins();
+            let mut begins = Some(begins);
             for step in RecoveryStep::ALL {
                 let allowed = step != RecoveryStep::FallBack || configuration.fall_back;
                 if !allowed || !engine.can(step) || (step.needs_worker() && !answers) {
@@ -249,6 +249,9 @@ pub(crate) async fn run(
                     outcome,
                     took_s: began.elapsed().as_secs_f64(),
                 });
+                if let Some(begins) = begins.take() {
+                    begins();
+                }
                 if report.recovered {
                     break;
                 }

@@ -141,6 +141,35 @@ async fn a_busy_engine_is_not_taken_from_its_requests() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_was_never_there_is_no_fault_and_no_recovery() {
+    let not_loaded = || EngineError::NotLoaded {
+        model: "none".to_owned(),
+    };
+    let (gone, _) = engine(0, |_| {}).await;
+    gone.unload().await.unwrap();
+    for _ in 0..10 {
+        let error = ask(&gone).await.unwrap_err();
+        assert!(matches!(error, EngineError::NotLoaded { .. }), "{error}");
+    }
+    assert!(!gone.attempt_recovery().await.recovered);
+    let status = gone.status();
+    assert_eq!((status.breaker, status.recoveries), (BreakerState::Closed, 0));
+
+    // Where it can be loaded again, an engine that says so is broken.
+    let (engine, _) = engine(0, |configuration| configuration.recovery.automatic = false).await;
+    let current = engine.engine().engine().engine().expect("it is loaded");
+    let refusals = std::iter::repeat_with(|| Fate::Refuse(not_loaded())).take(5);
+    current.fates.lock().unwrap().extend(refusals);
+    for _ in 0..5 {
+        ask(&engine).await.unwrap_err();
+    }
+    assert_eq!(engine.status().breaker, BreakerState::Open);
+    assert!(matches!(ask(&engine).await, Err(EngineError::Unavailable { .. })));
+    engine.renewed();
+    ask(&engine).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_request_that_recovery_ends_may_be_tried_again() {
     let (engine, _) = engine(1, |_| {}).await;
     let current = engine.engine().engine().engine().expect("it is loaded");
