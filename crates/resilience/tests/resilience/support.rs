@@ -45,6 +45,8 @@ pub(crate) struct Fated {
     pub(crate) params: Mutex<GenerateParams>,
     /// Since when a turn has run, where one does: from the first request that hangs on.
     pub(crate) turn: Mutex<Option<Instant>>,
+    /// Since when it takes a turn a second, where it does.
+    pub(crate) busy: Option<Instant>,
     /// Tells those that hang that nobody waits for the engine any more.
     pub(crate) given_up: watch::Sender<bool>,
 }
@@ -183,6 +185,7 @@ impl LlmEngine for Fated {
         let turn = *self.turn.lock().expect("not poisoned");
         Some(EngineStatistics {
             turn_s: turn.map(|since| since.elapsed().as_secs_f64()),
+            turns: self.busy.map_or(0, |since| since.elapsed().as_secs()),
             ..EngineStatistics::default()
         })
     }
