@@ -133,6 +133,8 @@ impl InferenceEngine {
     ///
     /// # Errors
     ///
+        // Who listens hears of what is there now.
+        self.engine.engine().health();
     /// As [`load_model`](Self::load_model).
     #[cfg(feature = "mlx")]
     pub fn load_encoder_at(location: &crate::ModelLocation) -> Result<PromptEncoder, EngineError> {

@@ -221,6 +221,11 @@ impl Shared {
         let silence = nanos(now).saturating_sub(self.silent_since.load(Ordering::Relaxed));
         if self.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
             self.silence_before.store(silence, Ordering::Relaxed);
+    /// Somebody hears that what was asked for cannot be, which the engine need not have been asked for.
+    pub(crate) fn excuse(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
         }
     }
 
@@ -266,22 +271,28 @@ impl Shared {
                 state.queued = state.queued.saturating_sub(1);
             }
             self.streaming_tokens.fetch_sub(delivered, Ordering::Relaxed);
-            // What it said when it was asked last is over.
-            state.seen.statistics = None;
+            if let (Outcome::Finished(_), Some(engine)) = (ended.outcome, &mut state.seen.statistics) {
+                // The turn that it was at when it was asked last is over.
+                engine.turn_s = None;
+            }
             state.end(now, &ended, summary);
             state.seen.clone()
         });
         telemetry.end(&ended, summary, &seen);
     }
 
-    pub(crate) fn probed(&self, now: Duration, took: Duration, failure: Option<ProbeFailure>) {
+    pub(crate) fn probed(&self, now: Duration, took: Duration, failure: Option<ProbeFailure>, seen: Seen) {
         let patience = seconds(self.limits.probe_patience_s).unwrap_or_default();
         self.change(now, |state| {
             let conclusive = match failure {
                 None => {
                     state.probes.passed += 1;
                     state.consecutive_failures = 0;
+        if failure.is_none() {
+            self.hear(now, false);
+        }
                     state.last_success = Some(now);
+            state.see(seen);
                     true
                 }
                 Some(ProbeFailure::Abandoned { .. }) => {
