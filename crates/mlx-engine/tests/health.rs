@@ -34,6 +34,26 @@ async fn health_follows_the_model() {
 }
 
 #[tokio::test]
+async fn a_load_is_told_with_its_time_before_anything_is_asked() {
+    let engine = mock(MockScript::reply("Paris"));
+    let mut changes = engine.health_events();
+    engine.load_model("tiny").await.unwrap();
+    let change = changes.next().await.unwrap();
+    assert_eq!(
+        (change.from, change.to),
+        (EngineHealth::Unhealthy, EngineHealth::Degraded)
+    );
+    let first = engine.performance_metrics();
+    assert_eq!(first.load_time_s, engine.load_seconds());
+    assert!(first.load_time_s.is_some());
+    engine.load_model("tiny").await.unwrap();
+    let second = engine.performance_metrics();
+    assert_eq!(second.load_time_s, engine.load_seconds());
+    let load = |metrics: &mlx_engine::InferenceMetrics| metrics.engine.map(|engine| engine.load);
+    assert!(load(&second) > load(&first));
+}
+
+#[tokio::test]
 async fn what_was_answered_is_counted() {
     let engine = mock(MockScript::reply("Paris"));
     engine.load_model("tiny").await.unwrap();

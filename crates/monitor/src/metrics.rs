@@ -19,7 +19,7 @@ pub struct InferenceMetrics {
     pub backend: Option<Backend>,
     /// Seconds since monitoring began.
     pub uptime_s: f64,
-    /// Seconds that loading the model took, once the engine or the program has said so.
+    /// Seconds that loading the model took, as far as the engine, its answers or the program have said so.
     pub load_time_s: Option<f64>,
     /// Requests that were submitted and not started.
     pub queued: u64,

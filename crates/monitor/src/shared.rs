@@ -59,7 +59,12 @@ impl Seen {
 
     /// Whether what was loaded before is loaded still.
     fn continues(&self, before: &Self) -> bool {
-        self.backend == before.backend && self.model_id() == before.model_id()
+        self.backend == before.backend && self.model_id() == before.model_id() && self.load() == before.load()
+    }
+
+    /// Which load it is of, where it says so.
+    fn load(&self) -> u64 {
+        self.statistics.map(|engine| engine.load).unwrap_or_default()
     }
 }
 
@@ -216,16 +221,16 @@ impl Shared {
         }
     }
 
-    /// Somebody gives up waiting.
-    pub(crate) fn give_up(&self, now: Duration) {
-        let silence = nanos(now).saturating_sub(self.silent_since.load(Ordering::Relaxed));
-        if self.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.silence_before.store(silence, Ordering::Relaxed);
     /// Somebody hears that what was asked for cannot be, which the engine need not have been asked for.
     pub(crate) fn excuse(&self) {
         self.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Somebody gives up waiting.
+    pub(crate) fn give_up(&self, now: Duration) {
+        let silence = nanos(now).saturating_sub(self.silent_since.load(Ordering::Relaxed));
+        if self.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.silence_before.store(silence, Ordering::Relaxed);
         }
     }
 
@@ -283,16 +288,16 @@ impl Shared {
 
     pub(crate) fn probed(&self, now: Duration, took: Duration, failure: Option<ProbeFailure>, seen: Seen) {
         let patience = seconds(self.limits.probe_patience_s).unwrap_or_default();
+        if failure.is_none() {
+            self.hear(now, false);
+        }
         self.change(now, |state| {
+            state.see(seen);
             let conclusive = match failure {
                 None => {
                     state.probes.passed += 1;
                     state.consecutive_failures = 0;
-        if failure.is_none() {
-            self.hear(now, false);
-        }
                     state.last_success = Some(now);
-            state.see(seen);
                     true
                 }
                 Some(ProbeFailure::Abandoned { .. }) => {
@@ -324,7 +329,10 @@ impl Shared {
             model: seen.model_id().map(str::to_owned),
             backend: seen.backend,
             uptime_s: now.as_secs_f64(),
-            load_time_s: state.load_time.map(|time| time.as_secs_f64()),
+            load_time_s: seen
+                .statistics
+                .and_then(|engine| engine.load_s)
+                .or_else(|| state.load_time.map(|time| time.as_secs_f64())),
             queued: state.queued,
             running: state.running,
             engine: seen.statistics,
@@ -369,6 +377,7 @@ impl State {
         if !seen.continues(&self.seen) && seen.loaded() {
             self.consecutive_failures = 0;
             self.probe = None;
+            self.load_time = None;
             self.baseline.iter_mut().for_each(Histogram::clear);
         }
         self.seen = seen;

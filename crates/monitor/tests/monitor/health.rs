@@ -436,3 +436,26 @@ fn a_hang_is_over_when_something_came_of_it_and_not_when_somebody_left() {
     assert_eq!(next(), Some((Unhealthy, Healthy)));
 }
 
+#[test]
+fn the_same_model_that_was_loaded_again_begins_with_a_clean_record() {
+    let watched = Watched::new(Backend::Mlx);
+    let loaded = |load, load_s| {
+        let statistics = mlx_engine_core::EngineStatistics {
+            load,
+            load_s: Some(load_s),
+            ..Default::default()
+        };
+        *watched.engine.engine().statistics.lock().expect("not poisoned") = Some(statistics);
+    };
+    loaded(1, 3.0);
+    assert_eq!(watched.engine.metrics().load_time_s, Some(3.0));
+    watched.check(Healthy, true, &[]);
+    for _ in 0..3 {
+        watched.fail(device());
+    }
+    watched.check(Unhealthy, false, &["consecutive_failures"]);
+    // Nobody has looked while it was away.
+    loaded(2, 5.0);
+    watched.check(Healthy, true, &[]);
+    assert_eq!(watched.engine.metrics().load_time_s, Some(5.0));
+}
