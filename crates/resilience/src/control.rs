@@ -175,7 +175,10 @@ impl Control {
         if !self.watched.swap(true, Ordering::AcqRel)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            let watch = Watch(Arc::downgrade(self));
+            let watch = Watch {
+                control: Arc::downgrade(self),
+                looks: true,
+            };
             runtime.spawn(watch.run(limit));
         }
     }
@@ -199,15 +202,29 @@ impl Control {
 
 /// Looks for a hang. It ends with the last request, or with its runtime, and begins anew with the next request. It keeps no
 /// engine alive.
-struct Watch(Weak<Control>);
+struct Watch {
+    control: Weak<Control>,
+    /// Whether it is the one that looks.
+    looks: bool,
+}
+    /// Looks for a hang no longer; false where one more look is needed.
+    ///
+    /// A request takes its place and then asks whether somebody looks. One that came before this has said yes here has its place, which is
+    /// seen after that; one that comes later finds nobody, and begins to look itself.
+    fn look_away(&self) -> bool {
+        // Reading what the request wrote is what makes its place seen.
+        self.watched.swap(false, Ordering::AcqRel);
+        self.bulkhead.running() == 0 || self.watched.swap(true, Ordering::AcqRel)
+    }
+
 
 impl Watch {
-    async fn run(self, limit: Duration) {
+    async fn run(mut self, limit: Duration) {
         // A hang is found within a quarter of its limit.
         let tick = (limit / 4).max(Duration::from_millis(1));
         loop {
             sleep(tick).await;
-            let Some(control) = self.0.upgrade().filter(|control| control.bulkhead.running() > 0) else {
+            let Some(control) = self.control.upgrade() else {
                 return;
             };
             let statistics = control.recoverer.statistics();
@@ -228,8 +245,15 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        if let Some(control) = self.0.upgrade() {
+        // Its runtime has ended.
+        if self.looks
+            && let Some(control) = self.control.upgrade()
+        {
             control.watched.store(false, Ordering::Release);
+            if control.bulkhead.running() == 0 && control.look_away() {
+                self.looks = false;
+                return;
+            }
         }
     }
 }
@@ -247,5 +271,54 @@ impl Gate {
 impl Drop for Gate {
     fn drop(&mut self) {
         self.0.recovering.send_replace(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use futures::future::BoxFuture;
+    use mlx_engine_core::{Backend, EventStream, LlmEngine, ModelConfiguration, Prompt};
+
+    use super::*;
+    use crate::recovery::Unrecoverable;
+
+    struct Nothing;
+
+    impl LlmEngine for Nothing {
+        fn stream(&self, _: Prompt, _: GenerateParams) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+            Box::pin(async { Err(EngineError::EmptyPrompt) })
+        }
+
+        fn backend(&self) -> Option<Backend> {
+            None
+        }
+
+        fn model(&self) -> Option<Arc<ModelConfiguration>> {
+            None
+        }
+
+        fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    #[tokio::test]
+    async fn who_looks_for_a_hang_looks_away_only_where_nobody_came_meanwhile() {
+        let recoverer = Arc::new(Unrecoverable(Arc::new(Nothing)));
+        let control = Control::new(recoverer, ResilienceConfiguration::default());
+        control.watched.store(true, Ordering::Release);
+        // One came after the last look, and heard that somebody looks.
+        let place = control
+            .bulkhead
+            .enter()
+            .now_or_never()
+            .expect("at once")
+            .expect("a place");
+        assert!(!control.look_away());
+        assert!(control.watched.load(Ordering::Acquire), "it goes on");
+        drop(place);
+        assert!(control.look_away());
+        assert!(!control.watched.load(Ordering::Acquire), "the next begins anew");
     }
 }
