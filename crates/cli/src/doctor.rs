@@ -1,5 +1,7 @@
 //! `mlx-engine doctor`.
 
+use std::time::Duration;
+
 use mlx_engine::{
     BreakerState, DetailedStatus, FallbackPolicy, InferenceEngine, RecoveryConfiguration,
     ResilienceConfiguration, ResilienceStatus, hub_cache, platform,
@@ -21,6 +23,7 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
         Some(model) => Some(examined(model).await?),
         None => None,
     };
+    let verdict = examined.as_ref().map_or(Ok(()), verdict);
     if args.json {
         outln!(
             "{}",
@@ -30,7 +33,7 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
                    "recovery": examined.as_ref().map(|model| &model.recovery),
                    "cpu_kernels": kernels.as_ref().ok().map(|(name, _)| name), "cpu_threads": kernels.as_ref().ok().map(|(_, threads)| threads)})
         );
-        return Ok(());
+        return verdict;
     }
     outln!(
         "system      {} {}{}",
@@ -68,6 +71,20 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
     }
     if let Some(hint) = hint {
         outln!("to do       {hint}; `cargo xtask setup` brings MLX to a checkout");
+    }
+    verdict
+}
+
+/// How long the token may take that is asked for.
+const TOKEN_LIMIT: Duration = Duration::from_mins(2);
+
+/// A failure where requests should not come to the model, or no token of it came.
+fn verdict(model: &Examined) -> Result<(), Failure> {
+    if !model.status.ready {
+        return Err(Failure::other("the model is not ready"));
+    }
+    if model.status.metrics.probes.passed == 0 {
+        return Err(Failure::other("the model gave no token"));
     }
     Ok(())
 }
@@ -115,7 +132,10 @@ fn print(model: &Examined) -> Result<(), Failure> {
     } else {
         "where it is asked for".to_owned()
     };
-    outln!("recovery    {automatic}; {} so far", model.resilience.recoveries);
+    outln!(
+        "recovery    {automatic}; {} so far",
+        model.resilience.recoveries
+    );
     outln!(
         "requests    circuit {}, {:.0} retries saved up",
         match model.resilience.breaker {
@@ -138,8 +158,14 @@ async fn examined(model: &str) -> Result<Examined, Failure> {
         .with_registry(crate::registry::registry()?.clone())
         .with_fallback(FallbackPolicy::Never);
     engine.load_model(model).await?;
+    look(&engine, TOKEN_LIMIT).await
+}
+
+/// How an engine is, by a token of it that may take so long.
+async fn look(engine: &InferenceEngine, limit: Duration) -> Result<Examined, Failure> {
     let began = std::time::Instant::now();
-    engine.check_health().await;
+    // Health has what came of it, also where it is given up.
+    let _ = tokio::time::timeout(limit, engine.check_health()).await;
     let token_s = began.elapsed().as_secs_f64();
     Ok(Examined {
         status: engine.detailed_status(),
@@ -172,4 +198,31 @@ fn mlx_opens() -> Result<(), mlx_engine::EngineError> {
 #[cfg(not(feature = "mlx"))]
 fn mlx_opens() -> Result<(), mlx_engine::EngineError> {
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use mlx_engine::{BackendChoice, MockFault, MockScript};
+
+    use super::*;
+
+    /// What is said of a mock of this script, whose token may take so long.
+    async fn verdict_on(script: MockScript, limit: Duration) -> Result<(), Failure> {
+        let engine = InferenceEngine::new()
+            .with_backend(BackendChoice::Mock)
+            .with_mock(script);
+        engine.load_model("tiny").await?;
+        verdict(&look(&engine, limit).await?)
+    }
+
+    #[tokio::test]
+    async fn a_model_that_does_not_serve_is_a_failure() {
+        let well = MockScript::reply("Paris");
+        assert!(verdict_on(well.clone(), TOKEN_LIMIT).await.is_ok());
+        let broken = verdict_on(well.clone().with_fault(0, MockFault::Device), TOKEN_LIMIT).await;
+        assert!(matches!(broken, Err(Failure::Other(why)) if why.contains("not ready")));
+        let slow = well.with_step_delay(Duration::from_secs(1));
+        let late = verdict_on(slow, Duration::ZERO).await;
+        assert!(matches!(late, Err(Failure::Other(why)) if why.contains("no token")));
+    }
 }
