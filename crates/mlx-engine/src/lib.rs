@@ -27,7 +27,8 @@
 //! loaded (`FetchPolicy`), and `hub::Hub` searches it. It is off by default, because it brings a TLS stack; the cache
 //! ([`hub::HubCache`]) is looked in without it.
 //!
-//! `metrics` hands every request that ends to whatever recorder of the `metrics` facade the program has installed, and `otlp` sends
+//! `metrics` hands every request that ends to whatever recorder of the `metrics` facade the program has installed. `tracing` opens a
+//! span for every request and writes an event for every change of health, for the program's own subscriber; `otlp`, which includes it, sends
 //! spans of requests and steps to a collector.
 //!
 //! `schemars` (default) brings `InferenceEngine::generate_as`, which answers with a value of a type that has a JSON schema.
