@@ -291,7 +291,9 @@ impl InferenceEngine {
 
     /// The same as text that Prometheus reads.
     pub fn prometheus(&self) -> String {
-        self.engine.engine().prometheus()
+        let mut page = self.engine.engine().prometheus();
+        page.push_str(&self.engine.status().prometheus());
+        page
     }
 
     /// How the engine is, by what was measured so far; at once.

@@ -99,8 +99,8 @@ pub use mlx_engine_registry::{
 pub use mlx_engine_resilience as resilience;
 pub use mlx_engine_resilience::{
     BreakerConfiguration, BreakerState, BudgetConfiguration, BulkheadConfiguration, RecoveryConfiguration,
-    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration, StepOutcome,
-    StepReport, TimeoutConfiguration,
+    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceCounts, ResilienceStatus,
+    RetryConfiguration, StepOutcome, StepReport, TimeoutConfiguration,
 };
 #[cfg(unix)]
 pub use mlx_engine_resilience::{ChildState, Program, SupervisedStatus, SupervisorConfiguration};

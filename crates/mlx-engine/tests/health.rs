@@ -75,6 +75,7 @@ async fn what_was_answered_is_counted() {
         page.contains("requests_submitted_total") && page.contains(" 4\n"),
         "{page}"
     );
+    assert!(page.contains("\nmlx_engine_circuit_open 0\n"), "{page}");
     assert!(serde_json::to_value(engine.detailed_status()).is_ok());
 }
 

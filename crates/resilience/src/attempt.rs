@@ -49,10 +49,22 @@ impl Deadline {
         deadline: Option<Self>,
         work: impl Future<Output = Result<T, EngineError>>,
     ) -> Result<T, EngineError> {
+        Self::enforce_or(deadline, || {}, work).await
+    }
+
+    /// The same, telling where the future did not come to its end.
+    pub(crate) async fn enforce_or<T>(
+        deadline: Option<Self>,
+        late: impl FnOnce(),
+        work: impl Future<Output = Result<T, EngineError>>,
+    ) -> Result<T, EngineError> {
         match deadline {
             Some(deadline) => {
                 let done = tokio::time::timeout_at(deadline.at, work).await;
-                done.unwrap_or_else(|_| Err(deadline.exceeded()))
+                done.unwrap_or_else(|_| {
+                    late();
+                    Err(deadline.exceeded())
+                })
             }
             None => work.await,
         }
@@ -243,12 +255,17 @@ impl Submission {
                     .store(self.control.recoveries(), Ordering::Relaxed);
                 let params = self.limits.left(&self.params)?;
                 match self.engine.stream(self.prompt.clone(), params).await {
-                    Err(error) if self.was_taken(&error) => {}
+                    Err(error) if self.was_taken(&error) => self.count_again(),
                     submitted => return submitted.map_err(|error| self.limits.of_caller(error)),
                 }
             }
         };
-        Deadline::enforce(self.limits.turn(), submit).await
+        let late = || self.control.count(|counts| &mut counts.timed_out);
+        Deadline::enforce_or(self.limits.turn(), late, submit).await
+    }
+
+    fn count_again(&self) {
+        self.control.count(|counts| &mut counts.handed_over_again);
     }
 
     /// Whether it was a recovery that took the engine away.
@@ -347,6 +364,7 @@ impl Guarded {
             return Poll::Pending;
         };
         self.running = None;
+        self.submission.control.count(|counts| &mut counts.timed_out);
         Poll::Ready(Some(Err(EngineError::DeadlineExceeded { limit })))
     }
 
@@ -357,6 +375,7 @@ impl Guarded {
         };
         let taken = self.submission.was_taken(error);
         if taken {
+            self.submission.count_again();
             let submission = self.submission.clone();
             *running = Running::Again(Box::pin(async move { submission.submit().await }));
         }

@@ -12,10 +12,10 @@ use tokio::time::{Instant, sleep};
 
 use crate::attempt::{Deadline, Leave, Patience};
 use crate::breaker::{CircuitBreaker, Pass, Verdict};
-use crate::bulkhead::Bulkhead;
+use crate::bulkhead::{Bulkhead, Place};
 use crate::recovery::{self, AutomaticLimit, Occasion};
 use crate::retry::{Budget, chance, delay};
-use crate::{Recover, RecoveryReport, RecoveryStep, ResilienceConfiguration};
+use crate::{Recover, RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceCounts};
 
 pub(crate) struct Control {
     pub(crate) configuration: ResilienceConfiguration,
@@ -37,6 +37,7 @@ pub(crate) struct State {
     pub(crate) breaker: CircuitBreaker,
     pub(crate) budget: Budget,
     pub(crate) last_recovery: Option<RecoveryReport>,
+    pub(crate) counts: ResilienceCounts,
     automatic: AutomaticLimit,
 }
 
@@ -60,6 +61,7 @@ impl Control {
                 breaker: CircuitBreaker::new(configuration.breaker.clone()),
                 budget: Budget::new(&configuration.retry.budget),
                 last_recovery: None,
+                counts: ResilienceCounts::default(),
                 automatic: AutomaticLimit::new(&configuration.recovery),
             }),
             recoveries: AtomicU64::new(0),
@@ -101,12 +103,29 @@ impl Control {
         RecoveryStep::ALL.into_iter().any(|step| self.recoverer.can(step))
     }
 
+    /// Counts what became of a request.
+    pub(crate) fn count(&self, which: impl FnOnce(&mut ResilienceCounts) -> &mut u64) {
+        *which(&mut self.lock().counts) += 1;
+    }
+
+    /// Waits for a place at the engine.
+    pub(crate) async fn place(&self) -> Result<Place, EngineError> {
+        let place = self.bulkhead.enter().await;
+        if let Err(EngineError::QueueFull { .. }) = &place {
+            self.count(|counts| &mut counts.refused_by_bulkhead);
+        }
+        place
+    }
+
     /// Asks the breaker for leave to send a request.
     pub(crate) fn leave(self: &Arc<Self>) -> Result<Leave, EngineError> {
         let admitted = self.lock().breaker.admit(self.now());
-        let pass = admitted.map_err(|retry_after| EngineError::Unavailable {
-            reason: "too many requests failed lately".to_owned(),
-            retry_after,
+        let pass = admitted.map_err(|retry_after| {
+            self.count(|counts| &mut counts.refused_by_breaker);
+            EngineError::Unavailable {
+                reason: "too many requests failed lately".to_owned(),
+                retry_after,
+            }
         })?;
         Ok(Leave::new(Arc::clone(self), pass))
     }
@@ -151,6 +170,7 @@ impl Control {
             tracing::debug!(%error, ?wait, retries, "request is tried again");
             sleep(wait).await;
             retries += 1;
+            self.count(|counts| &mut counts.retried);
         }
     }
 
@@ -183,6 +203,16 @@ impl Control {
         }
     }
 
+    /// Looks for a hang no longer; false where one more look is needed.
+    ///
+    /// A request takes its place and then asks whether somebody looks. One that came before this has said yes here has its place, which is
+    /// seen after that; one that comes later finds nobody, and begins to look itself.
+    fn look_away(&self) -> bool {
+        // Reading what the request wrote is what makes its place seen.
+        self.watched.swap(false, Ordering::AcqRel);
+        self.bulkhead.running() == 0 || self.watched.swap(true, Ordering::AcqRel)
+    }
+
     pub(crate) async fn recover(self: &Arc<Self>, occasion: Occasion) -> RecoveryReport {
         let _one = self.one_recovery.lock().await;
         let _gate = Gate::close(self);
@@ -207,16 +237,6 @@ struct Watch {
     /// Whether it is the one that looks.
     looks: bool,
 }
-    /// Looks for a hang no longer; false where one more look is needed.
-    ///
-    /// A request takes its place and then asks whether somebody looks. One that came before this has said yes here has its place, which is
-    /// seen after that; one that comes later finds nobody, and begins to look itself.
-    fn look_away(&self) -> bool {
-        // Reading what the request wrote is what makes its place seen.
-        self.watched.swap(false, Ordering::AcqRel);
-        self.bulkhead.running() == 0 || self.watched.swap(true, Ordering::AcqRel)
-    }
-
 
 impl Watch {
     async fn run(mut self, limit: Duration) {
@@ -227,6 +247,10 @@ impl Watch {
             let Some(control) = self.control.upgrade() else {
                 return;
             };
+            if control.bulkhead.running() == 0 && control.look_away() {
+                self.looks = false;
+                return;
+            }
             let statistics = control.recoverer.statistics();
             let turn = statistics
                 .and_then(|statistics| statistics.turn_s)
@@ -250,10 +274,6 @@ impl Drop for Watch {
             && let Some(control) = self.control.upgrade()
         {
             control.watched.store(false, Ordering::Release);
-            if control.bulkhead.running() == 0 && control.look_away() {
-                self.looks = false;
-                return;
-            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The wrapper.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
@@ -144,6 +144,7 @@ impl<E: LlmEngine + 'static> Resilient<E> {
             recovering: *control.recovering.borrow(),
             recoveries: control.recoveries(),
             last_recovery: state.last_recovery.clone(),
+            counts: state.counts,
         }
     }
 
@@ -162,9 +163,10 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         let control = &self.control;
         let timeouts = &control.configuration.timeouts;
         let limits = patience.attempt(&params);
-        Deadline::enforce(limits.turn(), async {
+        let late = || control.count(|counts| &mut counts.timed_out);
+        Deadline::enforce_or(limits.turn(), late, async {
             control.recovered().await;
-            let place = control.bulkhead.enter().await?;
+            let place = control.place().await?;
             // One may have begun while a place was waited for.
             control.recovered().await;
             let mut leave = control.leave()?;
@@ -179,6 +181,7 @@ impl<E: LlmEngine + 'static> Resilient<E> {
                 Ok(admitted) => admitted,
                 Err(late) => {
                     leave.timed_out();
+                    control.count(|counts| &mut counts.timed_out);
                     return Err(late);
                 }
             };
@@ -225,6 +228,101 @@ pub struct ResilienceStatus {
     pub recoveries: u64,
     /// The last recovery that came to its end.
     pub last_recovery: Option<RecoveryReport>,
+    /// What became of requests here.
+    #[serde(default)]
+    pub counts: ResilienceCounts,
+}
+
+/// How often something became of requests that the engine itself does not see, since it is protected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ResilienceCounts {
+    /// Attempts that were refused because the circuit was open.
+    pub refused_by_breaker: u64,
+    /// Attempts that were refused because too many waited for a place.
+    pub refused_by_bulkhead: u64,
+    /// Attempts whose time was over before the engine had answered.
+    pub timed_out: u64,
+    /// Requests that were tried again, each time.
+    pub retried: u64,
+    /// Requests that were handed over again, each time, as a recovery had taken the engine away before they had begun.
+    pub handed_over_again: u64,
+}
+
+impl ResilienceStatus {
+    /// The same in Prometheus' text format, version 0.0.4, to be put behind the
+    /// [metrics](mlx_engine_monitor::Monitored::prometheus) of the engine.
+    pub fn prometheus(&self) -> String {
+        let counts = &self.counts;
+        let open = u8::from(self.breaker != BreakerState::Closed);
+        let recovering = u8::from(self.recovering);
+        let families: [(&str, &str, &str, &dyn fmt::Display); 10] = [
+            (
+                "circuit_open",
+                "gauge",
+                "Whether the circuit is open or half open.",
+                &open,
+            ),
+            (
+                "bulkhead_waiting",
+                "gauge",
+                "Requests that wait for a place at the engine.",
+                &self.waiting,
+            ),
+            (
+                "retries_left",
+                "gauge",
+                "Retries that the budget has left.",
+                &self.retries_left,
+            ),
+            ("recovering", "gauge", "Whether a recovery runs.", &recovering),
+            (
+                "recoveries_total",
+                "counter",
+                "Recoveries that took a step.",
+                &self.recoveries,
+            ),
+            (
+                "refused_by_breaker_total",
+                "counter",
+                "Attempts that were refused because the circuit was open.",
+                &counts.refused_by_breaker,
+            ),
+            (
+                "refused_by_bulkhead_total",
+                "counter",
+                "Attempts that were refused because too many waited for a place.",
+                &counts.refused_by_bulkhead,
+            ),
+            (
+                "timed_out_total",
+                "counter",
+                "Attempts whose time was over before the engine had answered.",
+                &counts.timed_out,
+            ),
+            (
+                "retried_total",
+                "counter",
+                "Requests that were tried again.",
+                &counts.retried,
+            ),
+            (
+                "handed_over_again_total",
+                "counter",
+                "Requests that were handed over again after a recovery.",
+                &counts.handed_over_again,
+            ),
+        ];
+        let mut page = String::new();
+        for (name, kind, help, value) in families {
+            // Writing to a string cannot fail.
+            let _ = write!(
+                page,
+                "# HELP mlx_engine_{name} {help}\n# TYPE mlx_engine_{name} {kind}\nmlx_engine_{name} {value}\n"
+            );
+        }
+        page
+    }
 }
 
 /// How an engine is to be protected.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use mlx_engine_core::{EngineError, GenerateParams, LlmEngine, Prompt};
-use mlx_engine_resilience::{BreakerState, ResilienceConfiguration, Resilient};
+use mlx_engine_resilience::{BreakerState, ResilienceConfiguration, ResilienceCounts, Resilient};
 use proptest::prelude::*;
 use tokio::time::Instant;
 
@@ -206,6 +206,54 @@ async fn each_phase_has_its_limit() {
     assert!(
         matches!(ask(&engine).await, Err(EngineError::DeadlineExceeded { limit }) if limit == SECOND * 6)
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_engine_does_not_see_is_counted() {
+    let mut configuration = exact();
+    configuration.bulkhead.max_concurrent = 1;
+    configuration.bulkhead.max_waiting = 0;
+    configuration.timeouts.first_token = Some(SECOND * 5);
+    configuration.breaker.min_requests = 2;
+    configuration.recovery.automatic = false;
+    let engine = resilient(configuration, vec![Fate::Refuse(device()), Fate::Hang]);
+    // It is refused, tried again, and hangs until its time is over; beside it is no place.
+    let (hangs, full) = futures::join!(ask(&engine), async {
+        tokio::time::sleep(SECOND * 3).await;
+        engine
+            .generate(Prompt::text("x"), GenerateParams::default())
+            .await
+    });
+    assert!(matches!(full, Err(EngineError::QueueFull { .. })), "{full:?}");
+    assert!(
+        matches!(hangs, Err(EngineError::DeadlineExceeded { .. })),
+        "{hangs:?}"
+    );
+    let refused = engine
+        .generate(Prompt::text("x"), GenerateParams::default())
+        .await;
+    assert!(
+        matches!(refused, Err(EngineError::Unavailable { .. })),
+        "{refused:?}"
+    );
+    let status = engine.status();
+    let counts = ResilienceCounts {
+        refused_by_breaker: 1,
+        refused_by_bulkhead: 1,
+        timed_out: 1,
+        retried: 1,
+        handed_over_again: 0,
+    };
+    assert_eq!(status.counts, counts);
+    let page = status.prometheus();
+    for line in [
+        "mlx_engine_circuit_open 1",
+        "mlx_engine_refused_by_breaker_total 1",
+        "mlx_engine_recoveries_total 0",
+        "# TYPE mlx_engine_retried_total counter",
+    ] {
+        assert!(page.lines().any(|found| found == line), "{line}: {page}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
