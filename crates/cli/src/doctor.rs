@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use mlx_engine::{
-    BreakerState, DetailedStatus, FallbackPolicy, InferenceEngine, RecoveryConfiguration,
-    ResilienceConfiguration, ResilienceStatus, hub_cache, platform,
+    BreakerState, EngineStatus, FallbackPolicy, InferenceEngine, RecoveryConfiguration,
+    ResilienceConfiguration, hub_cache, platform,
 };
 use serde_json::json;
 
@@ -28,8 +28,8 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
         outln!(
             "{}",
             json!({"platform": platform, "mlx": reason.is_none(), "problem": reason, "hint": hint, "hub_cache": cache,
-                   "health": examined.as_ref().map(|model| &model.status.health), "status": examined.as_ref().map(|model| &model.status),
-                   "resilience": examined.as_ref().map(|model| &model.resilience),
+                   "health": examined.as_ref().map(|model| &model.status.engine.health), "status": examined.as_ref().map(|model| &model.status),
+                   "resilience": examined.as_ref().map(|model| &model.status.resilience),
                    "recovery": examined.as_ref().map(|model| &model.recovery),
                    "cpu_kernels": kernels.as_ref().ok().map(|(name, _)| name), "cpu_threads": kernels.as_ref().ok().map(|(_, threads)| threads)})
         );
@@ -80,10 +80,10 @@ const TOKEN_LIMIT: Duration = Duration::from_mins(2);
 
 /// A failure where requests should not come to the model, or no token of it came.
 fn verdict(model: &Examined) -> Result<(), Failure> {
-    if !model.status.ready {
+    if !model.status.engine.ready {
         return Err(Failure::other("the model is not ready"));
     }
-    if model.status.metrics.probes.passed == 0 {
+    if model.status.engine.metrics.probes.passed == 0 {
         return Err(Failure::other("the model gave no token"));
     }
     Ok(())
@@ -91,8 +91,7 @@ fn verdict(model: &Examined) -> Result<(), Failure> {
 
 /// What was found of a model.
 struct Examined {
-    status: DetailedStatus,
-    resilience: ResilienceStatus,
+    status: EngineStatus,
     recovery: RecoveryConfiguration,
     load_s: f64,
     /// How long the token took that was asked for.
@@ -100,7 +99,7 @@ struct Examined {
 }
 
 fn print(model: &Examined) -> Result<(), Failure> {
-    let health = &model.status.health;
+    let health = &model.status.engine.health;
     outln!("model       {}", health.status);
     for reason in &health.reasons {
         outln!("            {reason}");
@@ -108,11 +107,11 @@ fn print(model: &Examined) -> Result<(), Failure> {
     let said = |yes: bool| if yes { "yes" } else { "no" };
     outln!(
         "            live: {}, ready: {}",
-        said(model.status.live),
-        said(model.status.ready)
+        said(model.status.engine.live),
+        said(model.status.engine.ready)
     );
     outln!("load        {:.2} s", model.load_s);
-    let probes = &model.status.metrics.probes;
+    let probes = &model.status.engine.metrics.probes;
     let asked = probes.passed + probes.failed + probes.abandoned;
     outln!(
         "token       {} of {asked} came, {:.3} s",
@@ -134,16 +133,16 @@ fn print(model: &Examined) -> Result<(), Failure> {
     };
     outln!(
         "recovery    {automatic}; {} so far",
-        model.resilience.recoveries
+        model.status.resilience.recoveries
     );
     outln!(
         "requests    circuit {}, {:.0} retries saved up",
-        match model.resilience.breaker {
+        match model.status.resilience.breaker {
             BreakerState::Open => "open",
             BreakerState::HalfOpen => "half open",
             BreakerState::Closed => "closed",
         },
-        model.resilience.retries_left
+        model.status.resilience.retries_left
     );
     Ok(())
 }
@@ -169,7 +168,6 @@ async fn look(engine: &InferenceEngine, limit: Duration) -> Result<Examined, Fai
     let token_s = began.elapsed().as_secs_f64();
     Ok(Examined {
         status: engine.detailed_status(),
-        resilience: engine.resilience_status(),
         recovery: ResilienceConfiguration::default().recovery,
         load_s: engine.load_seconds().unwrap_or_default(),
         token_s,

@@ -20,11 +20,28 @@ use mlx_engine_registry::ModelRegistry;
 use mlx_engine_resilience::SupervisedStatus;
 use mlx_engine_resilience::{RecoveryReport, ResilienceConfiguration, ResilienceStatus, Resilient};
 
+use serde::{Deserialize, Serialize};
+
 use crate::ChatSession;
 use crate::optimize::{self, OptimizeOptions, OptimizeReport};
 use crate::served::Served;
 use crate::settings::Settings;
 use crate::slot::Slot;
+
+/// Everything that is known of an [`InferenceEngine`], at one moment. As JSON it is one object, with the fields of
+/// [`DetailedStatus`] and these beside them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// How it is, and what was measured.
+    #[serde(flatten)]
+    pub engine: DetailedStatus,
+    /// How the circuit breaker, the limits and recovery stand.
+    pub resilience: ResilienceStatus,
+    /// How its process is, where it has one of its own.
+    #[cfg(unix)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub child: Option<SupervisedStatus>,
+}
 
 /// An engine that loads one model at a time and answers with it. Clones share the model.
 ///
@@ -116,6 +133,8 @@ impl InferenceEngine {
         if loaded.is_ok() {
             self.engine.renewed();
         }
+        // Who listens hears of what is there now.
+        self.engine.engine().health();
         loaded
     }
 
@@ -133,8 +152,6 @@ impl InferenceEngine {
     ///
     /// # Errors
     ///
-        // Who listens hears of what is there now.
-        self.engine.engine().health();
     /// As [`load_model`](Self::load_model).
     #[cfg(feature = "mlx")]
     pub fn load_encoder_at(location: &crate::ModelLocation) -> Result<PromptEncoder, EngineError> {
@@ -312,8 +329,13 @@ impl InferenceEngine {
     }
 
     /// Everything that is known, in one report that can be written as JSON.
-    pub fn detailed_status(&self) -> DetailedStatus {
-        self.engine.engine().detailed_status()
+    pub fn detailed_status(&self) -> EngineStatus {
+        EngineStatus {
+            engine: self.engine.engine().detailed_status(),
+            resilience: self.resilience_status(),
+            #[cfg(unix)]
+            child: self.child_status(),
+        }
     }
 
     /// How the circuit breaker, the limits and recovery stand.

@@ -71,7 +71,7 @@ pub use describe::{DescribedFile, ModelDescription, describe_local};
 pub use fetch::FetchPolicy;
 #[cfg(feature = "hub")]
 pub use fetch::{fetch, find_or_fetch, find_or_fetch_tokenizer};
-pub use inference::InferenceEngine;
+pub use inference::{EngineStatus, InferenceEngine};
 pub use mlx_engine_core::*;
 #[cfg(feature = "mlx")]
 pub use mlx_engine_engine::{

@@ -76,7 +76,16 @@ async fn what_was_answered_is_counted() {
         "{page}"
     );
     assert!(page.contains("\nmlx_engine_circuit_open 0\n"), "{page}");
-    assert!(serde_json::to_value(engine.detailed_status()).is_ok());
+    let status = engine.detailed_status();
+    let json = serde_json::to_value(&status).unwrap();
+    assert_eq!(
+        (&json["live"], &json["resilience"]["breaker"]),
+        (&true.into(), &"closed".into())
+    );
+    assert_eq!(
+        serde_json::from_value::<mlx_engine::EngineStatus>(json).unwrap(),
+        status
+    );
 }
 
 /// How often as many requests at once were answered, and were refused.
