@@ -199,7 +199,7 @@ impl InferenceEngine {
     }
 
     /// The most bytes that models had allocated at once in the engine's process, loading included; 0 on the mock, `None`
-    /// where no model is loaded. From a process of its own it is known as of the last request that ended.
+    /// where no model is loaded. From a process of its own it is known as of a moment ago.
     pub fn peak_memory_bytes(&self) -> Option<u64> {
         self.slot().engine().ok()?.peak_memory_bytes()
     }

@@ -92,7 +92,7 @@ async fn what_was_answered_is_counted() {
 async fn all_at_once(requests: usize, config: mlx_engine::EngineConfig) -> (u64, u64) {
     let script = MockScript::reply("Paris").with_step_delay(Duration::from_millis(1));
     let engine = mock(script).with_config(config);
-    engine.load_model("tiny").await.unwrap();
+    engine.load_model("tiny").await.expect("it loads");
     let ask = || engine.generate("Where?", GenerateParams::default());
     let answers = futures::future::join_all((0..requests).map(|_| ask())).await;
     for answer in answers {

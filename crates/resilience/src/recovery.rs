@@ -223,18 +223,17 @@ pub(crate) async fn run(
         took_s: 0.0,
     };
     let mut busy = false;
-    report.before = match occasion {
+    report.before = if let Occasion::Hang { turn } = occasion {
         // What it does not do for those who wait it will not do for us.
-        Occasion::Hang { turn } => Some(ProbeFailure::Abandoned {
+        Some(ProbeFailure::Abandoned {
             after_s: turn.as_secs_f64(),
-        }),
-        _ => {
-            let before = engine.statistics();
-            let failure = prove(engine, configuration.proof_timeout).await.err();
-            let abandoned = matches!(failure, Some(ProbeFailure::Abandoned { .. }));
-            busy = abandoned && went_on(before, engine.statistics());
-            failure
-        }
+        })
+    } else {
+        let before = engine.statistics();
+        let failure = prove(engine, configuration.proof_timeout).await.err();
+        let abandoned = matches!(failure, Some(ProbeFailure::Abandoned { .. }));
+        busy = abandoned && went_on(before, engine.statistics());
+        failure
     };
     let answers = !matches!(report.before, Some(ProbeFailure::Abandoned { .. }));
     match report.before {
