@@ -1,8 +1,10 @@
 //! `mlx-engine doctor`.
 
+use std::time::Duration;
+
 use mlx_engine::{
-    BreakerState, DetailedStatus, FallbackPolicy, InferenceEngine, RecoveryConfiguration,
-    ResilienceConfiguration, ResilienceStatus, hub_cache, platform,
+    BreakerState, EngineStatus, FallbackPolicy, InferenceEngine, RecoveryConfiguration,
+    ResilienceConfiguration, hub_cache, platform,
 };
 use serde_json::json;
 
@@ -21,16 +23,17 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
         Some(model) => Some(examined(model).await?),
         None => None,
     };
+    let verdict = examined.as_ref().map_or(Ok(()), verdict);
     if args.json {
         outln!(
             "{}",
             json!({"platform": platform, "mlx": reason.is_none(), "problem": reason, "hint": hint, "hub_cache": cache,
-                   "health": examined.as_ref().map(|model| &model.status.health), "status": examined.as_ref().map(|model| &model.status),
-                   "resilience": examined.as_ref().map(|model| &model.resilience),
+                   "health": examined.as_ref().map(|model| &model.status.engine.health), "status": examined.as_ref().map(|model| &model.status),
+                   "resilience": examined.as_ref().map(|model| &model.status.resilience),
                    "recovery": examined.as_ref().map(|model| &model.recovery),
                    "cpu_kernels": kernels.as_ref().ok().map(|(name, _)| name), "cpu_threads": kernels.as_ref().ok().map(|(_, threads)| threads)})
         );
-        return Ok(());
+        return verdict;
     }
     outln!(
         "system      {} {}{}",
@@ -69,13 +72,26 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
     if let Some(hint) = hint {
         outln!("to do       {hint}; `cargo xtask setup` brings MLX to a checkout");
     }
+    verdict
+}
+
+/// How long the token may take that is asked for.
+const TOKEN_LIMIT: Duration = Duration::from_mins(2);
+
+/// A failure where requests should not come to the model, or no token of it came.
+fn verdict(model: &Examined) -> Result<(), Failure> {
+    if !model.status.engine.ready {
+        return Err(Failure::other("the model is not ready"));
+    }
+    if model.status.engine.metrics.probes.passed == 0 {
+        return Err(Failure::other("the model gave no token"));
+    }
     Ok(())
 }
 
 /// What was found of a model.
 struct Examined {
-    status: DetailedStatus,
-    resilience: ResilienceStatus,
+    status: EngineStatus,
     recovery: RecoveryConfiguration,
     load_s: f64,
     /// How long the token took that was asked for.
@@ -83,7 +99,7 @@ struct Examined {
 }
 
 fn print(model: &Examined) -> Result<(), Failure> {
-    let health = &model.status.health;
+    let health = &model.status.engine.health;
     outln!("model       {}", health.status);
     for reason in &health.reasons {
         outln!("            {reason}");
@@ -91,11 +107,11 @@ fn print(model: &Examined) -> Result<(), Failure> {
     let said = |yes: bool| if yes { "yes" } else { "no" };
     outln!(
         "            live: {}, ready: {}",
-        said(model.status.live),
-        said(model.status.ready)
+        said(model.status.engine.live),
+        said(model.status.engine.ready)
     );
     outln!("load        {:.2} s", model.load_s);
-    let probes = &model.status.metrics.probes;
+    let probes = &model.status.engine.metrics.probes;
     let asked = probes.passed + probes.failed + probes.abandoned;
     outln!(
         "token       {} of {asked} came, {:.3} s",
@@ -115,15 +131,18 @@ fn print(model: &Examined) -> Result<(), Failure> {
     } else {
         "where it is asked for".to_owned()
     };
-    outln!("recovery    {automatic}; {} so far", model.resilience.recoveries);
+    outln!(
+        "recovery    {automatic}; {} so far",
+        model.status.resilience.recoveries
+    );
     outln!(
         "requests    circuit {}, {:.0} retries saved up",
-        match model.resilience.breaker {
+        match model.status.resilience.breaker {
             BreakerState::Open => "open",
             BreakerState::HalfOpen => "half open",
             BreakerState::Closed => "closed",
         },
-        model.resilience.retries_left
+        model.status.resilience.retries_left
     );
     Ok(())
 }
@@ -138,12 +157,17 @@ async fn examined(model: &str) -> Result<Examined, Failure> {
         .with_registry(crate::registry::registry()?.clone())
         .with_fallback(FallbackPolicy::Never);
     engine.load_model(model).await?;
+    look(&engine, TOKEN_LIMIT).await
+}
+
+/// How an engine is, by a token of it that may take so long.
+async fn look(engine: &InferenceEngine, limit: Duration) -> Result<Examined, Failure> {
     let began = std::time::Instant::now();
-    engine.check_health().await;
+    // Health has what came of it, also where it is given up.
+    let _ = tokio::time::timeout(limit, engine.check_health()).await;
     let token_s = began.elapsed().as_secs_f64();
     Ok(Examined {
         status: engine.detailed_status(),
-        resilience: engine.resilience_status(),
         recovery: ResilienceConfiguration::default().recovery,
         load_s: engine.load_seconds().unwrap_or_default(),
         token_s,
@@ -172,4 +196,31 @@ fn mlx_opens() -> Result<(), mlx_engine::EngineError> {
 #[cfg(not(feature = "mlx"))]
 fn mlx_opens() -> Result<(), mlx_engine::EngineError> {
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use mlx_engine::{BackendChoice, MockFault, MockScript};
+
+    use super::*;
+
+    /// What is said of a mock of this script, whose token may take so long.
+    async fn verdict_on(script: MockScript, limit: Duration) -> Result<(), Failure> {
+        let engine = InferenceEngine::new()
+            .with_backend(BackendChoice::Mock)
+            .with_mock(script);
+        engine.load_model("tiny").await?;
+        verdict(&look(&engine, limit).await?)
+    }
+
+    #[tokio::test]
+    async fn a_model_that_does_not_serve_is_a_failure() {
+        let well = MockScript::reply("Paris");
+        assert!(verdict_on(well.clone(), TOKEN_LIMIT).await.is_ok());
+        let broken = verdict_on(well.clone().with_fault(0, MockFault::Device), TOKEN_LIMIT).await;
+        assert!(matches!(broken, Err(Failure::Other(why)) if why.contains("not ready")));
+        let slow = well.with_step_delay(Duration::from_secs(1));
+        let late = verdict_on(slow, Duration::ZERO).await;
+        assert!(matches!(late, Err(Failure::Other(why)) if why.contains("no token")));
+    }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use futures::StreamExt;
 use mlx_engine::{
-    ChatMessage, FinishReason, GenerateSummary, GenerationEvent, InferenceEngine, LlmEngine,
+    ChatMessage, FinishReason, GenerateParams, GenerateSummary, GenerationEvent, InferenceEngine, LlmEngine,
     OutputConstraint, PartialOutput, Prompt, SpeculationOff, SpeculationReport, Timings, Usage,
 };
 
@@ -53,6 +53,21 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
     // What is wrong with the parameters is said before seconds are spent on the model.
     params.validate().map_err(mlx_engine::EngineError::from)?;
     let engine = load::load(&args.model).await?;
+    let answered = answer(&engine, prompt, params, args.json).await;
+    if args.verbose {
+        // Where the answer failed they are wanted most.
+        stats::report(&engine);
+    }
+    answered
+}
+
+/// Prints an answer.
+async fn answer(
+    engine: &InferenceEngine,
+    prompt: Prompt,
+    params: GenerateParams,
+    json: bool,
+) -> Result<(), Failure> {
     let mut answer = Answer::new();
     let mut stream = engine.stream(prompt, params).await?;
     let mut interrupted = false;
@@ -65,12 +80,12 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
             }
         };
         let Some(event) = event else { break };
-        answer.take(event?, !args.json)?;
+        answer.take(event?, !json)?;
     }
     drop(stream);
     let summary = answer.summary.take();
-    if args.json {
-        let summary = summary.map_or_else(|| answer.cancelled(&engine), Ok)?;
+    if json {
+        let summary = summary.map_or_else(|| answer.cancelled(engine), Ok)?;
         let output = answer.parts.finish(summary);
         let json = serde_json::to_string(&output).map_err(|error| Failure::other(error.to_string()))?;
         outln!("{json}");
@@ -79,9 +94,6 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
         if let Some(summary) = &summary {
             report(summary);
         }
-    }
-    if args.verbose {
-        stats::report(&engine);
     }
     if interrupted {
         return Err(Failure::Interrupted);

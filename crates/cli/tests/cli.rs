@@ -819,6 +819,12 @@ mod real {
 
 #[test]
 fn what_was_counted_is_told() {
+    // Where the answer fails, too.
+    let (code, _, err) = run(&mock(&["--prompt", "", "--raw", "--verbose"]), "");
+    assert!(
+        code == 1 && err.contains("requests    1 (0 cancelled, 1 failed)"),
+        "{err}"
+    );
     let (_, out, err) = run(&mock(&["--prompt", "Hi", "--raw", "--verbose"]), "");
     assert_eq!(out, "Hi\n");
     assert!(err.contains("requests    1 (0 cancelled, 0 failed)"), "{err}");

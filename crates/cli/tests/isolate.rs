@@ -362,6 +362,44 @@ mod model {
         assert_eq!(engine.score("one two").await.unwrap().tokens.len(), 2);
     }
 
+    /// What the system says of a process's resident memory.
+    #[cfg(target_os = "linux")]
+    fn resident_bytes(process: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{process}/status")).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        kilobytes
+            .expect("a number")
+            .trim()
+            .parse::<u64>()
+            .expect("a number")
+            * 1024
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn the_memory_that_is_told_is_that_of_the_process_with_the_model() {
+        let engine = one_at_a_time(SupervisorConfiguration::default());
+        engine.load_model(&model()).await.unwrap();
+        engine
+            .generate("What is the capital of France?", greedy())
+            .await
+            .unwrap();
+        let there = resident_bytes(&process(&engine).to_string());
+        let told = engine.performance_metrics().process_memory_bytes.unwrap();
+        // It was read a moment before.
+        assert!(told.abs_diff(there) < there / 4, "{told} {there}");
+        let here = resident_bytes("self");
+        assert!(here < told - told / 4, "the weights are not here: {here} {told}");
+        // So a limit is one for that process.
+        let health = HealthConfiguration {
+            process_memory_limit_bytes: Some(told - told / 4),
+            ..HealthConfiguration::default()
+        };
+        let engine = engine.with_health(health).unwrap();
+        assert_eq!(engine.health().status, EngineHealth::Degraded);
+    }
+
     #[tokio::test]
     async fn a_model_that_does_not_load_apart_is_the_same_error() {
         let folder = tempfile::tempdir().unwrap();

@@ -54,5 +54,5 @@ pub use platform::{Device, Platform};
 pub use priority::Priority;
 pub use progress::LoadProgress;
 pub use speculation::{SpeculationOff, SpeculationReport};
-pub use statistics::{DeviceMemory, EngineStatistics};
+pub use statistics::{DeviceMemory, EngineStatistics, next_load};
 pub use tool::{ToolCall, ToolChoice, ToolDefinition};

@@ -1,5 +1,7 @@
 //! What an engine says of its inside at a moment.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use serde::{Deserialize, Serialize};
 
 /// What an engine says of its inside at a moment. The numbers are read one after the other while it works, so that they
@@ -37,6 +39,19 @@ pub struct EngineStatistics {
     pub worker_restarts: u64,
     /// What is allocated; `None` for a backend that allocates nothing.
     pub memory: Option<DeviceMemory>,
+    /// Resident memory of the engine's process, in bytes; `None` where that is this process, or the system does not say.
+    pub process_memory_bytes: Option<u64>,
+    /// Which load of this process it was that brought the model, from 1; 0 where the engine does not say. A model that is loaded
+    /// again has another number.
+    pub load: u64,
+    /// Seconds that the load took; `None` where the engine does not say.
+    pub load_s: Option<f64>,
+}
+
+/// A number for [`EngineStatistics::load`] that no other load of this process has.
+pub fn next_load() -> u64 {
+    static LOADS: AtomicU64 = AtomicU64::new(0);
+    LOADS.fetch_add(1, Ordering::Relaxed) + 1
 }
 
 /// Memory that models of this process have allocated, in bytes.

@@ -125,6 +125,9 @@ impl Gauges {
             redone_steps: read(&self.redone_steps),
             worker_restarts: read(&self.worker_restarts),
             memory: None,
+            process_memory_bytes: None,
+            load: 0,
+            load_s: None,
         }
     }
 }

@@ -94,8 +94,18 @@ impl IntoResponse for Refused {
                 )
                     .into_response()
             }
-            None if self.0.is_retryable() => (StatusCode::SERVICE_UNAVAILABLE, text).into_response(),
-            None => (StatusCode::BAD_REQUEST, text).into_response(),
+            None => (status(&self.0), text).into_response(),
         }
+    }
+}
+
+/// Whose fault it is: what has the service to do, and what its caller?
+fn status(error: &EngineError) -> StatusCode {
+    match error {
+        EngineError::NotLoaded { .. } => StatusCode::SERVICE_UNAVAILABLE,
+        EngineError::DeadlineExceeded { .. } => StatusCode::GATEWAY_TIMEOUT,
+        EngineError::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        error if error.is_retryable() => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::BAD_REQUEST,
     }
 }

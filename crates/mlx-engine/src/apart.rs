@@ -32,7 +32,7 @@ pub(crate) struct Apart {
     pub(crate) supervisor: SupervisorConfiguration,
 }
 
-/// What the engine says of itself, when it is loaded and whenever a request has ended.
+/// What the engine says of itself, when it is loaded, whenever a request has ended, and a few times a second while that changes.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(crate) struct Details {
     pub(crate) device: Device,

@@ -20,11 +20,28 @@ use mlx_engine_registry::ModelRegistry;
 use mlx_engine_resilience::SupervisedStatus;
 use mlx_engine_resilience::{RecoveryReport, ResilienceConfiguration, ResilienceStatus, Resilient};
 
+use serde::{Deserialize, Serialize};
+
 use crate::ChatSession;
 use crate::optimize::{self, OptimizeOptions, OptimizeReport};
 use crate::served::Served;
 use crate::settings::Settings;
 use crate::slot::Slot;
+
+/// Everything that is known of an [`InferenceEngine`], at one moment. As JSON it is one object, with the fields of
+/// [`DetailedStatus`] and these beside them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// How it is, and what was measured.
+    #[serde(flatten)]
+    pub engine: DetailedStatus,
+    /// How the circuit breaker, the limits and recovery stand.
+    pub resilience: ResilienceStatus,
+    /// How its process is, where it has one of its own.
+    #[cfg(unix)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub child: Option<SupervisedStatus>,
+}
 
 /// An engine that loads one model at a time and answers with it. Clones share the model.
 ///
@@ -91,7 +108,7 @@ impl InferenceEngine {
     /// [`EngineError::MlxUnavailable`] where the fallback policy is `Never`, and what is wrong with the model's files.
     /// After an error no model is loaded.
     pub async fn load_model(&self, model: &str) -> Result<Arc<ModelConfiguration>, EngineError> {
-        self.slot().load(model, &self.settings, None).await
+        self.load(model, None).await
     }
 
     /// As [`load_model`](Self::load_model), telling `progress` how far it has come, on a thread of the engine.
@@ -104,7 +121,21 @@ impl InferenceEngine {
         model: &str,
         progress: ProgressFn,
     ) -> Result<Arc<ModelConfiguration>, EngineError> {
-        self.slot().load(model, &self.settings, Some(progress)).await
+        self.load(model, Some(progress)).await
+    }
+
+    async fn load(
+        &self,
+        model: &str,
+        progress: Option<ProgressFn>,
+    ) -> Result<Arc<ModelConfiguration>, EngineError> {
+        let loaded = self.slot().load(model, &self.settings, progress).await;
+        if loaded.is_ok() {
+            self.engine.renewed();
+        }
+        // Who listens hears of what is there now.
+        self.engine.engine().health();
+        loaded
     }
 
     /// Reads the tokenizer and the template of a model without its weights.
@@ -168,7 +199,7 @@ impl InferenceEngine {
     }
 
     /// The most bytes that models had allocated at once in the engine's process, loading included; 0 on the mock, `None`
-    /// where no model is loaded. From a process of its own it is known as of the last request that ended.
+    /// where no model is loaded. From a process of its own it is known as of a moment ago.
     pub fn peak_memory_bytes(&self) -> Option<u64> {
         self.slot().engine().ok()?.peak_memory_bytes()
     }
@@ -277,7 +308,9 @@ impl InferenceEngine {
 
     /// The same as text that Prometheus reads.
     pub fn prometheus(&self) -> String {
-        self.engine.engine().prometheus()
+        let mut page = self.engine.engine().prometheus();
+        page.push_str(&self.engine.status().prometheus());
+        page
     }
 
     /// How the engine is, by what was measured so far; at once.
@@ -296,8 +329,13 @@ impl InferenceEngine {
     }
 
     /// Everything that is known, in one report that can be written as JSON.
-    pub fn detailed_status(&self) -> DetailedStatus {
-        self.engine.engine().detailed_status()
+    pub fn detailed_status(&self) -> EngineStatus {
+        EngineStatus {
+            engine: self.engine.engine().detailed_status(),
+            resilience: self.resilience_status(),
+            #[cfg(unix)]
+            child: self.child_status(),
+        }
     }
 
     /// How the circuit breaker, the limits and recovery stand.

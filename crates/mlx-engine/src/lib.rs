@@ -27,7 +27,8 @@
 //! loaded (`FetchPolicy`), and `hub::Hub` searches it. It is off by default, because it brings a TLS stack; the cache
 //! ([`hub::HubCache`]) is looked in without it.
 //!
-//! `metrics` hands every request that ends to whatever recorder of the `metrics` facade the program has installed, and `otlp` sends
+//! `metrics` hands every request that ends to whatever recorder of the `metrics` facade the program has installed. `tracing` opens a
+//! span for every request and writes an event for every change of health, for the program's own subscriber; `otlp`, which includes it, sends
 //! spans of requests and steps to a collector.
 //!
 //! `schemars` (default) brings `InferenceEngine::generate_as`, which answers with a value of a type that has a JSON schema.
@@ -70,7 +71,7 @@ pub use describe::{DescribedFile, ModelDescription, describe_local};
 pub use fetch::FetchPolicy;
 #[cfg(feature = "hub")]
 pub use fetch::{fetch, find_or_fetch, find_or_fetch_tokenizer};
-pub use inference::InferenceEngine;
+pub use inference::{EngineStatus, InferenceEngine};
 pub use mlx_engine_core::*;
 #[cfg(feature = "mlx")]
 pub use mlx_engine_engine::{
@@ -98,8 +99,8 @@ pub use mlx_engine_registry::{
 pub use mlx_engine_resilience as resilience;
 pub use mlx_engine_resilience::{
     BreakerConfiguration, BreakerState, BudgetConfiguration, BulkheadConfiguration, RecoveryConfiguration,
-    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceStatus, RetryConfiguration, StepOutcome,
-    StepReport, TimeoutConfiguration,
+    RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceCounts, ResilienceStatus,
+    RetryConfiguration, StepOutcome, StepReport, TimeoutConfiguration,
 };
 #[cfg(unix)]
 pub use mlx_engine_resilience::{ChildState, Program, SupervisedStatus, SupervisorConfiguration};

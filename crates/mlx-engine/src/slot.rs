@@ -92,7 +92,7 @@ impl Slot {
         *self.last() = None;
         if let State::Loaded { engine, .. } = previous {
             // Two models at once might not fit.
-            retire(&engine).await?;
+            retire(&engine).await;
         }
         let (engine, fallback_reason) = settings.choose(model, progress).await?;
         let configuration = engine
@@ -141,14 +141,16 @@ impl Slot {
 /// How long an engine may take over its last step before it counts as hanging, and the next is loaded beside it.
 const UNLOAD_LIMIT: Duration = Duration::from_secs(30);
 
-/// Ends an engine, and gives it up where it hangs.
-async fn retire(engine: &Served) -> Result<(), EngineError> {
-    if let Ok(unloaded) = tokio::time::timeout(UNLOAD_LIMIT, engine.unload()).await {
-        return unloaded;
+/// Ends an engine, and gives it up where it hangs. One that is broken must not be in the way of the next.
+async fn retire(engine: &Served) {
+    match tokio::time::timeout(UNLOAD_LIMIT, engine.unload()).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the engine could not be unloaded"),
+        Err(_) => {
+            tracing::error!("the engine does not end and is given up, its memory stays taken");
+            engine.abandon();
+        }
     }
-    tracing::error!("the engine does not end and is given up, its memory stays taken");
-    engine.abandon();
-    Ok(())
 }
 
 impl LlmEngine for Slot {

@@ -241,7 +241,7 @@ async fn limits_that_are_none_are_refused_by_their_names_and_changes_of_health_a
         (change.from, change.to),
         (EngineHealth::Degraded, EngineHealth::Unhealthy)
     );
-    assert!(!engine.detailed_status().ready);
+    assert!(!engine.detailed_status().engine.ready);
 }
 
 /// What the facade is made of, in other orders and each alone, over an engine that somebody else holds.

@@ -34,6 +34,26 @@ async fn health_follows_the_model() {
 }
 
 #[tokio::test]
+async fn a_load_is_told_with_its_time_before_anything_is_asked() {
+    let engine = mock(MockScript::reply("Paris"));
+    let mut changes = engine.health_events();
+    engine.load_model("tiny").await.unwrap();
+    let change = changes.next().await.unwrap();
+    assert_eq!(
+        (change.from, change.to),
+        (EngineHealth::Unhealthy, EngineHealth::Degraded)
+    );
+    let first = engine.performance_metrics();
+    assert_eq!(first.load_time_s, engine.load_seconds());
+    assert!(first.load_time_s.is_some());
+    engine.load_model("tiny").await.unwrap();
+    let second = engine.performance_metrics();
+    assert_eq!(second.load_time_s, engine.load_seconds());
+    let load = |metrics: &mlx_engine::InferenceMetrics| metrics.engine.map(|engine| engine.load);
+    assert!(load(&second) > load(&first));
+}
+
+#[tokio::test]
 async fn what_was_answered_is_counted() {
     let engine = mock(MockScript::reply("Paris"));
     engine.load_model("tiny").await.unwrap();
@@ -55,7 +75,89 @@ async fn what_was_answered_is_counted() {
         page.contains("requests_submitted_total") && page.contains(" 4\n"),
         "{page}"
     );
-    assert!(serde_json::to_value(engine.detailed_status()).is_ok());
+    assert!(page.contains("\nmlx_engine_circuit_open 0\n"), "{page}");
+    let status = engine.detailed_status();
+    let json = serde_json::to_value(&status).unwrap();
+    assert_eq!(
+        (&json["live"], &json["resilience"]["breaker"]),
+        (&true.into(), &"closed".into())
+    );
+    assert_eq!(
+        serde_json::from_value::<mlx_engine::EngineStatus>(json).unwrap(),
+        status
+    );
+}
+
+/// How often as many requests at once were answered, and were refused.
+async fn all_at_once(requests: usize, config: mlx_engine::EngineConfig) -> (u64, u64) {
+    let script = MockScript::reply("Paris").with_step_delay(Duration::from_millis(1));
+    let engine = mock(script).with_config(config);
+    engine.load_model("tiny").await.expect("it loads");
+    let ask = || engine.generate("Where?", GenerateParams::default());
+    let answers = futures::future::join_all((0..requests).map(|_| ask())).await;
+    for answer in answers {
+        match answer {
+            Ok(output) => assert_eq!(output.text, "Paris"),
+            Err(error) => assert!(matches!(error, EngineError::QueueFull { .. }), "{error}"),
+        }
+    }
+    // What the engine did not hear of is not in these.
+    let total = engine.performance_metrics().total;
+    assert_eq!(total.submitted, requests as u64);
+    (total.finished.total(), total.failed())
+}
+
+#[tokio::test]
+async fn how_many_wait_is_what_the_engine_is_told_and_no_more() {
+    use mlx_engine::EngineConfig;
+
+    let config = |max_batch, max_queue| EngineConfig {
+        max_batch,
+        max_queue,
+        ..EngineConfig::default()
+    };
+    assert_eq!(all_at_once(400, config(128, 1000)).await, (400, 0));
+    let (answered, refused) = all_at_once(40, config(1, 2)).await;
+    assert!(
+        answered >= 3 && refused > 0 && answered + refused == 40,
+        "{answered} {refused}"
+    );
+}
+
+#[tokio::test]
+async fn a_model_that_comes_late_serves_at_once() {
+    use mlx_engine::{BreakerState, ResilienceConfiguration};
+
+    let engine = mock(MockScript::reply("Paris"));
+    let ask = async |engine: &InferenceEngine| engine.generate("Where?", GenerateParams::default()).await;
+    for _ in 0..5 {
+        let error = ask(&engine).await.unwrap_err();
+        assert!(matches!(error, EngineError::NotLoaded { .. }), "{error}");
+    }
+    let status = engine.resilience_status();
+    assert_eq!((status.breaker, status.recoveries), (BreakerState::Closed, 0));
+    engine.load_model("tiny").await.unwrap();
+    assert_eq!(ask(&engine).await.unwrap().text, "Paris");
+
+    // What failed before says nothing about what was loaded since.
+    let mut resilience = ResilienceConfiguration::default();
+    resilience.recovery.automatic = false;
+    let broken = (0..5).fold(MockScript::reply("Paris"), |script, _| {
+        script.with_fault(0, MockFault::Device)
+    });
+    let engine = mock(broken).with_resilience(resilience).unwrap();
+    engine.load_model("tiny").await.unwrap();
+    for _ in 0..5 {
+        ask(&engine).await.unwrap_err();
+    }
+    assert_eq!(engine.resilience_status().breaker, BreakerState::Open);
+    engine
+        .clone()
+        .with_mock(MockScript::reply("Paris"))
+        .load_model("tiny")
+        .await
+        .unwrap();
+    assert_eq!(ask(&engine).await.unwrap().text, "Paris");
 }
 
 #[tokio::test]

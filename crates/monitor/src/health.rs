@@ -133,7 +133,7 @@ pub enum HealthReason {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MemoryKind {
-    /// Resident memory of this process.
+    /// Resident memory of the engine's process.
     Process,
     /// Memory of the device, at its peak in the window.
     Device,

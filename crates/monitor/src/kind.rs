@@ -18,6 +18,8 @@ pub enum ErrorKind {
     PromptTooLong,
     /// [`EngineError::ModelNotFound`].
     ModelNotFound,
+    /// [`EngineError::ModelFetch`].
+    ModelFetch,
     /// [`EngineError::ModelLoad`].
     ModelLoad,
     /// [`EngineError::UnsupportedModel`].
@@ -82,6 +84,7 @@ impl ErrorKind {
             EngineError::EmptyPrompt => Self::EmptyPrompt,
             EngineError::PromptTooLong { .. } => Self::PromptTooLong,
             EngineError::ModelNotFound { .. } => Self::ModelNotFound,
+            EngineError::ModelFetch { .. } => Self::ModelFetch,
             EngineError::ModelLoad { .. } => Self::ModelLoad,
             EngineError::UnsupportedModel { .. } => Self::UnsupportedModel,
             EngineError::Tokenizer { .. } => Self::Tokenizer,
@@ -125,7 +128,8 @@ impl ErrorKind {
             | Self::Unavailable
             | Self::LoadInProgress
             | Self::DeadlineExceeded => ErrorClass::Capacity,
-            Self::ModelLoad
+            Self::ModelFetch
+            | Self::ModelLoad
             | Self::UnsupportedModel
             | Self::Tokenizer
             | Self::MlxUnavailable
@@ -147,6 +151,7 @@ impl ErrorKind {
             Self::EmptyPrompt => "empty_prompt",
             Self::PromptTooLong => "prompt_too_long",
             Self::ModelNotFound => "model_not_found",
+            Self::ModelFetch => "model_fetch",
             Self::ModelLoad => "model_load",
             Self::UnsupportedModel => "unsupported_model",
             Self::Tokenizer => "tokenizer",
@@ -222,6 +227,14 @@ mod tests {
         check(EngineError::tokenizer("x", "x"), "tokenizer", fault);
         check(EngineError::template("x", "x"), "template", caller);
         check(EngineError::Constraint { message: text() }, "constraint", caller);
+        let fetch = EngineError::ModelFetch {
+            model: text(),
+            hint: None,
+            retryable: true,
+            retry_after: None,
+            source: mlx_engine_core::ErrorSource::new("x"),
+        };
+        check(fetch, "model_fetch", fault);
         check(EngineError::unsupported("x"), "unsupported", caller);
         check(
             EngineError::MlxUnavailable { reason: text() },

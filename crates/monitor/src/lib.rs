@@ -30,8 +30,8 @@
 //! }
 //! ```
 //!
-//! What only the inside of an engine knows is not here: the size of its batches, how often a speculation was right, the
-//! memory of its caches. There is no runtime, thread or timer either. Times come from a [`Clock`] that can be handed in.
+//! What only the inside of an engine knows, such as the size of its batches, how often a guess was right and the memory of its
+//! caches, the engine says itself ([`EngineStatistics`](mlx_engine_core::EngineStatistics)), and it is here as far as it does. There is no runtime, thread or timer either. Times come from a [`Clock`] that can be handed in.
 //!
 //! For each piece of text the price is two readings of the clock and five atomic operations at most; a lock is taken
 //! when a request begins, starts and ends.
@@ -71,6 +71,7 @@ pub use events::{HealthEvent, HealthEvents};
 pub use health::{EngineHealth, HealthReason, HealthReport, MemoryKind};
 pub use histogram::Distribution;
 pub use kind::{ErrorClass, ErrorKind};
+pub use memory::resident_bytes;
 pub use metrics::{FinishCounts, InferenceMetrics, LastGeneration, ProbeCounts, Statistics, Throughput};
 pub use monitored::{Monitored, MonitoredBuilder};
 pub use probe::{ProbeFailure, probe};

@@ -3,7 +3,7 @@
 use std::fs;
 
 /// Memory of this process that is resident, in bytes; `None` where the system has no `/proc`.
-pub(crate) fn resident_bytes() -> Option<u64> {
+pub fn resident_bytes() -> Option<u64> {
     if cfg!(target_os = "linux") {
         resident(&fs::read_to_string("/proc/self/status").ok()?)
     } else {

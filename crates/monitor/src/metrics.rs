@@ -19,7 +19,7 @@ pub struct InferenceMetrics {
     pub backend: Option<Backend>,
     /// Seconds since monitoring began.
     pub uptime_s: f64,
-    /// Seconds that loading the model took, once the engine or the program has said so.
+    /// Seconds that loading the model took, as far as the engine, its answers or the program have said so.
     pub load_time_s: Option<f64>,
     /// Requests that were submitted and not started.
     pub queued: u64,
@@ -28,7 +28,7 @@ pub struct InferenceMetrics {
     /// What the engine says of its inside, where it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineStatistics>,
-    /// Memory of this process that is resident, in bytes. Known on Linux only.
+    /// Memory of the engine's process that is resident, in bytes: of this one, unless it has its own. Known on Linux only.
     pub process_memory_bytes: Option<u64>,
     /// The generation that finished last.
     pub last: Option<LastGeneration>,

@@ -82,7 +82,7 @@ impl<E: LlmEngine> Monitored<E> {
     /// Why no token came.
     pub async fn probe(&self) -> Result<(), ProbeFailure> {
         let mut running = RunningProbe {
-            shared: &self.shared,
+            monitored: self,
             began: self.shared.now(),
             over: false,
         };
@@ -136,24 +136,30 @@ impl<E: LlmEngine> Monitored<E> {
 }
 
 /// A probe that runs. Dropping it is giving it up.
-struct RunningProbe<'a> {
-    shared: &'a Shared,
+struct RunningProbe<'a, E: LlmEngine> {
+    monitored: &'a Monitored<E>,
     began: Duration,
     over: bool,
 }
 
-impl RunningProbe<'_> {
+impl<E: LlmEngine> RunningProbe<'_, E> {
     fn conclude(&mut self, failure: Option<ProbeFailure>) {
         self.over = true;
-        let now = self.shared.now();
-        self.shared.probed(now, now.saturating_sub(self.began), failure);
+        let Monitored { engine, shared } = self.monitored;
+        let now = shared.now();
+        shared.probed(now, now.saturating_sub(self.began), failure, Seen::of(engine));
     }
 }
 
-impl Drop for RunningProbe<'_> {
+impl<E: LlmEngine> Drop for RunningProbe<'_, E> {
     fn drop(&mut self) {
         if !self.over {
-            let after_s = self.shared.now().saturating_sub(self.began).as_secs_f64();
+            let after_s = self
+                .monitored
+                .shared
+                .now()
+                .saturating_sub(self.began)
+                .as_secs_f64();
             self.conclude(Some(ProbeFailure::Abandoned { after_s }));
         }
     }

@@ -69,7 +69,7 @@ impl Page {
             "What loading the model took.",
             metrics.load_time_s,
         );
-        let memory = "Resident memory of the process.";
+        let memory = "Resident memory of the engine's process.";
         if let Some(bytes) = metrics.process_memory_bytes {
             self.single("process_resident_memory_bytes", "gauge", memory, bytes);
         }

@@ -8,10 +8,10 @@ use std::time::Duration;
 use futures::{Stream, StreamExt};
 use mlx_engine_core::{EngineError, EventStream, GenerateSummary, GenerationEvent};
 
-use crate::ErrorKind;
 use crate::emit::Telemetry;
 use crate::shared::{Seen, Shared, seconds};
 use crate::tally::{Ended, Outcome, Work};
+use crate::{ErrorClass, ErrorKind};
 
 /// A request in flight. However it ends, it is counted once; dropping it is the caller's cancelling.
 #[derive(Debug)]
@@ -72,8 +72,17 @@ impl Ticket {
 
     /// The engine answered with an error, here or at admission.
     pub(crate) fn fail(&mut self, error: &EngineError) {
-        let now = self.hear();
-        self.end(now, Outcome::Failed(ErrorKind::of(error)), None);
+        let kind = ErrorKind::of(error);
+        let now = if kind.class() == ErrorClass::Caller {
+            // It is found before the engine's work begins, and says nothing of that.
+            if std::mem::take(&mut self.waiting) {
+                self.shared.excuse();
+            }
+            self.shared.now()
+        } else {
+            self.hear()
+        };
+        self.end(now, Outcome::Failed(kind), None);
     }
 
     fn observe(&mut self, item: Option<&Result<GenerationEvent, EngineError>>) {

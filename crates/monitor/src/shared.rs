@@ -51,9 +51,20 @@ impl Seen {
         self.model.as_ref().map(|model| model.id.as_str())
     }
 
+    /// Resident memory of the process that the engine is in: its own, or this one.
+    fn process_memory_bytes(&self) -> Option<u64> {
+        let apart = self.statistics.and_then(|engine| engine.process_memory_bytes);
+        apart.or_else(memory::resident_bytes)
+    }
+
     /// Whether what was loaded before is loaded still.
     fn continues(&self, before: &Self) -> bool {
-        self.backend == before.backend && self.model_id() == before.model_id()
+        self.backend == before.backend && self.model_id() == before.model_id() && self.load() == before.load()
+    }
+
+    /// Which load it is of, where it says so.
+    fn load(&self) -> u64 {
+        self.statistics.map(|engine| engine.load).unwrap_or_default()
     }
 }
 
@@ -183,7 +194,7 @@ impl Shared {
     /// The health now, given what the engine says that it is.
     pub(crate) fn health(&self, seen: Seen) -> HealthReport {
         let memory = self.limits.process_memory_limit_bytes.is_some();
-        let resident = if memory { memory::resident_bytes() } else { None };
+        let resident = if memory { seen.process_memory_bytes() } else { None };
         let now = self.now();
         let look = |state: &mut State| {
             state.see(seen);
@@ -208,6 +219,11 @@ impl Shared {
         if waited {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+
+    /// Somebody hears that what was asked for cannot be, which the engine need not have been asked for.
+    pub(crate) fn excuse(&self) {
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Somebody gives up waiting.
@@ -260,17 +276,23 @@ impl Shared {
                 state.queued = state.queued.saturating_sub(1);
             }
             self.streaming_tokens.fetch_sub(delivered, Ordering::Relaxed);
-            // What it said when it was asked last is over.
-            state.seen.statistics = None;
+            if let (Outcome::Finished(_), Some(engine)) = (ended.outcome, &mut state.seen.statistics) {
+                // The turn that it was at when it was asked last is over.
+                engine.turn_s = None;
+            }
             state.end(now, &ended, summary);
             state.seen.clone()
         });
         telemetry.end(&ended, summary, &seen);
     }
 
-    pub(crate) fn probed(&self, now: Duration, took: Duration, failure: Option<ProbeFailure>) {
+    pub(crate) fn probed(&self, now: Duration, took: Duration, failure: Option<ProbeFailure>, seen: Seen) {
         let patience = seconds(self.limits.probe_patience_s).unwrap_or_default();
+        if failure.is_none() {
+            self.hear(now, false);
+        }
         self.change(now, |state| {
+            state.see(seen);
             let conclusive = match failure {
                 None => {
                     state.probes.passed += 1;
@@ -298,7 +320,7 @@ impl Shared {
     }
 
     pub(crate) fn metrics(&self, seen: &Seen) -> InferenceMetrics {
-        let process_memory_bytes = memory::resident_bytes();
+        let process_memory_bytes = seen.process_memory_bytes();
         let now = self.now();
         let state = self.lock();
         let mut total = state.total.statistics();
@@ -307,7 +329,10 @@ impl Shared {
             model: seen.model_id().map(str::to_owned),
             backend: seen.backend,
             uptime_s: now.as_secs_f64(),
-            load_time_s: state.load_time.map(|time| time.as_secs_f64()),
+            load_time_s: seen
+                .statistics
+                .and_then(|engine| engine.load_s)
+                .or_else(|| state.load_time.map(|time| time.as_secs_f64())),
             queued: state.queued,
             running: state.running,
             engine: seen.statistics,
@@ -352,6 +377,7 @@ impl State {
         if !seen.continues(&self.seen) && seen.loaded() {
             self.consecutive_failures = 0;
             self.probe = None;
+            self.load_time = None;
             self.baseline.iter_mut().for_each(Histogram::clear);
         }
         self.seen = seen;

@@ -31,6 +31,15 @@ impl Deadline {
         Some(Self { at, limit })
     }
 
+    /// What is left of it.
+    fn left(self) -> Result<Duration, EngineError> {
+        let left = self.at.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(self.exceeded());
+        }
+        Ok(left)
+    }
+
     pub(crate) fn exceeded(self) -> EngineError {
         EngineError::DeadlineExceeded { limit: self.limit }
     }
@@ -40,14 +49,104 @@ impl Deadline {
         deadline: Option<Self>,
         work: impl Future<Output = Result<T, EngineError>>,
     ) -> Result<T, EngineError> {
+        Self::enforce_or(deadline, || {}, work).await
+    }
+
+    /// The same, telling where the future did not come to its end.
+    pub(crate) async fn enforce_or<T>(
+        deadline: Option<Self>,
+        late: impl FnOnce(),
+        work: impl Future<Output = Result<T, EngineError>>,
+    ) -> Result<T, EngineError> {
         match deadline {
             Some(deadline) => {
                 let done = tokio::time::timeout_at(deadline.at, work).await;
-                done.unwrap_or_else(|_| Err(deadline.exceeded()))
+                done.unwrap_or_else(|_| {
+                    late();
+                    Err(deadline.exceeded())
+                })
             }
             None => work.await,
         }
     }
+}
+
+/// How long a caller waits for an answer, from when it asked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// When the answer has to be over: as the caller or the configuration says, whichever is sooner.
+    pub(crate) total: Option<Deadline>,
+    /// What the caller says of it.
+    own: Option<Deadline>,
+}
+
+impl Patience {
+    pub(crate) fn new(total: Option<Duration>, params: &GenerateParams) -> Self {
+        let own = Deadline::after(seconds(params.timeout_s));
+        let total = Deadline::after(total);
+        Self {
+            total: sooner(own, total),
+            own,
+        }
+    }
+
+    /// One attempt begins to wait for its turn.
+    pub(crate) fn attempt(self, params: &GenerateParams) -> AttemptLimits {
+        AttemptLimits {
+            patience: self,
+            queue: Deadline::after(seconds(params.queue_timeout_s)),
+        }
+    }
+}
+
+/// Until when one attempt may wait for what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttemptLimits {
+    patience: Patience,
+    /// When it has to have begun, as the caller says.
+    queue: Option<Deadline>,
+}
+
+impl AttemptLimits {
+    /// Until when it may wait for its turn.
+    pub(crate) fn turn(self) -> Option<Deadline> {
+        sooner(self.patience.total, self.queue)
+    }
+
+    /// What the engine is asked for now: what is left of the caller's time.
+    fn left(self, params: &GenerateParams) -> Result<GenerateParams, EngineError> {
+        let mut params = params.clone();
+        if let Some(own) = self.patience.own {
+            params.timeout_s = Some(own.left()?.as_secs_f64());
+        }
+        if let Some(queue) = self.queue {
+            params.queue_timeout_s = Some(queue.left()?.as_secs_f64());
+        }
+        Ok(params)
+    }
+
+    /// An error of the engine's in the caller's words: it was handed less time than the caller gave.
+    fn of_caller(self, error: EngineError) -> EngineError {
+        let over = |deadline: &Deadline| Instant::now() >= deadline.at;
+        match error {
+            EngineError::DeadlineExceeded { .. } => {
+                let own = self.patience.own.filter(over);
+                let deadline = own.or(self.queue.filter(over));
+                deadline.map_or(error, Deadline::exceeded)
+            }
+            error => error,
+        }
+    }
+}
+
+/// A time of the caller's; none where it is no time, which the engine refuses.
+fn seconds(seconds: Option<f64>) -> Option<Duration> {
+    let limit = Duration::try_from_secs_f64(seconds?).ok()?;
+    (!limit.is_zero()).then_some(limit)
+}
+
+fn sooner(one: Option<Deadline>, other: Option<Deadline>) -> Option<Deadline> {
+    one.into_iter().chain(other).min_by_key(|deadline| deadline.at)
 }
 
 /// Leave from the breaker that has to be answered for. Dropping it says nothing about the engine.
@@ -83,7 +182,9 @@ impl Leave {
                 retry_after: Duration::ZERO,
             };
         }
-        self.settle(if kind.class() == ErrorClass::Fault {
+        // Where nothing was loaded there is nothing that could be broken.
+        let absent = kind == ErrorKind::NotLoaded && !self.control.can_recover();
+        self.settle(if kind.class() == ErrorClass::Fault && !absent {
             Verdict::Fault
         } else {
             Verdict::Nothing
@@ -121,6 +222,7 @@ pub(crate) struct Submission {
     control: Arc<Control>,
     prompt: Prompt,
     params: GenerateParams,
+    limits: AttemptLimits,
     /// Recoveries when it was handed over last.
     recoveries: Arc<AtomicU64>,
 }
@@ -131,6 +233,7 @@ impl Submission {
         control: Arc<Control>,
         prompt: Prompt,
         params: GenerateParams,
+        limits: AttemptLimits,
     ) -> Self {
         let recoveries = Arc::new(AtomicU64::new(control.recoveries()));
         Self {
@@ -138,21 +241,31 @@ impl Submission {
             control,
             prompt,
             params,
+            limits,
             recoveries,
         }
     }
 
     /// Hands it over, and again as long as recoveries take the engine away.
     pub(crate) async fn submit(&self) -> Result<EventStream, EngineError> {
-        loop {
-            self.control.recovered().await;
-            self.recoveries
-                .store(self.control.recoveries(), Ordering::Relaxed);
-            match self.engine.stream(self.prompt.clone(), self.params.clone()).await {
-                Err(error) if self.was_taken(&error) => {}
-                submitted => return submitted,
+        let submit = async {
+            loop {
+                self.control.recovered().await;
+                self.recoveries
+                    .store(self.control.recoveries(), Ordering::Relaxed);
+                let params = self.limits.left(&self.params)?;
+                match self.engine.stream(self.prompt.clone(), params).await {
+                    Err(error) if self.was_taken(&error) => self.count_again(),
+                    submitted => return submitted.map_err(|error| self.limits.of_caller(error)),
+                }
             }
-        }
+        };
+        let late = || self.control.count(|counts| &mut counts.timed_out);
+        Deadline::enforce_or(self.limits.turn(), late, submit).await
+    }
+
+    fn count_again(&self) {
+        self.control.count(|counts| &mut counts.handed_over_again);
     }
 
     /// Whether it was a recovery that took the engine away.
@@ -171,6 +284,8 @@ pub(crate) struct Guarded {
     started: bool,
     leave: Leave,
     total: Option<Timer>,
+    /// Until the engine has begun with it.
+    queue: Option<Timer>,
     /// Until the first token, and between two of them after that.
     phase: Option<Timer>,
     between: Option<Duration>,
@@ -209,15 +324,17 @@ impl Guarded {
         submission: Submission,
         place: Place,
         leave: Leave,
-        [total, first_token]: [Option<Deadline>; 2],
+        first_token: Option<Deadline>,
     ) -> Self {
         let between = submission.control.configuration.timeouts.between_tokens;
+        let AttemptLimits { patience, queue } = submission.limits;
         Self {
             running: Some((Running::Events(events), place)),
             submission,
             started: false,
             leave,
-            total: total.map(Timer::until),
+            total: patience.total.map(Timer::until),
+            queue: queue.map(Timer::until),
             phase: first_token.map(Timer::until),
             between,
             begun: false,
@@ -239,10 +356,15 @@ impl Guarded {
             // A long answer is no fault.
             self.leave.gave_up();
             limit
+        } else if let Some(limit) = Timer::poll(self.queue.as_mut(), cx) {
+            // Nor is a long queue.
+            self.leave.gave_up();
+            limit
         } else {
             return Poll::Pending;
         };
         self.running = None;
+        self.submission.control.count(|counts| &mut counts.timed_out);
         Poll::Ready(Some(Err(EngineError::DeadlineExceeded { limit })))
     }
 
@@ -253,6 +375,7 @@ impl Guarded {
         };
         let taken = self.submission.was_taken(error);
         if taken {
+            self.submission.count_again();
             let submission = self.submission.clone();
             *running = Running::Again(Box::pin(async move { submission.submit().await }));
         }
@@ -261,6 +384,7 @@ impl Guarded {
 
     fn fail(&mut self, error: EngineError) -> Poll<Option<Result<GenerationEvent, EngineError>>> {
         self.running = None;
+        let error = self.submission.limits.of_caller(error);
         Poll::Ready(Some(Err(self.leave.failed(error))))
     }
 }
@@ -293,6 +417,7 @@ impl Stream for Guarded {
             Poll::Pending => self.wait(cx),
             Poll::Ready(Some(Ok(event))) => {
                 self.started = true;
+                self.queue = None;
                 match event {
                     GenerationEvent::Started { .. } => {}
                     GenerationEvent::Finished(_) => {

@@ -125,20 +125,26 @@ impl Default for BreakerConfiguration {
 }
 
 /// How many requests the engine gets at the same time.
+///
+/// Nothing is held back unless it is told: the engine has a queue of its own, which knows priorities and what fits in the memory and has
+/// its own limit. What waits here the engine does not see.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BulkheadConfiguration {
-    /// Requests that the engine has at the same time; 1 to 1,000,000.
+    /// Requests that the engine has at the same time, those in its queue included; 1 to 1,000,000. The default bounds nothing.
     pub max_concurrent: usize,
     /// Requests that wait for a place; one more is refused with
     /// [`QueueFull`](mlx_engine_core::EngineError::QueueFull).
     pub max_waiting: usize,
 }
 
+/// The most requests that an engine can be given.
+const MOST_CONCURRENT: usize = 1_000_000;
+
 impl Default for BulkheadConfiguration {
     fn default() -> Self {
         Self {
-            max_concurrent: 64,
+            max_concurrent: MOST_CONCURRENT,
             max_waiting: 256,
         }
     }
@@ -223,7 +229,12 @@ impl ResilienceConfiguration {
         check("breaker.failure_rate", rate, within, "above 0 and at most 1")?;
         above_zero("breaker.open_for", breaker.open_for)?;
         between("breaker.trials", breaker.trials, 1, u32::MAX)?;
-        between("bulkhead.max_concurrent", bulkhead.max_concurrent, 1, 1_000_000)?;
+        between(
+            "bulkhead.max_concurrent",
+            bulkhead.max_concurrent,
+            1,
+            MOST_CONCURRENT,
+        )?;
         let limits = [
             ("timeouts.first_token", timeouts.first_token),
             ("timeouts.between_tokens", timeouts.between_tokens),

@@ -6,16 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use mlx_engine_core::EngineError;
+use mlx_engine_core::{EngineError, GenerateParams};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-use crate::attempt::{Deadline, Leave};
+use crate::attempt::{Deadline, Leave, Patience};
 use crate::breaker::{CircuitBreaker, Pass, Verdict};
-use crate::bulkhead::Bulkhead;
+use crate::bulkhead::{Bulkhead, Place};
 use crate::recovery::{self, AutomaticLimit, Occasion};
 use crate::retry::{Budget, chance, delay};
-use crate::{Recover, RecoveryReport, ResilienceConfiguration};
+use crate::{Recover, RecoveryReport, RecoveryStep, ResilienceConfiguration, ResilienceCounts};
 
 pub(crate) struct Control {
     pub(crate) configuration: ResilienceConfiguration,
@@ -37,6 +37,7 @@ pub(crate) struct State {
     pub(crate) breaker: CircuitBreaker,
     pub(crate) budget: Budget,
     pub(crate) last_recovery: Option<RecoveryReport>,
+    pub(crate) counts: ResilienceCounts,
     automatic: AutomaticLimit,
 }
 
@@ -60,6 +61,7 @@ impl Control {
                 breaker: CircuitBreaker::new(configuration.breaker.clone()),
                 budget: Budget::new(&configuration.retry.budget),
                 last_recovery: None,
+                counts: ResilienceCounts::default(),
                 automatic: AutomaticLimit::new(&configuration.recovery),
             }),
             recoveries: AtomicU64::new(0),
@@ -81,9 +83,9 @@ impl Control {
         self.recoveries.load(Ordering::Acquire)
     }
 
-    /// When a request that comes now has to be over.
-    pub(crate) fn deadline(&self) -> Option<Deadline> {
-        Deadline::after(self.configuration.timeouts.total)
+    /// How long a request that comes now may take.
+    pub(crate) fn patience(&self, params: &GenerateParams) -> Patience {
+        Patience::new(self.configuration.timeouts.total, params)
     }
 
     /// Waits while a recovery runs.
@@ -96,12 +98,34 @@ impl Control {
             .await;
     }
 
+    /// Whether there is anything that a recovery could do.
+    pub(crate) fn can_recover(&self) -> bool {
+        RecoveryStep::ALL.into_iter().any(|step| self.recoverer.can(step))
+    }
+
+    /// Counts what became of a request.
+    pub(crate) fn count(&self, which: impl FnOnce(&mut ResilienceCounts) -> &mut u64) {
+        *which(&mut self.lock().counts) += 1;
+    }
+
+    /// Waits for a place at the engine.
+    pub(crate) async fn place(&self) -> Result<Place, EngineError> {
+        let place = self.bulkhead.enter().await;
+        if let Err(EngineError::QueueFull { .. }) = &place {
+            self.count(|counts| &mut counts.refused_by_bulkhead);
+        }
+        place
+    }
+
     /// Asks the breaker for leave to send a request.
     pub(crate) fn leave(self: &Arc<Self>) -> Result<Leave, EngineError> {
         let admitted = self.lock().breaker.admit(self.now());
-        let pass = admitted.map_err(|retry_after| EngineError::Unavailable {
-            reason: "too many requests failed lately".to_owned(),
-            retry_after,
+        let pass = admitted.map_err(|retry_after| {
+            self.count(|counts| &mut counts.refused_by_breaker);
+            EngineError::Unavailable {
+                reason: "too many requests failed lately".to_owned(),
+                retry_after,
+            }
         })?;
         Ok(Leave::new(Arc::clone(self), pass))
     }
@@ -146,6 +170,7 @@ impl Control {
             tracing::debug!(%error, ?wait, retries, "request is tried again");
             sleep(wait).await;
             retries += 1;
+            self.count(|counts| &mut counts.retried);
         }
     }
 
@@ -170,9 +195,22 @@ impl Control {
         if !self.watched.swap(true, Ordering::AcqRel)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            let watch = Watch(Arc::downgrade(self));
+            let watch = Watch {
+                control: Arc::downgrade(self),
+                looks: true,
+            };
             runtime.spawn(watch.run(limit));
         }
+    }
+
+    /// Looks for a hang no longer; false where one more look is needed.
+    ///
+    /// A request takes its place and then asks whether somebody looks. One that came before this has said yes here has its place, which is
+    /// seen after that; one that comes later finds nobody, and begins to look itself.
+    fn look_away(&self) -> bool {
+        // Reading what the request wrote is what makes its place seen.
+        self.watched.swap(false, Ordering::AcqRel);
+        self.bulkhead.running() == 0 || self.watched.swap(true, Ordering::AcqRel)
     }
 
     pub(crate) async fn recover(self: &Arc<Self>, occasion: Occasion) -> RecoveryReport {
@@ -194,17 +232,25 @@ impl Control {
 
 /// Looks for a hang. It ends with the last request, or with its runtime, and begins anew with the next request. It keeps no
 /// engine alive.
-struct Watch(Weak<Control>);
+struct Watch {
+    control: Weak<Control>,
+    /// Whether it is the one that looks.
+    looks: bool,
+}
 
 impl Watch {
-    async fn run(self, limit: Duration) {
+    async fn run(mut self, limit: Duration) {
         // A hang is found within a quarter of its limit.
         let tick = (limit / 4).max(Duration::from_millis(1));
         loop {
             sleep(tick).await;
-            let Some(control) = self.0.upgrade().filter(|control| control.bulkhead.running() > 0) else {
+            let Some(control) = self.control.upgrade() else {
                 return;
             };
+            if control.bulkhead.running() == 0 && control.look_away() {
+                self.looks = false;
+                return;
+            }
             let statistics = control.recoverer.statistics();
             let turn = statistics
                 .and_then(|statistics| statistics.turn_s)
@@ -223,7 +269,10 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        if let Some(control) = self.0.upgrade() {
+        // Its runtime has ended.
+        if self.looks
+            && let Some(control) = self.control.upgrade()
+        {
             control.watched.store(false, Ordering::Release);
         }
     }
@@ -242,5 +291,54 @@ impl Gate {
 impl Drop for Gate {
     fn drop(&mut self) {
         self.0.recovering.send_replace(false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use futures::future::BoxFuture;
+    use mlx_engine_core::{Backend, EventStream, LlmEngine, ModelConfiguration, Prompt};
+
+    use super::*;
+    use crate::recovery::Unrecoverable;
+
+    struct Nothing;
+
+    impl LlmEngine for Nothing {
+        fn stream(&self, _: Prompt, _: GenerateParams) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+            Box::pin(async { Err(EngineError::EmptyPrompt) })
+        }
+
+        fn backend(&self) -> Option<Backend> {
+            None
+        }
+
+        fn model(&self) -> Option<Arc<ModelConfiguration>> {
+            None
+        }
+
+        fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    #[tokio::test]
+    async fn who_looks_for_a_hang_looks_away_only_where_nobody_came_meanwhile() {
+        let recoverer = Arc::new(Unrecoverable(Arc::new(Nothing)));
+        let control = Control::new(recoverer, ResilienceConfiguration::default());
+        control.watched.store(true, Ordering::Release);
+        // One came after the last look, and heard that somebody looks.
+        let place = control
+            .bulkhead
+            .enter()
+            .now_or_never()
+            .expect("at once")
+            .expect("a place");
+        assert!(!control.look_away());
+        assert!(control.watched.load(Ordering::Acquire), "it goes on");
+        drop(place);
+        assert!(control.look_away());
+        assert!(!control.watched.load(Ordering::Acquire), "the next begins anew");
     }
 }

@@ -53,7 +53,7 @@ pub use configuration::{
 };
 pub use recovery::{Recover, RecoveryReport, RecoveryStep, StepOutcome, StepReport};
 pub use reloadable::Reloadable;
-pub use resilient::{ResilienceStatus, Resilient, ResilientBuilder};
+pub use resilient::{ResilienceCounts, ResilienceStatus, Resilient, ResilientBuilder};
 #[cfg(unix)]
 pub use supervised::{
     ChildState, Launch, Process, Program, ProgressFn, Service, Supervised, SupervisedStatus,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use mlx_engine_core::{Backend, EngineError, EngineWrapper, LlmEngine};
+use mlx_engine_core::{Backend, EngineError, EngineStatistics, EngineWrapper, LlmEngine};
 use mlx_engine_monitor::{ErrorKind, Monitored, ProbeFailure, probe};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
@@ -222,23 +222,34 @@ pub(crate) async fn run(
         automatic: occasion != Occasion::Asked,
         took_s: 0.0,
     };
-    report.before = match occasion {
+    let mut busy = false;
+    report.before = if let Occasion::Hang { turn } = occasion {
         // What it does not do for those who wait it will not do for us.
-        Occasion::Hang { turn } => Some(ProbeFailure::Abandoned {
+        Some(ProbeFailure::Abandoned {
             after_s: turn.as_secs_f64(),
-        }),
-        _ => prove(engine, configuration.proof_timeout).await.err(),
+        })
+    } else {
+        let before = engine.statistics();
+        let failure = prove(engine, configuration.proof_timeout).await.err();
+        let abandoned = matches!(failure, Some(ProbeFailure::Abandoned { .. }));
+        busy = abandoned && went_on(before, engine.statistics());
+        failure
     };
     let answers = !matches!(report.before, Some(ProbeFailure::Abandoned { .. }));
     match report.before {
         None => report.recovered = true,
         // An engine that is busy is not helped by what would end its requests.
-        Some(failure) if failure.is_fault() || matches!(failure, ProbeFailure::Abandoned { .. }) => {
-            begins();
+        Some(failure)
+            if failure.is_fault() || (matches!(failure, ProbeFailure::Abandoned { .. }) && !busy) =>
+        {
+            let mut begins = Some(begins);
             for step in RecoveryStep::ALL {
                 let allowed = step != RecoveryStep::FallBack || configuration.fall_back;
                 if !allowed || !engine.can(step) || (step.needs_worker() && !answers) {
                     continue;
+                }
+                if let Some(begins) = begins.take() {
+                    begins();
                 }
                 let began = Instant::now();
                 let outcome = take(engine, step, configuration).await;
@@ -259,6 +270,13 @@ pub(crate) async fn run(
     report.backend = engine.backend();
     report.took_s = began.elapsed().as_secs_f64();
     report
+}
+
+/// Whether an engine has taken turns between two looks at it: it works on what was there before, and a proof waits for its turn.
+fn went_on(before: Option<EngineStatistics>, after: Option<EngineStatistics>) -> bool {
+    before
+        .zip(after)
+        .is_some_and(|(before, after)| before.load == after.load && before.turns < after.turns)
 }
 
 /// Takes one step and proves that it helped.

@@ -1,6 +1,6 @@
 //! The wrapper.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
@@ -11,7 +11,7 @@ use mlx_engine_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::attempt::{Deadline, Guarded, Submission};
+use crate::attempt::{Deadline, Guarded, Patience, Submission};
 use crate::control::Control;
 use crate::recovery::{Occasion, Unrecoverable};
 use crate::{BreakerState, Recover, RecoveryReport, ResilienceConfiguration};
@@ -21,7 +21,9 @@ use crate::{BreakerState, Recover, RecoveryReport, ResilienceConfiguration};
 ///
 /// [`stream`](LlmEngine::stream) and [`generate`](LlmEngine::generate) try once. Clones are the same engine.
 ///
-/// A request waits while a recovery runs, then for a place in the bulkhead. The breaker counts what finishes as a
+/// A request waits while a recovery runs, then for a place in the bulkhead. Its own
+/// [`timeout_s`](GenerateParams::timeout_s) holds for all of it together, waits and retries included, and its
+/// [`queue_timeout_s`](GenerateParams::queue_timeout_s) for the wait of each attempt; the engine gets what is left of them. The breaker counts what finishes as a
 /// success, and as a fault what fails by a [fault of the engine](mlx_engine_monitor::ErrorClass::Fault) or takes longer than it
 /// may; an error of the caller's and an engine that is full say nothing. A request that a recovery ends is
 /// [`Unavailable`](EngineError::Unavailable) and may be tried again; one that had not begun is handed over again by itself.
@@ -64,7 +66,8 @@ impl<E: LlmEngine + 'static> Resilient<E> {
     /// none of it.
     ///
     /// Dropping the future cancels what runs, and the wait. Where the wait would last beyond
-    /// [`timeouts.total`](crate::TimeoutConfiguration::total), the last error is returned at once.
+    /// [`timeouts.total`](crate::TimeoutConfiguration::total) or the request's own
+    /// [`timeout_s`](GenerateParams::timeout_s), the last error is returned at once.
     ///
     /// # Errors
     ///
@@ -74,12 +77,12 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         prompt: Prompt,
         params: GenerateParams,
     ) -> Result<GenerateOutput, EngineError> {
-        let total = self.control.deadline();
+        let patience = self.control.patience(&params);
         let run = || -> BoxFuture<'_, Result<GenerateOutput, EngineError>> {
-            let attempt = self.attempt(prompt.clone(), params.clone(), total);
+            let attempt = self.attempt(prompt.clone(), params.clone(), patience);
             Box::pin(async move { collect_events(attempt.await?).await })
         };
-        self.control.with_retry(total, run).await
+        self.control.with_retry(patience.total, run).await
     }
 
     /// Submits a request, and again where that may help, until the first text or token comes. The future resolves then,
@@ -93,9 +96,9 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         prompt: Prompt,
         params: GenerateParams,
     ) -> Result<EventStream, EngineError> {
-        let total = self.control.deadline();
+        let patience = self.control.patience(&params);
         let run = || -> BoxFuture<'_, Result<EventStream, EngineError>> {
-            let attempt = self.attempt(prompt.clone(), params.clone(), total);
+            let attempt = self.attempt(prompt.clone(), params.clone(), patience);
             Box::pin(async move {
                 let mut events = attempt.await?;
                 let mut head = Vec::new();
@@ -110,7 +113,7 @@ impl<E: LlmEngine + 'static> Resilient<E> {
                 Ok(stream::iter(head).chain(events).boxed())
             })
         };
-        self.control.with_retry(total, run).await
+        self.control.with_retry(patience.total, run).await
     }
 
     /// Brings the engine back, if it gives no token: takes the steps that it can take, the cheapest first, each followed
@@ -121,6 +124,11 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         let control = Arc::clone(&self.control);
         let report = tokio::spawn(async move { control.recover(Occasion::Asked).await }).await;
         report.unwrap_or_else(|_| RecoveryReport::interrupted(self.backend()))
+    }
+
+    /// Says that the engine is another one now, as after a load: what failed before says nothing about it, and the circuit is closed.
+    pub fn renewed(&self) {
+        self.control.lock().breaker.reset();
     }
 
     /// How it stands: the circuit, the places, the budget, the last recovery.
@@ -136,6 +144,7 @@ impl<E: LlmEngine + 'static> Resilient<E> {
             recovering: *control.recovering.borrow(),
             recoveries: control.recoveries(),
             last_recovery: state.last_recovery.clone(),
+            counts: state.counts,
         }
     }
 
@@ -149,20 +158,22 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         &self,
         prompt: Prompt,
         params: GenerateParams,
-        total: Option<Deadline>,
+        patience: Patience,
     ) -> Result<Guarded, EngineError> {
         let control = &self.control;
         let timeouts = &control.configuration.timeouts;
-        Deadline::enforce(total, async {
+        let limits = patience.attempt(&params);
+        let late = || control.count(|counts| &mut counts.timed_out);
+        Deadline::enforce_or(limits.turn(), late, async {
             control.recovered().await;
-            let place = control.bulkhead.enter().await?;
+            let place = control.place().await?;
             // One may have begun while a place was waited for.
             control.recovered().await;
             let mut leave = control.leave()?;
             control.watch();
             let first_token = Deadline::after(timeouts.first_token);
             let engine: Arc<dyn LlmEngine> = Arc::clone(&self.engine) as _;
-            let submission = Submission::new(engine, Arc::clone(control), prompt, params);
+            let submission = Submission::new(engine, Arc::clone(control), prompt, params, limits);
             let admitted = Deadline::enforce(first_token, async {
                 Ok(submission.submit().await.map_err(|error| leave.failed(error)))
             });
@@ -170,12 +181,12 @@ impl<E: LlmEngine + 'static> Resilient<E> {
                 Ok(admitted) => admitted,
                 Err(late) => {
                     leave.timed_out();
+                    control.count(|counts| &mut counts.timed_out);
                     return Err(late);
                 }
             };
-            let limits = [total, first_token];
             let events = admitted?;
-            Ok(Guarded::new(events, submission, place, leave, limits))
+            Ok(Guarded::new(events, submission, place, leave, first_token))
         })
         .await
     }
@@ -194,8 +205,8 @@ impl<E: LlmEngine + 'static> EngineWrapper for Resilient<E> {
         params: GenerateParams,
     ) -> BoxFuture<'_, Result<EventStream, EngineError>> {
         Box::pin(async move {
-            let total = self.control.deadline();
-            Ok(self.attempt(prompt, params, total).await?.boxed())
+            let patience = self.control.patience(&params);
+            Ok(self.attempt(prompt, params, patience).await?.boxed())
         })
     }
 }
@@ -217,6 +228,101 @@ pub struct ResilienceStatus {
     pub recoveries: u64,
     /// The last recovery that came to its end.
     pub last_recovery: Option<RecoveryReport>,
+    /// What became of requests here.
+    #[serde(default)]
+    pub counts: ResilienceCounts,
+}
+
+/// How often something became of requests that the engine itself does not see, since it is protected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ResilienceCounts {
+    /// Attempts that were refused because the circuit was open.
+    pub refused_by_breaker: u64,
+    /// Attempts that were refused because too many waited for a place.
+    pub refused_by_bulkhead: u64,
+    /// Attempts whose time was over before the engine had answered.
+    pub timed_out: u64,
+    /// Requests that were tried again, each time.
+    pub retried: u64,
+    /// Requests that were handed over again, each time, as a recovery had taken the engine away before they had begun.
+    pub handed_over_again: u64,
+}
+
+impl ResilienceStatus {
+    /// The same in Prometheus' text format, version 0.0.4, to be put behind the
+    /// [metrics](mlx_engine_monitor::Monitored::prometheus) of the engine.
+    pub fn prometheus(&self) -> String {
+        let counts = &self.counts;
+        let open = u8::from(self.breaker != BreakerState::Closed);
+        let recovering = u8::from(self.recovering);
+        let families: [(&str, &str, &str, &dyn fmt::Display); 10] = [
+            (
+                "circuit_open",
+                "gauge",
+                "Whether the circuit is open or half open.",
+                &open,
+            ),
+            (
+                "bulkhead_waiting",
+                "gauge",
+                "Requests that wait for a place at the engine.",
+                &self.waiting,
+            ),
+            (
+                "retries_left",
+                "gauge",
+                "Retries that the budget has left.",
+                &self.retries_left,
+            ),
+            ("recovering", "gauge", "Whether a recovery runs.", &recovering),
+            (
+                "recoveries_total",
+                "counter",
+                "Recoveries that took a step.",
+                &self.recoveries,
+            ),
+            (
+                "refused_by_breaker_total",
+                "counter",
+                "Attempts that were refused because the circuit was open.",
+                &counts.refused_by_breaker,
+            ),
+            (
+                "refused_by_bulkhead_total",
+                "counter",
+                "Attempts that were refused because too many waited for a place.",
+                &counts.refused_by_bulkhead,
+            ),
+            (
+                "timed_out_total",
+                "counter",
+                "Attempts whose time was over before the engine had answered.",
+                &counts.timed_out,
+            ),
+            (
+                "retried_total",
+                "counter",
+                "Requests that were tried again.",
+                &counts.retried,
+            ),
+            (
+                "handed_over_again_total",
+                "counter",
+                "Requests that were handed over again after a recovery.",
+                &counts.handed_over_again,
+            ),
+        ];
+        let mut page = String::new();
+        for (name, kind, help, value) in families {
+            // Writing to a string cannot fail.
+            let _ = write!(
+                page,
+                "# HELP mlx_engine_{name} {help}\n# TYPE mlx_engine_{name} {kind}\nmlx_engine_{name} {value}\n"
+            );
+        }
+        page
+    }
 }
 
 /// How an engine is to be protected.

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use mlx_engine_core::{Backend, Device, EngineError, LoadProgress, ModelConfiguration, ModelType};
+use mlx_engine_core::{Backend, Device, EngineError, LoadProgress, ModelConfiguration, ModelType, next_load};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Engine;
@@ -144,6 +144,7 @@ impl Engine {
                 backend,
                 device,
                 load_s,
+                load: next_load(),
             };
             tracing::info!(model = %identity.model, backend = %backend, device = %device, load_s, "model loaded");
             let tokenizer = encoder.tokenizer().clone();

@@ -228,7 +228,11 @@ impl LlmEngine for Engine {
     }
 
     fn statistics(&self) -> Option<EngineStatistics> {
-        let statistics = self.gauges.read(Instant::now());
+        let statistics = EngineStatistics {
+            load: self.identity.load,
+            load_s: Some(self.identity.load_s),
+            ..self.gauges.read(Instant::now())
+        };
         #[cfg(feature = "mlx")]
         let statistics = match self.identity.backend {
             Backend::Mlx => EngineStatistics {

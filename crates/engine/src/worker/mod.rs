@@ -50,6 +50,8 @@ pub(crate) struct Identity {
     pub(crate) backend: Backend,
     pub(crate) device: Device,
     pub(crate) load_s: f64,
+    /// Which load it was.
+    pub(crate) load: u64,
 }
 
 pub(crate) struct Worker<M: TokenModel, C> {

@@ -98,6 +98,7 @@ impl<M: TokenModel> Bench<M> {
             backend: Backend::Mock,
             device: Device::Cpu,
             load_s: 0.0,
+            load: 1,
         };
         let gauges = Arc::new(Gauges::new(clock.start));
         let tokenizer = MockScript::default()

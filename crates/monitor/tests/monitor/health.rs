@@ -203,6 +203,36 @@ fn an_engine_that_hangs_is_found_out_even_by_impatient_callers() {
 }
 
 #[test]
+fn a_probe_that_passes_ends_a_stall_and_a_request_that_cannot_be_does_not() {
+    let watched = Watched::new(Backend::Mlx);
+    watched.engine.engine().next(Script::steps([Step::Hang]));
+    let admitted = watched
+        .engine
+        .stream(Prompt::text("x"), GenerateParams::default());
+    let mut events = block_on(admitted).unwrap();
+    assert!(events.poll_next_unpin(&mut idle()).is_pending());
+    watched.wait(30);
+    watched.check(Degraded, true, &["stalled"]);
+    watched.fail(EngineError::EmptyPrompt);
+    // Also where that took a while.
+    let script = Script {
+        admission: 1,
+        ..Script::refuse(EngineError::EmptyPrompt)
+    };
+    watched.ask(script).unwrap_err();
+    watched.check(Degraded, true, &["stalled"]);
+    let mut changes = watched.engine.subscribe();
+    watched.probe(Script::answer(1, 0.0), Healthy, true, &[]);
+    let better = changes.next().now_or_never().flatten().unwrap();
+    assert_eq!((better.from, better.to), (Degraded, Healthy));
+    // It is counted from there.
+    watched.wait(29);
+    watched.check(Healthy, true, &[]);
+    drop(events);
+    assert_eq!(watched.engine.metrics().in_flight(), 0);
+}
+
+#[test]
 fn a_caller_who_does_not_read_is_no_stall() {
     let watched = Watched::new(Backend::Mlx);
     let admitted = watched
@@ -374,4 +404,58 @@ fn a_turn_that_does_not_end_is_a_hang_and_ends_with_it() {
     // A request that ends is a sign of life: what was said before is old.
     block_on(engine.generate(Prompt::text("x"), GenerateParams::default())).unwrap();
     assert_eq!(says(None), (EngineHealth::Healthy, true));
+}
+
+#[test]
+fn a_hang_is_over_when_something_came_of_it_and_not_when_somebody_left() {
+    let engine = Monitored::new(Arc::new(Scripted::new(Backend::Mlx)));
+    let says = |turn_s| {
+        let statistics = mlx_engine_core::EngineStatistics {
+            turn_s,
+            ..Default::default()
+        };
+        *engine.engine().statistics.lock().expect("not poisoned") = Some(statistics);
+    };
+    let mut changes = engine.subscribe();
+    let mut next = || {
+        let event = changes.next().now_or_never().flatten()?;
+        Some((event.from, event.to))
+    };
+    says(Some(150.0));
+    engine.engine().next(Script::steps([Step::Hang]));
+    let admitted = engine.stream(Prompt::text("x"), GenerateParams::default());
+    let events = block_on(admitted).unwrap();
+    assert_eq!(next(), Some((Healthy, Unhealthy)));
+    drop(events);
+    engine.engine().next(Script::refuse(EngineError::EmptyPrompt));
+    block_on(engine.generate(Prompt::text("x"), GenerateParams::default())).unwrap_err();
+    assert_eq!(next(), None, "it hangs as before");
+    // A recovery ends with a proof, which looks at the engine anew.
+    says(None);
+    block_on(engine.probe()).unwrap();
+    assert_eq!(next(), Some((Unhealthy, Healthy)));
+}
+
+#[test]
+fn the_same_model_that_was_loaded_again_begins_with_a_clean_record() {
+    let watched = Watched::new(Backend::Mlx);
+    let loaded = |load, load_s| {
+        let statistics = mlx_engine_core::EngineStatistics {
+            load,
+            load_s: Some(load_s),
+            ..Default::default()
+        };
+        *watched.engine.engine().statistics.lock().expect("not poisoned") = Some(statistics);
+    };
+    loaded(1, 3.0);
+    assert_eq!(watched.engine.metrics().load_time_s, Some(3.0));
+    watched.check(Healthy, true, &[]);
+    for _ in 0..3 {
+        watched.fail(device());
+    }
+    watched.check(Unhealthy, false, &["consecutive_failures"]);
+    // Nobody has looked while it was away.
+    loaded(2, 5.0);
+    watched.check(Healthy, true, &[]);
+    assert_eq!(watched.engine.metrics().load_time_s, Some(5.0));
 }

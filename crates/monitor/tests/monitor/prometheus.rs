@@ -56,6 +56,7 @@ fn engine() -> Monitored<Arc<Scripted>> {
             cache_bytes: 1200,
             peak_bytes: 1300,
         }),
+        ..EngineStatistics::default()
     });
     engine
 }

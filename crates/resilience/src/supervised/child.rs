@@ -10,12 +10,15 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
-use mlx_engine_core::{EngineError, GenerateParams, GenerationEvent, LlmEngine, LoadProgress, Prompt};
+use mlx_engine_core::{
+    EngineError, EngineStatistics, GenerateParams, GenerationEvent, LlmEngine, LoadProgress, Prompt,
+};
+use mlx_engine_monitor::resident_bytes;
 use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::frame::{Frames, FromChild, Ready, ToChild, VERSION, encode};
 
@@ -25,9 +28,12 @@ pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
 /// How long the engine may take to end what runs, once the program is gone.
 const UNLOAD_LIMIT: Duration = Duration::from_secs(5);
 
+/// How often the program hears how the engine is, where something has changed.
+const TOLD_EVERY: Duration = Duration::from_millis(250);
+
 /// An engine that can be asked for more than answers to prompts.
 pub trait Service: LlmEngine {
-    /// What it says of itself, once it is loaded and whenever a request has ended:
+    /// What it says of itself, once it is loaded, whenever a request has ended, and a few times a second while that changes:
     /// [`Supervised::details`](super::Supervised::details).
     fn details(&self) -> Value {
         Value::Null
@@ -143,13 +149,21 @@ where
         backend: engine.backend(),
         model: engine.model().map(Arc::unwrap_or_clone),
         details: engine.details(),
-        statistics: engine.statistics(),
+        statistics: tasks.statistics(),
     };
+    let mut told = (said.details.clone(), said.statistics);
     // It is set here alone.
     let _ = ready.set(Arc::clone(&tasks));
     line.say(&FromChild::Ready(Box::new(said)));
-    // The reader says so, or is gone.
-    let _ = ended.await;
+    let mut tick = interval(TOLD_EVERY);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            // The reader says so, or is gone.
+            _ = &mut ended => break,
+            _ = tick.tick() => tasks.tell_changes(&mut told),
+        }
+    }
     tasks.abort();
     let unloaded = timeout(UNLOAD_LIMIT, engine.unload()).await;
     let finish = tokio::task::spawn_blocking(move || engine.finish());
@@ -258,6 +272,32 @@ impl<E: Service + 'static> Tasks<E> {
         FromChild::Error { id, error }
     }
 
+    /// What the engine says of its inside, with the memory of this process.
+    fn statistics(&self) -> Option<EngineStatistics> {
+        let statistics = self.engine.statistics()?;
+        Some(EngineStatistics {
+            process_memory_bytes: resident_bytes(),
+            ..statistics
+        })
+    }
+
+    /// Tells the program how the engine is.
+    fn tell(&self, details: Value, statistics: Option<EngineStatistics>) {
+        self.line.say(&FromChild::Details {
+            details,
+            statistics: statistics.map(Box::new),
+        });
+    }
+
+    /// Tells the program how the engine is, unless it is as it was at the last look.
+    fn tell_changes(&self, told: &mut (Value, Option<EngineStatistics>)) {
+        let now = (self.engine.details(), self.statistics());
+        if now != *told {
+            self.tell(now.0.clone(), now.1);
+            *told = now;
+        }
+    }
+
     /// Drops everything that runs, which cancels it.
     fn abort(&self) {
         for (_, task) in lock(&self.running).drain() {
@@ -267,14 +307,16 @@ impl<E: Service + 'static> Tasks<E> {
 }
 
 /// Says the last word on a request, also where its task panics.
-struct Last<'a, E: Service> {
+struct Last<'a, E: Service + 'static> {
     tasks: &'a Tasks<E>,
     id: u64,
     frame: Option<FromChild>,
 }
 
-impl<E: Service> Drop for Last<'_, E> {
+impl<E: Service + 'static> Drop for Last<'_, E> {
     fn drop(&mut self) {
+        self.tasks
+            .tell(self.tasks.engine.details(), self.tasks.statistics());
         // One that was cancelled is not there, and nobody waits for it.
         if lock(&self.tasks.running).remove(&self.id).is_some() {
             let frame = self.frame.take().unwrap_or_else(|| FromChild::Error {
@@ -282,10 +324,6 @@ impl<E: Service> Drop for Last<'_, E> {
                 error: EngineError::WorkerPanicked {
                     message: "the engine panicked on the request".to_owned(),
                 },
-            });
-            self.tasks.line.say(&FromChild::Details {
-                details: self.tasks.engine.details(),
-                statistics: self.tasks.engine.statistics().map(Box::new),
             });
             self.tasks.line.say(&frame);
         }

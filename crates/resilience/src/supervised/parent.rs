@@ -69,6 +69,8 @@ impl Supervised {
                 link: None,
                 process: None,
                 ready: None,
+                told: Instant::now(),
+                load: 0,
                 model: "none".to_owned(),
                 starts: 0,
                 last_end: None,
@@ -210,6 +212,7 @@ impl LlmEngine for Supervised {
                 admitted: Some(admitted),
                 events: sender,
                 started: false,
+                since: Instant::now(),
             })?;
             waits.await.unwrap_or_else(|_| Err(gone()))?;
             let events = Events {
@@ -235,7 +238,16 @@ impl LlmEngine for Supervised {
 
     fn statistics(&self) -> Option<EngineStatistics> {
         let state = self.shared.lock();
-        state.ready.as_ref()?.statistics
+        let statistics = state.ready.as_ref()?.statistics?;
+        Some(EngineStatistics {
+            // A turn goes on while nothing is said.
+            turn_s: statistics
+                .turn_s
+                .map(|turn_s| turn_s + state.told.elapsed().as_secs_f64()),
+            // Over there it is the first, every time.
+            load: state.load,
+            ..statistics
+        })
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {

@@ -1,6 +1,7 @@
 //! The requests that the engine's process has, or will have once there is one.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use mlx_engine_core::{EngineError, GenerateParams, GenerationEvent, Prompt};
 use serde_json::Value;
@@ -23,6 +24,8 @@ pub(super) enum Request {
         admitted: Option<oneshot::Sender<Result<(), EngineError>>>,
         events: mpsc::UnboundedSender<Item>,
         started: bool,
+        /// When it was submitted: its time runs while there is no process.
+        since: Instant,
     },
     Call {
         method: String,
@@ -84,15 +87,26 @@ impl Requests {
     }
 
     /// The frames of what no process has, which count as sent.
-    pub(super) fn send(&mut self) -> Vec<u8> {
+    pub(super) fn send(&mut self, now: Instant) -> Vec<u8> {
         let mut bytes = Vec::new();
         let mut refused = Vec::new();
         for (&id, entry) in self.entries.iter_mut().filter(|(_, entry)| !entry.sent) {
             let frame = match &entry.request {
-                Request::Generate { prompt, params, .. } => ToChild::Generate {
-                    id,
-                    prompt: prompt.clone(),
-                    params: params.clone(),
+                Request::Generate {
+                    prompt,
+                    params,
+                    since,
+                    ..
+                } => match left(params, now.saturating_duration_since(*since)) {
+                    Ok(params) => ToChild::Generate {
+                        id,
+                        prompt: prompt.clone(),
+                        params: Box::new(params),
+                    },
+                    Err(late) => {
+                        refused.push((id, late));
+                        continue;
+                    }
                 },
                 Request::Call { method, argument, .. } => ToChild::Call {
                     id,
@@ -105,11 +119,11 @@ impl Requests {
                     entry.sent = true;
                     entry.times += 1;
                 }
-                Err(error) => refused.push((id, error)),
+                Err(error) => refused.push((id, too_much(&error))),
             }
         }
         for (id, error) in refused {
-            self.error(id, too_much(&error));
+            self.error(id, error);
         }
         bytes
     }
@@ -180,6 +194,26 @@ impl Requests {
     }
 }
 
+/// What a process is asked for a while after the caller asked: what is left of the caller's time.
+fn left(params: &GenerateParams, waited: Duration) -> Result<GenerateParams, EngineError> {
+    let mut params = params.clone();
+    for limit in [&mut params.timeout_s, &mut params.queue_timeout_s] {
+        let Some(seconds) = limit.as_mut() else {
+            continue;
+        };
+        // What was validated is a duration.
+        let given = Duration::try_from_secs_f64(*seconds).unwrap_or(Duration::MAX);
+        let left = given.saturating_sub(waited);
+        if left.is_zero() {
+            return Err(EngineError::DeadlineExceeded { limit: given });
+        }
+        if !waited.is_zero() {
+            *seconds = left.as_secs_f64();
+        }
+    }
+    Ok(params)
+}
+
 fn too_much(error: &FrameError) -> EngineError {
     EngineError::internal(format!("the request cannot be handed over: {error}"))
 }
@@ -209,12 +243,45 @@ mod tests {
             admitted: Some(admitted),
             events,
             started: false,
+            since: Instant::now(),
         });
         let caller = Caller {
             admitted: waits,
             events: receiver,
         };
         (id, caller)
+    }
+
+    #[test]
+    fn the_time_of_a_request_runs_while_there_is_no_process() {
+        let second = Duration::from_secs(1);
+        let params = GenerateParams::default().with_timeout_s(5.0);
+        let asked = left(&params, second * 2).unwrap();
+        assert_eq!((asked.timeout_s, asked.queue_timeout_s), (Some(3.0), None));
+        assert_eq!(left(&params, Duration::ZERO).unwrap(), params);
+        let params = params.with_queue_timeout_s(1.0);
+        assert!(matches!(
+            left(&params, second * 2),
+            Err(EngineError::DeadlineExceeded { limit }) if limit == second
+        ));
+
+        let mut requests = Requests::default();
+        let (admitted, mut waits) = oneshot::channel();
+        let (events, _receiver) = mpsc::unbounded_channel();
+        let since = Instant::now();
+        requests.add(Request::Generate {
+            prompt: Prompt::text("x"),
+            params: Box::new(params),
+            admitted: Some(admitted),
+            events,
+            started: false,
+            since,
+        });
+        assert!(requests.send(since + second).is_empty() && requests.is_empty());
+        assert!(matches!(
+            waits.try_recv(),
+            Ok(Err(EngineError::DeadlineExceeded { .. }))
+        ));
     }
 
     fn lost() -> EngineError {
@@ -228,7 +295,7 @@ mod tests {
         let mut requests = Requests::default();
         let (running, mut one) = generate(&mut requests);
         let (waits, mut two) = generate(&mut requests);
-        assert!(!requests.send().is_empty());
+        assert!(!requests.send(Instant::now()).is_empty());
         requests.admitted(running);
         requests.event(running, started());
         requests.lost(&lost());
@@ -240,8 +307,8 @@ mod tests {
         ));
         assert!(two.admitted.try_recv().is_err() && requests.waiting() == 1);
 
-        assert!(!requests.send().is_empty());
-        assert!(requests.send().is_empty(), "once each");
+        assert!(!requests.send(Instant::now()).is_empty());
+        assert!(requests.send(Instant::now()).is_empty(), "once each");
         requests.lost(&lost());
         assert!(matches!(
             two.admitted.try_recv(),
@@ -254,10 +321,10 @@ mod tests {
     fn a_request_that_was_admitted_and_not_started_is_admitted_once() {
         let mut requests = Requests::default();
         let (id, mut caller) = generate(&mut requests);
-        requests.send();
+        requests.send(Instant::now());
         requests.admitted(id);
         requests.lost(&lost());
-        requests.send();
+        requests.send(Instant::now());
         requests.admitted(id);
         requests.event(id, started());
         requests.error(id, EngineError::OutOfMemory);
@@ -282,10 +349,10 @@ mod tests {
             argument: Value::Null,
             answer,
         });
-        requests.send();
+        requests.send(Instant::now());
         requests.lost(&lost());
         assert!(waits.try_recv().is_err());
-        requests.send();
+        requests.send(Instant::now());
         requests.answer(id, Value::from(1));
         assert_eq!(waits.try_recv().unwrap().unwrap(), 1);
         requests.answer(id, Value::Null);

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use mlx_engine_core::EngineError;
+use mlx_engine_core::{EngineError, next_load};
 use serde_json::Value;
 
 use super::child::ProgressFn;
@@ -138,7 +138,9 @@ impl Shared {
                 }
             };
             let mut state = self.lock();
-            state.silent_since = Instant::now();
+            if !matches!(frame, FromChild::Details { .. }) {
+                state.silent_since = Instant::now();
+            }
             match frame {
                 FromChild::Progress(stage) => {
                     drop(state);
@@ -150,6 +152,12 @@ impl Shared {
                     if let Some(ready) = &mut state.ready {
                         ready.details = details;
                         ready.statistics = statistics.map(|statistics| *statistics);
+                        state.told = Instant::now();
+                    }
+                    drop(state);
+                    // It comes from a process whose engine hangs, too.
+                    if let Some(silent) = self.silent(limit, end.was_ready) {
+                        return Some(silent);
                     }
                 }
                 FromChild::Ready(ready) => {
@@ -157,6 +165,8 @@ impl Shared {
                         state.model.clone_from(&model.id);
                     }
                     state.ready = Some(*ready);
+                    state.told = Instant::now();
+                    state.load = next_load();
                     end.was_ready = true;
                     limit = self.configuration.silence_limit;
                     self.stage(&state, ChildState::Ready, None);

@@ -31,6 +31,10 @@ pub(super) struct State {
     pub(super) process: Option<Box<dyn Process>>,
     /// What the process said when it was ready; none before.
     pub(super) ready: Option<Ready>,
+    /// When it said last how the engine is.
+    pub(super) told: Instant,
+    /// Which load of this program the process is.
+    pub(super) load: u64,
     /// The name of the model, also where it is not loaded.
     pub(super) model: String,
     /// Starts so far.
@@ -67,7 +71,7 @@ impl State {
         if self.ready.is_some()
             && let Some(link) = &self.link
         {
-            let frames = self.requests.send();
+            let frames = self.requests.send(Instant::now());
             if !frames.is_empty() {
                 // Where nobody takes it the process has ended, and the next one gets it.
                 let _ = link.send(frames);

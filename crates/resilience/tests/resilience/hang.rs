@@ -78,6 +78,7 @@ async fn what_runs_may_be_tried_again_and_what_had_not_begun_is_answered() {
     let took = began.elapsed().as_secs_f64();
     assert!((40.0..=51.1).contains(&took), "{took}");
     assert_eq!(loads.load(Ordering::Relaxed), 2);
+    assert_eq!(engine.status().counts.handed_over_again, 3);
     let report = engine.status().last_recovery.expect("it was recovered");
     assert!(
         report.automatic && report.recovered && report.before.is_some(),

@@ -12,6 +12,8 @@ use mlx_engine_resilience::{
     BreakerState, Recover, RecoveryStep, Reloadable, ResilienceConfiguration, Resilient, StepOutcome,
 };
 
+use tokio::time::Instant;
+
 use crate::support::{Fate, Fated};
 
 type Engine = Resilient<Monitored<Reloadable<Fated>>>;
@@ -138,6 +140,57 @@ async fn a_busy_engine_is_not_taken_from_its_requests() {
     let engine = Fated::new([Fate::Refuse(full)]);
     let report = Resilient::new(engine).attempt_recovery().await;
     assert!(!report.recovered && report.before.is_some() && report.steps.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_whose_queue_outlasts_the_proof_is_busy_and_one_that_stands_is_not() {
+    for busy in [true, false] {
+        let load = move || {
+            let engine = Fated {
+                busy: busy.then(Instant::now),
+                ..Fated::new([Fate::Queued])
+            };
+            Box::pin(async { Ok(engine) }) as _
+        };
+        let engine = Reloadable::load(load).await.unwrap();
+        let engine = Resilient::builder(engine).recoverable().build().unwrap();
+        let report = engine.attempt_recovery().await;
+        assert!(
+            matches!(report.before, Some(ProbeFailure::Abandoned { .. })),
+            "{report:?}"
+        );
+        assert_eq!(report.steps.is_empty(), busy, "{report:?}");
+        assert_eq!(engine.status().recoveries, u64::from(!busy));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_never_there_is_no_fault_and_no_recovery() {
+    let not_loaded = || EngineError::NotLoaded {
+        model: "none".to_owned(),
+    };
+    let (gone, _) = engine(0, |_| {}).await;
+    gone.unload().await.unwrap();
+    for _ in 0..10 {
+        let error = ask(&gone).await.unwrap_err();
+        assert!(matches!(error, EngineError::NotLoaded { .. }), "{error}");
+    }
+    assert!(!gone.attempt_recovery().await.recovered);
+    let status = gone.status();
+    assert_eq!((status.breaker, status.recoveries), (BreakerState::Closed, 0));
+
+    // Where it can be loaded again, an engine that says so is broken.
+    let (engine, _) = engine(0, |configuration| configuration.recovery.automatic = false).await;
+    let current = engine.engine().engine().engine().expect("it is loaded");
+    let refusals = std::iter::repeat_with(|| Fate::Refuse(not_loaded())).take(5);
+    current.fates.lock().unwrap().extend(refusals);
+    for _ in 0..5 {
+        ask(&engine).await.unwrap_err();
+    }
+    assert_eq!(engine.status().breaker, BreakerState::Open);
+    assert!(matches!(ask(&engine).await, Err(EngineError::Unavailable { .. })));
+    engine.renewed();
+    ask(&engine).await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

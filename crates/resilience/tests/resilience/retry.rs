@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use mlx_engine_core::{EngineError, GenerateParams, LlmEngine, Prompt};
-use mlx_engine_resilience::{BreakerState, ResilienceConfiguration, Resilient};
+use mlx_engine_resilience::{BreakerState, ResilienceConfiguration, ResilienceCounts, Resilient};
 use proptest::prelude::*;
 use tokio::time::Instant;
 
@@ -83,6 +83,90 @@ async fn the_deadline_wins_over_waiting() {
     assert_eq!((began.elapsed().as_secs(), engine.engine().asked()), (1, 2));
 }
 
+/// What the caller allows, and what the engine was asked for last.
+async fn ask_within(engine: &Resilient<Fated>, params: GenerateParams) -> Result<(), EngineError> {
+    let output = engine.generate_with_retry(Prompt::text("x"), params);
+    output.await.map(drop)
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_of_a_request_is_for_all_its_attempts() {
+    let fates = vec![Fate::SlowFailure(SECOND * 3, device())];
+    let engine = resilient(exact(), fates);
+    let params = GenerateParams::default().with_timeout_s(10.0);
+    let params = params.with_queue_timeout_s(2.0);
+    ask_within(&engine, params.clone()).await.unwrap();
+    let asked = engine.engine().params.lock().unwrap().clone();
+    // Three seconds of the first, and one of waiting. The queue is joined anew.
+    assert_eq!((asked.timeout_s, asked.queue_timeout_s), (Some(6.0), Some(2.0)));
+
+    let fates = vec![Fate::SlowFailure(SECOND * 3, device()), Fate::Hang];
+    let engine = resilient(exact(), fates);
+    let began = Instant::now();
+    let error = ask_within(&engine, params).await.unwrap_err();
+    assert!(
+        matches!(error, EngineError::DeadlineExceeded { limit } if limit == SECOND * 10),
+        "{error}"
+    );
+    assert_eq!((began.elapsed().as_secs(), engine.engine().asked()), (10, 2));
+    assert_eq!(engine.status().running, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_of_a_request_runs_while_it_waits_for_a_place() {
+    let mut configuration = exact();
+    configuration.bulkhead.max_concurrent = 1;
+    let engine = resilient(configuration, vec![Fate::Slow(SECOND * 5, SECOND * 2)]);
+    let events = engine.stream(Prompt::text("x"), GenerateParams::default());
+    let runs = tokio::spawn(events.await.unwrap().collect::<Vec<_>>());
+    let check = async |params: GenerateParams, limit: Duration| {
+        let began = Instant::now();
+        let error = engine.generate(Prompt::text("x"), params).await.unwrap_err();
+        assert!(
+            matches!(error, EngineError::DeadlineExceeded { limit: found } if found == limit),
+            "{error}"
+        );
+        assert_eq!((began.elapsed(), engine.engine().asked()), (limit, 1));
+    };
+    let params = GenerateParams::default();
+    check(params.clone().with_timeout_s(1.0), SECOND).await;
+    check(params.clone().with_queue_timeout_s(2.0), SECOND * 2).await;
+    let both = params.with_queue_timeout_s(20.0).with_timeout_s(30.0);
+    engine.generate(Prompt::text("x"), both).await.unwrap();
+    let asked = engine.engine().params.lock().unwrap().clone();
+    assert_eq!((asked.queue_timeout_s, asked.timeout_s), (Some(16.0), Some(26.0)));
+    assert_eq!(runs.await.unwrap().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_time_of_a_request_runs_while_it_waits_for_a_recovery_and_in_the_queue() {
+    let engine = resilient(exact(), vec![Fate::Hang, Fate::Queued, Fate::Queued]);
+    let recovers = engine.clone();
+    let recovers = tokio::spawn(async move { recovers.attempt_recovery().await });
+    while engine.engine().asked() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let check = async |params: GenerateParams, asked: u32| {
+        let began = Instant::now();
+        let error = engine.generate(Prompt::text("x"), params).await.unwrap_err();
+        assert!(
+            matches!(error, EngineError::DeadlineExceeded { limit } if limit == SECOND),
+            "{error}"
+        );
+        assert_eq!((began.elapsed(), engine.engine().asked()), (SECOND, asked));
+        assert_eq!(engine.status().running, 0);
+    };
+    let timeout = GenerateParams::default().with_timeout_s(1.0);
+    let queue_timeout = GenerateParams::default().with_queue_timeout_s(1.0);
+    check(timeout.clone(), 1).await;
+    check(queue_timeout.clone(), 1).await;
+    assert!(!recovers.await.unwrap().recovered);
+    // Where the engine does not see to it, as one whose process is started again.
+    check(timeout, 2).await;
+    check(queue_timeout, 3).await;
+    assert_eq!(engine.status().breaker, BreakerState::Closed);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stream_is_tried_again_only_before_its_first_token() {
     let fates = vec![Fate::FailFirst(device()), Fate::FailLater(device())];
@@ -122,6 +206,54 @@ async fn each_phase_has_its_limit() {
     assert!(
         matches!(ask(&engine).await, Err(EngineError::DeadlineExceeded { limit }) if limit == SECOND * 6)
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_engine_does_not_see_is_counted() {
+    let mut configuration = exact();
+    configuration.bulkhead.max_concurrent = 1;
+    configuration.bulkhead.max_waiting = 0;
+    configuration.timeouts.first_token = Some(SECOND * 5);
+    configuration.breaker.min_requests = 2;
+    configuration.recovery.automatic = false;
+    let engine = resilient(configuration, vec![Fate::Refuse(device()), Fate::Hang]);
+    // It is refused, tried again, and hangs until its time is over; beside it is no place.
+    let (hangs, full) = futures::join!(ask(&engine), async {
+        tokio::time::sleep(SECOND * 3).await;
+        engine
+            .generate(Prompt::text("x"), GenerateParams::default())
+            .await
+    });
+    assert!(matches!(full, Err(EngineError::QueueFull { .. })), "{full:?}");
+    assert!(
+        matches!(hangs, Err(EngineError::DeadlineExceeded { .. })),
+        "{hangs:?}"
+    );
+    let refused = engine
+        .generate(Prompt::text("x"), GenerateParams::default())
+        .await;
+    assert!(
+        matches!(refused, Err(EngineError::Unavailable { .. })),
+        "{refused:?}"
+    );
+    let status = engine.status();
+    let counts = ResilienceCounts {
+        refused_by_breaker: 1,
+        refused_by_bulkhead: 1,
+        timed_out: 1,
+        retried: 1,
+        handed_over_again: 0,
+    };
+    assert_eq!(status.counts, counts);
+    let page = status.prometheus();
+    for line in [
+        "mlx_engine_circuit_open 1",
+        "mlx_engine_refused_by_breaker_total 1",
+        "mlx_engine_recoveries_total 0",
+        "# TYPE mlx_engine_retried_total counter",
+    ] {
+        assert!(page.lines().any(|found| found == line), "{line}: {page}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

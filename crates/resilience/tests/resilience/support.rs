@@ -41,8 +41,12 @@ pub(crate) struct Fated {
     pub(crate) fates: Mutex<VecDeque<Fate>>,
     pub(crate) broken: bool,
     pub(crate) asked: AtomicU32,
+    /// What was asked for last.
+    pub(crate) params: Mutex<GenerateParams>,
     /// Since when a turn has run, where one does: from the first request that hangs on.
     pub(crate) turn: Mutex<Option<Instant>>,
+    /// Since when it takes a turn a second, where it does.
+    pub(crate) busy: Option<Instant>,
     /// Tells those that hang that nobody waits for the engine any more.
     pub(crate) given_up: watch::Sender<bool>,
 }
@@ -102,8 +106,9 @@ fn finished() -> GenerationEvent {
 }
 
 impl LlmEngine for Fated {
-    fn stream(&self, _: Prompt, _: GenerateParams) -> BoxFuture<'_, Result<EventStream, EngineError>> {
+    fn stream(&self, _: Prompt, params: GenerateParams) -> BoxFuture<'_, Result<EventStream, EngineError>> {
         self.asked.fetch_add(1, Ordering::Relaxed);
+        *self.params.lock().expect("not poisoned") = params;
         let fate = self.fates.lock().expect("not poisoned").pop_front();
         let otherwise = if self.broken {
             Fate::Refuse(device())
@@ -180,6 +185,7 @@ impl LlmEngine for Fated {
         let turn = *self.turn.lock().expect("not poisoned");
         Some(EngineStatistics {
             turn_s: turn.map(|since| since.elapsed().as_secs_f64()),
+            turns: self.busy.map_or(0, |since| since.elapsed().as_secs()),
             ..EngineStatistics::default()
         })
     }

@@ -33,7 +33,7 @@ async fn events_errors_and_calls_cross_as_they_are() {
     );
     assert_eq!(engine.details(), Some(json!({"launch": 0})));
 
-    let here = Echo { world, launch: 0 };
+    let here = Echo::new(world, 0);
     for text in ["hello", "zwölf Boxkämpfer 🥊\n\"x\"", ""] {
         let collect = |events: EventStream| async { events.map(Result::unwrap).collect::<Vec<_>>().await };
         let params = GenerateParams::default().with_max_tokens(9);

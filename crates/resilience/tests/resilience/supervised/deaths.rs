@@ -10,7 +10,8 @@ use futures::StreamExt;
 use mlx_engine_core::{EngineError, LlmEngine};
 use mlx_engine_monitor::{EngineHealth, Monitored};
 use mlx_engine_resilience::{
-    ChildState, Launch, Process, Recover, RecoveryStep, Resilient, Supervised, SupervisorConfiguration,
+    ChildState, Launch, Process, Recover, RecoveryStep, ResilienceConfiguration, Resilient, Supervised,
+    SupervisorConfiguration,
 };
 use serde_json::{Value, json};
 
@@ -151,6 +152,57 @@ async fn a_process_that_hangs_is_found_and_replaced() {
     assert!(error.to_string().contains("it hung: nothing came for"), "{error}");
     assert_eq!(ask(&engine, "after").await.unwrap(), "after");
     assert_eq!(engine.status().restarts, 1);
+}
+
+#[tokio::test]
+async fn an_engine_that_hangs_in_its_process_is_found_and_its_process_replaced() {
+    let world = World::default();
+    let mut configuration = ResilienceConfiguration::default();
+    configuration.recovery.hang_limit = Some(Duration::from_secs(1));
+    let engine = Resilient::builder(Monitored::new(start(&world).await))
+        .recoverable()
+        .configuration(configuration)
+        .build()
+        .unwrap();
+    // It would wait for ever where the process told nothing of its turn while it hangs.
+    let error = ask(&engine, "forever").await.unwrap_err();
+    assert!(
+        matches!(error, EngineError::Unavailable { .. }) && error.is_retryable(),
+        "{error}"
+    );
+    assert_eq!(ask(&engine, "after").await.unwrap(), "after");
+    let report = engine.status().last_recovery.expect("it was recovered");
+    assert!(report.automatic && report.recovered, "{report:?}");
+    assert_eq!(engine.engine().engine().status().restarts, 1);
+}
+
+#[tokio::test]
+async fn what_a_process_says_of_its_engine_is_of_now() {
+    let engine = start(&World::default()).await;
+    let statistics = || engine.statistics().expect("it is told");
+    let first = statistics();
+    assert_eq!((first.running, first.turn_s), (0, None));
+    assert!(first.process_memory_bytes > Some(4096) || !cfg!(target_os = "linux"));
+    let events = running(&engine, "forever").await;
+    while statistics().running == 0 {
+        tokio::task::yield_now().await;
+    }
+    let turn = statistics().turn_s;
+    assert!(turn.is_some());
+    // Also between two of its reports.
+    while statistics().turn_s <= turn {
+        tokio::task::yield_now().await;
+    }
+    drop(events);
+    while statistics().running > 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(statistics().load, first.load);
+    engine.restart().await.unwrap();
+    assert!(
+        statistics().load > first.load,
+        "it was loaded again, whatever it says of itself"
+    );
 }
 
 /// A process that says what it is told, word for word, and then nothing until it is killed.

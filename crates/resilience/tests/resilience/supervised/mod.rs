@@ -13,14 +13,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use futures::{Stream, StreamExt, stream};
 use mlx_engine_core::{
-    Backend, Device, EngineError, EventStream, FinishReason, GenerateParams, GenerateSummary,
-    GenerationEvent, LlmEngine, LoadProgress, ModelConfiguration, ModelType, Prompt, Timings, TokenInfo,
-    TokenLogprob, Usage,
+    Backend, Device, EngineError, EngineStatistics, EventStream, FinishReason, GenerateParams,
+    GenerateSummary, GenerationEvent, LlmEngine, LoadProgress, ModelConfiguration, ModelType, Prompt,
+    Timings, TokenInfo, TokenLogprob, Usage,
 };
 use mlx_engine_resilience::{Launch, Process, Service, Supervised, SupervisorConfiguration, serve};
 use serde_json::{Value, json};
@@ -55,9 +55,19 @@ impl World {
 struct Echo {
     world: World,
     launch: u32,
+    /// Since when a request runs that has no end.
+    turn: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Echo {
+    fn new(world: World, launch: u32) -> Self {
+        Self {
+            world,
+            launch,
+            turn: Arc::default(),
+        }
+    }
+
     fn event(&self, text: String) -> GenerationEvent {
         let logprob = TokenLogprob {
             token: 7,
@@ -96,7 +106,10 @@ fn finished(completion_tokens: u32) -> GenerationEvent {
 }
 
 /// Counts its drop as a cancel.
-struct Forever(World);
+struct Forever {
+    world: World,
+    turn: Arc<Mutex<Option<Instant>>>,
+}
 
 impl Stream for Forever {
     type Item = Result<GenerationEvent, EngineError>;
@@ -108,8 +121,9 @@ impl Stream for Forever {
 
 impl Drop for Forever {
     fn drop(&mut self) {
-        self.0.cancelled.fetch_add(1, Ordering::SeqCst);
-        self.0.notify.notify_one();
+        *self.turn.lock().expect("not poisoned") = None;
+        self.world.cancelled.fetch_add(1, Ordering::SeqCst);
+        self.world.notify.notify_one();
     }
 }
 
@@ -136,7 +150,12 @@ impl LlmEngine for Echo {
                 "panic" => panic!("told to"),
                 "forever" => {
                     let first = stream::iter([started, Ok(self.event("x".to_owned()))]);
-                    return Ok(first.chain(Forever(self.world.clone())).boxed());
+                    *self.turn.lock().expect("not poisoned") = Some(Instant::now());
+                    let forever = Forever {
+                        world: self.world.clone(),
+                        turn: Arc::clone(&self.turn),
+                    };
+                    return Ok(first.chain(forever).boxed());
                 }
                 "when told" => {
                     let go = Arc::clone(&self.world.go);
@@ -170,6 +189,16 @@ impl LlmEngine for Echo {
 
     fn model(&self) -> Option<Arc<ModelConfiguration>> {
         Some(Arc::new(ModelConfiguration::new("echo", ModelType::Base)))
+    }
+
+    fn statistics(&self) -> Option<EngineStatistics> {
+        let turn = *self.turn.lock().expect("not poisoned");
+        Some(EngineStatistics {
+            running: u64::from(turn.is_some()),
+            turn_s: turn.map(|since| since.elapsed().as_secs_f64()),
+            load: 1,
+            ..EngineStatistics::default()
+        })
     }
 
     fn unload(&self) -> BoxFuture<'_, Result<(), EngineError>> {
@@ -249,7 +278,7 @@ impl Launch for World {
                 if stalls {
                     std::future::pending::<()>().await;
                 }
-                Ok(Echo { world, launch })
+                Ok(Echo::new(world, launch))
             }));
             assert_eq!(served.is_err(), fails, "{served:?}");
         });
