@@ -144,6 +144,61 @@ async fn recovery_falls_back_only_where_it_may_and_says_so() {
 
 /// A load that hangs is given up when the step has taken too long, and is tried again at the next recovery.
 #[tokio::test]
+#[tokio::test]
+async fn recovery_falls_back_to_the_model_that_is_named_and_tries_the_first_again() {
+    use mlx_engine::{RecoveryConfiguration, RecoveryStep, ResilienceConfiguration};
+
+    let resilience = ResilienceConfiguration {
+        recovery: RecoveryConfiguration {
+            fall_back: true,
+            automatic: false,
+            ..RecoveryConfiguration::default()
+        },
+        ..ResilienceConfiguration::default()
+    };
+    // The first token fails after every load, up to eight times.
+    let script = (0..8).fold(MockScript::reply("Paris"), |script, _| {
+        script.with_fault(0, MockFault::Device)
+    });
+    let engine = mock(script)
+        .with_fallback(FallbackPolicy::Never)
+        .with_fallback_model("smaller")
+        .with_resilience(resilience)
+        .unwrap();
+    engine.load_model("tiny").await.unwrap();
+    let loaded = || engine.model().map(|model| model.id.clone());
+    assert_eq!(loaded().as_deref(), Some("tiny"));
+    let steps = async || -> Vec<RecoveryStep> {
+        let report = engine.attempt_recovery().await;
+        // What is named fails as the first one does here.
+        assert!(!report.recovered, "{report:?}");
+        report.steps.iter().map(|step| step.step).collect()
+    };
+    let before = [RecoveryStep::ClearCaches, RecoveryStep::ReloadModel];
+    let all = [&before[..], &[RecoveryStep::FallBack]].concat();
+    for _ in 0..2 {
+        assert_eq!(steps().await, all);
+        assert_eq!(loaded().as_deref(), Some("smaller"));
+        assert_eq!(
+            engine.fallback_reason().as_deref(),
+            Some("`tiny` could not be brought back")
+        );
+    }
+    let reasons = engine.health().reasons;
+    assert!(
+        reasons
+            .iter()
+            .any(|reason| reason.to_string().contains("a fallback serves")),
+        "{reasons:?}"
+    );
+    // The next load is no fallback.
+    engine.load_model("tiny").await.unwrap();
+    assert_eq!(
+        (loaded().as_deref(), engine.fallback_reason()),
+        (Some("tiny"), None)
+    );
+}
+
 async fn a_reload_that_is_given_up_may_be_tried_again() {
     use mlx_engine::{RecoveryConfiguration, RecoveryStep, ResilienceConfiguration, StepOutcome};
 
