@@ -1,5 +1,7 @@
 //! Metrics, health, retry and recovery, as a program sees them on the facade.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -142,8 +144,6 @@ async fn recovery_falls_back_only_where_it_may_and_says_so() {
     }
 }
 
-/// A load that hangs is given up when the step has taken too long, and is tried again at the next recovery.
-#[tokio::test]
 #[tokio::test]
 async fn recovery_falls_back_to_the_model_that_is_named_and_tries_the_first_again() {
     use mlx_engine::{RecoveryConfiguration, RecoveryStep, ResilienceConfiguration};
@@ -199,23 +199,26 @@ async fn recovery_falls_back_to_the_model_that_is_named_and_tries_the_first_agai
     );
 }
 
+/// A load that hangs is given up when the step has taken too long, and is tried again at the next recovery.
+#[tokio::test]
 async fn a_reload_that_is_given_up_may_be_tried_again() {
     use mlx_engine::{RecoveryConfiguration, RecoveryStep, ResilienceConfiguration, StepOutcome};
 
     let resilience = ResilienceConfiguration {
         recovery: RecoveryConfiguration {
             automatic: false,
-            // The model takes longer.
             step_timeout: Duration::from_millis(1),
             ..RecoveryConfiguration::default()
         },
         ..ResilienceConfiguration::default()
     };
+    let hangs = Arc::new(AtomicBool::new(false));
     // Broken until it is loaded anew, and then again.
-    let script = MockScript::reply("Paris").with_load_delay(Duration::from_millis(100));
+    let script = MockScript::reply("Paris").with_hanging_loads(Arc::clone(&hangs));
     let script = (0..3).fold(script, |script, _| script.with_fault(0, MockFault::Device));
     let engine = mock(script).with_resilience(resilience).unwrap();
     engine.load_model("tiny").await.unwrap();
+    hangs.store(true, Ordering::Relaxed);
     for recovery in 0..3 {
         let report = engine.attempt_recovery().await;
         let reload = report.steps.last().expect("it tries");

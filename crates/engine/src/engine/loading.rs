@@ -38,7 +38,8 @@ pub(crate) struct Loaded<M> {
     pub(crate) device: Device,
 }
 
-/// A load that runs. Dropping it gives the load up and waits for its thread, which is a layer's time at most.
+/// A load that runs. Dropping it gives the load up, wakes its thread where it sleeps, and waits for it, which is a layer's time at
+/// most.
 struct LoadGuard {
     cancelled: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -46,6 +47,9 @@ struct LoadGuard {
 
 impl Drop for LoadGuard {
     fn drop(&mut self) {
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
         self.cancelled.store(true, Ordering::Relaxed);
         join(self.thread.take());
     }
@@ -54,7 +58,9 @@ impl Drop for LoadGuard {
 pub(crate) fn load_mock(
     id: String,
     script: MockScript,
+    given_up: &AtomicBool,
     config: &EngineConfig,
+    script.take_time(given_up)?;
 ) -> Result<Loaded<MockModel>, EngineError> {
     let drafts = matches!(config.speculation, SpeculationConfig::Draft(_));
     let tokenizer = script
@@ -84,7 +90,10 @@ impl Engine {
     pub async fn mock(name: &str, script: MockScript, config: EngineConfig) -> Result<Self, EngineError> {
         let id = name.to_owned();
         let kept = config.clone();
-        Self::load(config, None, move |_, _| load_mock(id, script, &kept)).await
+        Self::load(config, None, move |given_up, _| {
+            load_mock(id, script, &kept, given_up)
+        })
+        .await
     }
 
     /// Starts a thread, loads a model on it with `load`, and serves requests there. `load` hears whether it was given
