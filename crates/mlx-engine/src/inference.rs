@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use mlx_engine_core::{
     Device, EngineError, EngineWrapper, EventStream, GenerateOutput, GenerateParams, LlmEngine,
-    ModelConfiguration, Prompt,
+    ModelConfiguration, ProgressFn, Prompt,
 };
 #[cfg(feature = "mlx")]
 use mlx_engine_engine::PromptEncoder;
-use mlx_engine_engine::{Engine, PrefixCacheReport, ProgressFn, Score, UnloadMode};
+use mlx_engine_engine::{Engine, PrefixCacheReport, Score, UnloadMode};
 use mlx_engine_monitor::{
     DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, Monitored,
 };

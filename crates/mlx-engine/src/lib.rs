@@ -79,8 +79,8 @@ pub use mlx_engine_engine::{
 };
 pub use mlx_engine_engine::{
     DiskCacheConfig, DraftConfig, Engine, EngineConfig, LookupConfig, MemoryFit, MemoryNeeds, MockFault,
-    MockScript, PrefixCacheConfig, PrefixCacheReport, PrefixEntry, ProgressFn, PromptEncoder, Score,
-    SpeculationConfig, UnloadMode,
+    MockScript, PrefixCacheConfig, PrefixCacheReport, PrefixEntry, PromptEncoder, Score, SpeculationConfig,
+    UnloadMode,
 };
 /// Models on the Hugging Face hub, and in its cache on this machine.
 pub use mlx_engine_hub as hub;

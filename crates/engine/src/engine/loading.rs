@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use mlx_engine_core::{Backend, Device, EngineError, LoadProgress, ModelConfiguration, ModelType};
+use mlx_engine_core::{
+    Backend, Device, EngineError, LoadProgress, ModelConfiguration, ModelType, ProgressFn,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Engine;
@@ -23,9 +25,6 @@ use crate::{PromptEncoder, TokenModel};
 
 /// Commands on their way to the worker. Who comes when there are as many waits until they were taken.
 const HANDED_OVER: usize = 64;
-
-/// Hears how far a load has come, on the worker thread.
-pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
 
 /// What a model brings beside itself.
 pub(crate) struct Loaded<M> {
@@ -47,10 +46,10 @@ struct LoadGuard {
 
 impl Drop for LoadGuard {
     fn drop(&mut self) {
+        self.cancelled.store(true, Ordering::Relaxed);
         if let Some(thread) = &self.thread {
             thread.thread().unpark();
         }
-        self.cancelled.store(true, Ordering::Relaxed);
         join(self.thread.take());
     }
 }
@@ -58,10 +57,10 @@ impl Drop for LoadGuard {
 pub(crate) fn load_mock(
     id: String,
     script: MockScript,
-    given_up: &AtomicBool,
     config: &EngineConfig,
-    script.take_time(given_up)?;
+    given_up: &AtomicBool,
 ) -> Result<Loaded<MockModel>, EngineError> {
+    script.take_time(given_up)?;
     let drafts = matches!(config.speculation, SpeculationConfig::Draft(_));
     let tokenizer = script
         .tokenizer()

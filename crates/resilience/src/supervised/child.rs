@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::future::BoxFuture;
-use mlx_engine_core::{EngineError, GenerateParams, GenerationEvent, LlmEngine, LoadProgress, Prompt};
+use mlx_engine_core::{EngineError, GenerateParams, GenerationEvent, LlmEngine, ProgressFn, Prompt};
 use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -18,9 +18,6 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use super::frame::{Frames, FromChild, Ready, ToChild, VERSION, encode};
-
-/// Hears how far a load has come.
-pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
 
 /// How long the engine may take to end what runs, once the program is gone.
 const UNLOAD_LIMIT: Duration = Duration::from_secs(5);

@@ -34,7 +34,7 @@ mod shared;
 mod status;
 mod watch;
 
-pub use child::{ProgressFn, Service, connection, serve};
+pub use child::{Service, connection, serve};
 pub use configuration::SupervisorConfiguration;
 pub use launch::{Launch, Process, Program};
 pub use parent::Supervised;

@@ -9,12 +9,11 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use mlx_engine_core::{
     Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
-    Prompt,
+    ProgressFn, Prompt,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::child::ProgressFn;
 use super::configuration::SupervisorConfiguration;
 use super::frame::Ready;
 use super::launch::Launch;
