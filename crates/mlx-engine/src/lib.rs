@@ -92,7 +92,7 @@ pub use mlx_engine_monitor::{
 };
 pub use mlx_engine_registry::{
     CacheShape, Capability, Compatibility, DeviceDescription, Fit, MemoryEstimate, ModelEntry, ModelEstimate,
-    ModelQuery, ModelRegistry, Recommendation, RegistryError, SearchCriteria, SortBy, UseCase, Weights,
+    ModelRegistry, Recommendation, RegistryError, SearchCriteria, SortBy, UseCase, Weights,
 };
 /// Retries, limits and recovery of any [`LlmEngine`], also alone, and an engine in a process of its own.
 pub use mlx_engine_resilience as resilience;
