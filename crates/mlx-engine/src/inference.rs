@@ -39,6 +39,7 @@ use crate::slot::Slot;
 /// assert_eq!((output.text.as_str(), output.backend), ("Paris", Backend::Mock));
 /// # Ok(())
 /// # }
+/// # tokio::runtime::Runtime::new().unwrap().block_on(run()).unwrap();
 /// ```
 #[derive(Clone)]
 pub struct InferenceEngine {
@@ -55,6 +56,7 @@ impl Default for InferenceEngine {
             health: HealthConfiguration::default(),
             engine,
         };
+        // Defaults are in their ranges, which tests of both crates prove. Without these wrappers there would be no recovery.
         if let Ok(engine) = this.wrapped(HealthConfiguration::default(), ResilienceConfiguration::default()) {
             this.engine = engine;
         }
