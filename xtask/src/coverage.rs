@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use self::lines::Count;
 use self::tools::Tools;
 use crate::error::{Context, Error, Result};
-use crate::packages;
+use crate::packages::{self, Package};
 use crate::workspace::{cargo, on_path, output, run as go, spell};
 use crate::{setup, test};
 
@@ -48,14 +48,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     fs::create_dir_all(&folder).context("make the folder", &folder)?;
     let tools = Tools::ready(&folder)?;
     let cache = setup::fill(None, true)?;
-    let mut selected = Vec::new();
-    if args.packages.is_empty() {
-        selected.extend(["--workspace", "--exclude", env!("CARGO_PKG_NAME")].map(str::to_owned));
-        selected.extend(test::oracles(&workspace.packages, &[]));
-    }
-    for package in &args.packages {
-        selected.extend(["--package".to_owned(), package.clone()]);
-    }
+    let selected = selected(&workspace.packages, &args.packages);
     let counted = folder.join(COUNTED);
     let call = |words: &[&str]| -> Result<Command> {
         let mut command = cargo();
@@ -121,6 +114,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         );
     }
     enough(&crates, args.least)
+}
+
+/// The packages whose tests run, all where none is named, with the oracles that these have.
+fn selected(packages: &[Package], named: &[String]) -> Vec<String> {
+    let named: Vec<_> = named
+        .iter()
+        .flat_map(|name| ["--package".to_owned(), name.clone()])
+        .collect();
+    let scope = if named.is_empty() {
+        ["--workspace", "--exclude", env!("CARGO_PKG_NAME")]
+            .map(str::to_owned)
+            .to_vec()
+    } else {
+        named.clone()
+    };
+    [scope, test::oracles(packages, &named)].concat()
 }
 
 /// Builds the tests, and says which programs that made: tests, and those that tests start.
@@ -197,6 +206,34 @@ fn enough(crates: &BTreeMap<&str, Count>, least: u8) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::packages::tests::sample;
+
+    #[test]
+    fn oracles_are_compared_with_whatever_is_named() {
+        let packages = ["mlx-engine", "mlx-engine-text", "mlx-engine-core"].map(|name| {
+            let features = if name == "mlx-engine-core" {
+                vec![]
+            } else {
+                vec!["oracle".to_owned()]
+            };
+            Package {
+                features,
+                ..sample(name, &[])
+            }
+        });
+        let selected = |named: &[&str]| {
+            let named: Vec<_> = named.iter().map(|&name| name.to_owned()).collect();
+            selected(&packages, &named).join(" ")
+        };
+        assert_eq!(
+            selected(&[]),
+            "--workspace --exclude xtask --features mlx-engine/oracle --features mlx-engine-text/oracle"
+        );
+        assert_eq!(
+            selected(&["mlx-engine-text", "mlx-engine-core"]),
+            "--package mlx-engine-text --package mlx-engine-core --features mlx-engine-text/oracle"
+        );
+    }
 
     #[test]
     fn programs_are_those_that_cargo_names() {

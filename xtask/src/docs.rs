@@ -35,6 +35,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     found.extend(links::broken(&pages)?);
     found.extend(named::wrong(&root, &pages)?);
     found.extend(unlisted(&root)?);
+    found.extend(untested(&root)?);
     if found.is_empty() {
         println!("docs: all is as the code has it");
         return Ok(());
@@ -130,9 +131,49 @@ fn unlisted(root: &Path) -> Result<Vec<String>> {
         .collect())
 }
 
+/// What has the pages tested as documentation.
+const TESTED: &str = "crates/mlx-engine/src/book.rs";
+
+/// The pages that show Rust which is not compiled as a test of the documentation.
+fn untested(root: &Path) -> Result<Vec<String>> {
+    let list = root.join(TESTED);
+    let tested = fs::read_to_string(&list).context("read", &list)?;
+    let mut found = Vec::new();
+    for page in pages(root)? {
+        let text = fs::read_to_string(&page).context("read", &page)?;
+        let name = page.strip_prefix(root).unwrap_or(&page).display().to_string();
+        let shows = text
+            .lines()
+            .any(|line| line == "```rust" || line.starts_with("```rust,"));
+        if shows && !tested.contains(&format!("\"{name}\"")) {
+            found.push(format!("{name}: shows Rust, and {TESTED} does not name it"));
+        }
+    }
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_with_rust_that_nothing_compiles_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("README.md", "");
+        write("CHANGELOG.md", "");
+        write(TESTED, "pages! { One = \"docs/one.md\"; }");
+        write("docs/one.md", "```rust\n```\n");
+        write("docs/two.md", "```rust,no_run\n```\n");
+        write("docs/three.md", "```sh\n```\n");
+        let found = untested(folder.path()).unwrap();
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].starts_with("docs/two.md"), "{found:?}");
+    }
 
     #[test]
     fn the_book_holds_together() {
@@ -142,6 +183,7 @@ mod tests {
         found.extend(links::broken(&pages).unwrap());
         found.extend(named::wrong(&root, &pages).unwrap());
         found.extend(unlisted(&root).unwrap());
+        found.extend(untested(&root).unwrap());
         assert!(found.is_empty(), "{found:#?}");
     }
 

@@ -179,6 +179,17 @@ pub(crate) mod tests {
         );
     }
 
+    /// The tests of the engine, of the facade and of the command run without MLX too, which a dependency of their tests
+    /// on it would end.
+    #[test]
+    fn two_crates_alone_are_bound_to_mlx() {
+        let workspace = read().unwrap();
+        assert_eq!(
+            bound_to_mlx(&workspace.packages),
+            BTreeSet::from(["mlx-engine-models", "mlx-sys"])
+        );
+    }
+
     #[test]
     fn this_workspace_can_be_read() {
         let workspace = read().unwrap();

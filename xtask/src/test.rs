@@ -153,9 +153,15 @@ fn with(wanted: &str, packages: &[Package], selection: &[String]) -> Vec<String>
     packages
         .iter()
         .filter(|package| package.features.iter().any(|feature| feature == wanted))
-        .filter(|package| !named || selection.iter().any(|argument| argument.contains(&package.name)))
+        .filter(|package| !named || selection.iter().any(|argument| names(argument, &package.name)))
         .flat_map(|package| ["--features".to_owned(), format!("{}/{wanted}", package.name)])
         .collect()
+}
+
+/// Whether an argument names a package: by itself, behind `-p`, or behind `--package=`.
+fn names(argument: &str, package: &str) -> bool {
+    let rest = argument.strip_suffix(package);
+    rest.is_some_and(|before| ["", "-p", "-p=", "--package="].contains(&before))
 }
 
 /// The packages that the lean run leaves out: those that are nothing without MLX, and this one, which has no part in
@@ -195,8 +201,22 @@ mod tests {
         let packages = [text, sample("mlx-engine-core", &[])];
         assert_eq!(oracles(&packages, &[]), ["--features", "mlx-engine-text/oracle"]);
         assert!(oracles(&packages, &strings(&["-p", "mlx-engine-core"])).is_empty());
-        assert_eq!(oracles(&packages, &strings(&["-p", "mlx-engine-text"])).len(), 2);
         assert!(oracles(&packages[1..], &[]).is_empty());
+        // The facade's name is the beginning of all others.
+        let mut facade = sample("mlx-engine", &[]);
+        facade.features = strings(&["oracle"]);
+        let packages = [&packages[..], &[facade]].concat();
+        for named in [
+            &["-p", "mlx-engine-text"][..],
+            &["-pmlx-engine-text"],
+            &["--package=mlx-engine-text"],
+        ] {
+            assert_eq!(
+                oracles(&packages, &strings(named)),
+                ["--features", "mlx-engine-text/oracle"],
+                "{named:?}"
+            );
+        }
     }
 
     #[test]

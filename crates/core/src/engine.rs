@@ -16,7 +16,8 @@ pub type EventStream = BoxStream<'static, Result<GenerationEvent, EngineError>>;
 
 /// An engine with one model loaded.
 ///
-/// The trait is object safe, so that metrics, retries and the like are wrappers over an `Arc<dyn LlmEngine>`.
+/// Metrics, retries and the like are wrappers over any `LlmEngine`; the trait is object safe, so that an
+/// `Arc<dyn LlmEngine>` is one too.
 /// [`generate`](Self::generate) is [`stream`](Self::stream) collected: an implementation writes the one way and has
 /// both.
 ///

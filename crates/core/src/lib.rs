@@ -52,7 +52,7 @@ pub use output::{GenerateOutput, PartialOutput};
 pub use params::{GenerateParams, OutputConstraint, ParamError};
 pub use platform::{Device, Platform};
 pub use priority::Priority;
-pub use progress::LoadProgress;
+pub use progress::{LoadProgress, ProgressFn};
 pub use speculation::{SpeculationOff, SpeculationReport};
 pub use statistics::{DeviceMemory, EngineStatistics, next_load};
 pub use tool::{ToolCall, ToolChoice, ToolDefinition};

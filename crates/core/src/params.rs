@@ -36,7 +36,7 @@ pub struct GenerateParams {
     pub top_k: u32,
     /// Keeps tokens at least this likely relative to the likeliest, 0 to 1. 0 keeps all.
     pub min_p: f32,
-    /// Divides (or, below zero, multiplies) the logits of tokens seen in the window; above 0. 1 changes nothing.
+    /// Divides (or, below zero, multiplies) the logits of tokens seen in the window, 0.01 to 100. 1 changes nothing.
     pub repetition_penalty: f32,
     /// How many of the latest tokens, prompt included, the repetition penalty looks at; at least 1.
     pub repetition_window: u32,

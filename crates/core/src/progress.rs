@@ -36,6 +36,9 @@ pub enum LoadProgress {
     Ready,
 }
 
+/// Hears how far a load has come, on the thread that loads.
+pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
+
 impl LoadProgress {
     /// The part of this stage that is done, 0 to 1. A stage with nothing to do is done.
     pub fn fraction(self) -> f64 {

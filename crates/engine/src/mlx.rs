@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use mlx_engine_checkpoint::Metadata;
 use mlx_engine_core::{
     Backend, Device, DeviceMemory, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
+    ProgressFn,
 };
 use mlx_engine_models::{
     self as models, Compute, Decoder, DecoderBytes, DecoderSpec, FeedTokens, LoadOptions, ModelError,
@@ -16,7 +17,7 @@ use mlx_engine_models::{
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 
 use crate::config::EngineConfig;
-use crate::engine::{Engine, Loaded, ProgressFn};
+use crate::engine::{Engine, Loaded};
 use crate::fingerprint::fingerprint;
 use crate::fit::{BATCH_LIMIT, MemoryNeeds};
 use crate::speculation::{DraftConfig, SpeculationConfig, same_vocabulary};

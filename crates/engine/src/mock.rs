@@ -4,7 +4,9 @@
 use std::ops::AddAssign;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use mlx_engine_core::{EngineError, GenerateParams};
 use mlx_engine_text::{GgufVocabulary, TextError, Tokenizer};
@@ -34,8 +36,9 @@ pub enum MockFault {
 pub struct MockScript {
     reply: Option<String>,
     load_delay: Duration,
+    #[serde(skip)]
+    load_hangs: Arc<AtomicBool>,
     load_failure: Option<String>,
-    chunk_delay: Duration,
     step_delay: Duration,
     faults: Vec<(u64, MockFault)>,
     context_length: Option<usize>,
@@ -63,19 +66,19 @@ impl MockScript {
         self
     }
 
+    /// Has every load that begins while this is true hang until it is given up. It is for a mock in this process.
+    pub fn with_hanging_loads(mut self, hang: Arc<AtomicBool>) -> Self {
+        self.load_hangs = hang;
+        self
+    }
+
     /// Fails to load, with this message.
     pub fn with_load_failure(mut self, message: impl Into<String>) -> Self {
         self.load_failure = Some(message.into());
         self
     }
 
-    /// Takes this long for each step in which nothing is chosen: chunks of prompts that are not their ends.
-    pub fn with_chunk_delay(mut self, delay: Duration) -> Self {
-        self.chunk_delay = delay;
-        self
-    }
-
-    /// Takes this long for each other step.
+    /// Takes this long for each step in which a token is chosen, which chunks of prompts are not but for the last.
     pub fn with_step_delay(mut self, delay: Duration) -> Self {
         self.step_delay = delay;
         self
@@ -139,8 +142,22 @@ impl MockScript {
         tokenizer(self.chat_template.as_deref().unwrap_or(TEMPLATE))
     }
 
+    /// Waits as long as a load is to take. Who gives it up has to wake this thread.
+    pub(crate) fn take_time(&self, given_up: &AtomicBool) -> Result<(), EngineError> {
+        let hangs = self.load_hangs.load(Ordering::Relaxed);
+        let began = Instant::now();
+        while !given_up.load(Ordering::Relaxed) {
+            let left = self.load_delay.saturating_sub(began.elapsed());
+            match (hangs, left) {
+                (true, _) => thread::park(),
+                (false, Duration::ZERO) => return Ok(()),
+                (false, left) => thread::park_timeout(left),
+            }
+        }
+        Err(EngineError::Cancelled)
+    }
+
     pub(crate) fn load(self) -> Result<MockModel, EngineError> {
-        std::thread::sleep(self.load_delay);
         match self.load_failure {
             Some(message) => Err(EngineError::model_load("mock", message)),
             None => Ok(MockModel {
@@ -374,19 +391,12 @@ impl TokenModel for MockModel {
                 })?;
             }
         }
-        let delay = if batch.iter().all(|feed| feed.choices == 0) {
-            self.script.chunk_delay
-        } else {
-            self.script.step_delay
-        };
-        std::thread::sleep(delay);
-        #[cfg(test)]
-        if let Some(pace) = self
-            .pace
-            .as_mut()
-            .filter(|_| batch.iter().any(|feed| feed.choices > 0))
-        {
-            pace.steps.push(pace.step);
+        if batch.iter().any(|feed| feed.choices > 0) {
+            thread::sleep(self.script.step_delay);
+            #[cfg(test)]
+            if let Some(pace) = &mut self.pace {
+                pace.steps.push(pace.step);
+            }
         }
         for feed in batch {
             self.take(feed);

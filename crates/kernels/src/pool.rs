@@ -268,8 +268,11 @@ fn work(shared: &Shared, own: &Sleeper, thread: usize) {
         if joined.is_err() {
             continue;
         }
-        #[expect(unsafe_code, reason = "the job borrows from the stack of the caller of `run`")]
-        // SAFETY: the gate was open for the job when this thread was counted in, so that `run` has stored the pointer
+        #[expect(
+            unsafe_code,
+            reason = "the job borrows from the stack of who called `work_off`"
+        )]
+        // SAFETY: the gate was open for the job when this thread was counted in, so that `work_off` has stored the pointer
         // before (the gate's release and acquire order it) and does not return before the count is given back.
         let job = unsafe { *shared.job.load(Ordering::Relaxed) };
         shared.take_part(job, thread);

@@ -1,13 +1,14 @@
 //! The engine in a process of its own: what the two processes agree on.
 
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
 use futures::future::BoxFuture;
-use mlx_engine_core::{Device, EngineError, EngineWrapper, ModelConfiguration, Prompt};
-use mlx_engine_engine::{Engine, EngineConfig, MockScript, PrefixCacheReport, ProgressFn, Score};
+use mlx_engine_core::{Device, EngineError, EngineWrapper, ModelConfiguration, ProgressFn, Prompt};
+use mlx_engine_engine::{Engine, EngineConfig, MockScript, PrefixCacheReport, Score};
 use mlx_engine_resilience::{Program, Service, Supervised, SupervisorConfiguration, connection, serve};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
-use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 
 /// What the process is to load.
 #[derive(Debug, Serialize, Deserialize)]

@@ -149,7 +149,7 @@ pub(crate) async fn find_or_fetch_with_progress(
     reference: &str,
     registry: &ModelRegistry,
     hub: Option<&Hub>,
-    progress: &mut Option<mlx_engine_engine::ProgressFn>,
+    progress: &mut Option<mlx_engine_core::ProgressFn>,
 ) -> Result<ModelLocation, EngineError> {
     use std::sync::{Mutex, PoisonError};
 

@@ -7,11 +7,11 @@ use std::sync::Arc;
 
 use mlx_engine_core::{
     Device, EngineError, EngineWrapper, EventStream, GenerateOutput, GenerateParams, LlmEngine,
-    ModelConfiguration, Prompt,
+    ModelConfiguration, ProgressFn, Prompt,
 };
 #[cfg(feature = "mlx")]
 use mlx_engine_engine::PromptEncoder;
-use mlx_engine_engine::{Engine, PrefixCacheReport, ProgressFn, Score, UnloadMode};
+use mlx_engine_engine::{Engine, PrefixCacheReport, Score, UnloadMode};
 use mlx_engine_monitor::{
     DetailedStatus, HealthConfiguration, HealthEvents, HealthReport, InferenceMetrics, Monitored,
 };
@@ -56,6 +56,7 @@ pub struct EngineStatus {
 /// assert_eq!((output.text.as_str(), output.backend), ("Paris", Backend::Mock));
 /// # Ok(())
 /// # }
+/// # tokio::runtime::Runtime::new().unwrap().block_on(run()).unwrap();
 /// ```
 #[derive(Clone)]
 pub struct InferenceEngine {
@@ -72,6 +73,7 @@ impl Default for InferenceEngine {
             health: HealthConfiguration::default(),
             engine,
         };
+        // Defaults are in their ranges, which tests of both crates prove. Without these wrappers there would be no recovery.
         if let Ok(engine) = this.wrapped(HealthConfiguration::default(), ResilienceConfiguration::default()) {
             this.engine = engine;
         }

@@ -80,8 +80,8 @@ pub use mlx_engine_engine::{
 };
 pub use mlx_engine_engine::{
     DiskCacheConfig, DraftConfig, Engine, EngineConfig, LookupConfig, MemoryFit, MemoryNeeds, MockFault,
-    MockScript, PrefixCacheConfig, PrefixCacheReport, PrefixEntry, ProgressFn, PromptEncoder, Score,
-    SpeculationConfig, UnloadMode,
+    MockScript, PrefixCacheConfig, PrefixCacheReport, PrefixEntry, PromptEncoder, Score, SpeculationConfig,
+    UnloadMode,
 };
 /// Models on the Hugging Face hub, and in its cache on this machine.
 pub use mlx_engine_hub as hub;
@@ -93,7 +93,7 @@ pub use mlx_engine_monitor::{
 };
 pub use mlx_engine_registry::{
     CacheShape, Capability, Compatibility, DeviceDescription, Fit, MemoryEstimate, ModelEntry, ModelEstimate,
-    ModelQuery, ModelRegistry, Recommendation, RegistryError, SearchCriteria, SortBy, UseCase, Weights,
+    ModelRegistry, Recommendation, RegistryError, SearchCriteria, SortBy, UseCase, Weights,
 };
 /// Retries, limits and recovery of any [`LlmEngine`], also alone, and an engine in a process of its own.
 pub use mlx_engine_resilience as resilience;

@@ -59,9 +59,7 @@ impl Served {
             Self::Apart(engine) => apart::score(engine, text).await,
         }
     }
-}
 
-impl Served {
     pub(crate) async fn prefix_cache(&self) -> Result<PrefixCacheReport, EngineError> {
         match self {
             Self::Here(engine) => engine.prefix_cache().await,

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 #[cfg(feature = "mlx")]
 use mlx_engine_core::ModelConfiguration;
-use mlx_engine_core::{EngineError, FallbackPolicy};
+use mlx_engine_core::{EngineError, FallbackPolicy, ProgressFn};
 #[cfg(feature = "mlx")]
 use mlx_engine_engine::SpeculationConfig;
-use mlx_engine_engine::{Engine, EngineConfig, MockScript, ProgressFn};
+use mlx_engine_engine::{Engine, EngineConfig, MockScript};
 use mlx_engine_registry::ModelRegistry;
 
 #[cfg(unix)]

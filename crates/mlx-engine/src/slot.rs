@@ -8,9 +8,9 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use mlx_engine_core::{
     Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
-    Prompt,
+    ProgressFn, Prompt,
 };
-use mlx_engine_engine::{EngineConfig, ProgressFn};
+use mlx_engine_engine::EngineConfig;
 
 use crate::served::Served;
 use crate::settings::Settings;

@@ -323,6 +323,10 @@ fn reference_of_models() {
         "The `model_type`s of `config.json` that can be loaded. The README says from which kinds of files.",
     );
     let supported = supported();
+    let readme = std::fs::read_to_string(root().join("README.md")).expect("the README");
+    for name in &supported {
+        assert!(readme.contains(&format!("`{name}`")), "the README lacks `{name}`");
+    }
     let registry = ModelRegistry::builtin();
     page.table(
         &["`model_type`", "models of the registry"],

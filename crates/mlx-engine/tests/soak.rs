@@ -198,7 +198,17 @@ async fn five_thousand_requests_with_faults_at_random_are_all_accounted_for() {
 
     // Nothing is stuck: one more request is the last that the worker hears of.
     let output = engine.generate("still there?", GenerateParams::default()).await;
-    assert!(output.is_ok() || output.is_err_and(|error| error.is_retryable()));
+    match output {
+        Ok(output) => assert!(!output.text.is_empty(), "{output:?}"),
+        // Its step may be one of those that fail.
+        Err(error) => assert!(
+            matches!(
+                error,
+                EngineError::Device { .. } | EngineError::OutOfMemory | EngineError::WorkerPanicked { .. }
+            ),
+            "{error}"
+        ),
+    }
     let inside = engine.statistics().expect("the engine tells");
     assert_eq!((metrics.queued, metrics.running), (0, 0));
     assert_eq!((inside.queued, inside.running, inside.worker_restarts), (0, 0, 0));

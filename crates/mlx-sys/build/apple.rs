@@ -82,7 +82,7 @@ mod imp {
 
     /// Where MLX looks for its kernels at run time; outside the build folder, as the path is compiled in.
     fn metallib_folder() -> Result<PathBuf, String> {
-        if let Some(folder) = std::env::var_os("MLX_RS_METAL_PATH") {
+        if let Some(folder) = std::env::var_os("MLX_RS_METAL_PATH").filter(|path| !path.is_empty()) {
             return Ok(folder.into());
         }
         let name = if cfg!(feature = "metal-jit") {

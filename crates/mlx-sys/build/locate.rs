@@ -87,7 +87,7 @@ pub fn missing_mlx() -> String {
 
 /// The folder of a libclang from set-up, where bindgen is not told of one and will not find one by itself.
 pub fn libclang() -> Option<PathBuf> {
-    if std::env::var_os("LIBCLANG_PATH").is_some() {
+    if std::env::var_os("LIBCLANG_PATH").is_some_and(|path| !path.is_empty()) {
         return None;
     }
     let folder = cache::cache_dir()?.join(cache::LIBCLANG);

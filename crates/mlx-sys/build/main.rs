@@ -1,9 +1,9 @@
 //! Links MLX and generates its bindings.
 //!
 //! On Linux, and on Apple targets where a prebuilt MLX is given, mlx-c and this crate's own C++ are compiled against
-//! MLX's headers into one shared library, which the program opens at run time ([`prebuilt`]). On other Apple targets
-//! MLX is built from source as upstream's crate does ([`apple`]). Neither path touches the network, except that
-//! upstream's CMake project fetches MLX.
+//! MLX's headers into one shared library, which the program opens at run time on Linux and links on Apple targets
+//! ([`prebuilt`]). On other Apple targets MLX is built from source as upstream's crate does ([`apple`]). Neither path
+//! touches the network, except that upstream's CMake project fetches MLX.
 
 #![expect(unreachable_pub, reason = "the modules of a build script are one program")]
 

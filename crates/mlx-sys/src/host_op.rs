@@ -140,11 +140,6 @@ impl HostArrayMut<'_> {
         self.dtype
     }
 
-    /// The contents.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.bytes
-    }
-
     /// The contents as elements.
     ///
     /// # Errors

@@ -254,11 +254,6 @@ impl Decoder {
         matches!(self.body, Body::Host(_))
     }
 
-    /// How keys and values are kept.
-    pub fn kv_config(&self) -> &KvConfig {
-        &self.kv
-    }
-
     /// What the decoder looks like.
     pub fn spec(&self) -> &DecoderSpec {
         &self.spec

@@ -30,6 +30,7 @@ mod decoder;
 mod device;
 mod error;
 mod family;
+mod faulty;
 mod graph;
 mod host;
 mod kv;
@@ -48,6 +49,8 @@ pub use decoder::{Compute, Decoder, DecoderBytes, Feed, FeedTokens, LoadOptions,
 pub use device::{DeviceInfo, detect, rebuild_stream};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};
+#[doc(hidden)]
+pub use faulty::fail_in_a_node;
 pub use host::cpu_kernels;
 pub use kv::TAKEN_BACK;
 pub use memory::{

@@ -11,13 +11,17 @@
 //!
 //! ```
 //! use mlx_engine_core::ModelType;
-//! use mlx_engine_registry::{ModelQuery, ModelRegistry};
+//! use mlx_engine_registry::{ModelRegistry, SearchCriteria};
 //!
 //! let registry = ModelRegistry::builtin();
 //! assert_eq!(registry.get("qwen3-4b")?.id, "mlx-community/Qwen3-4B-4bit");
 //!
-//! let small_coders = ModelQuery::new().with_type(ModelType::Code).with_max_size_bytes(5_000_000_000);
-//! for model in registry.find(&small_coders) {
+//! let small_coders = SearchCriteria {
+//!     model_type: Some(ModelType::Code),
+//!     max_size_bytes: Some(5_000_000_000),
+//!     ..SearchCriteria::default()
+//! };
+//! for model in registry.search_models(&small_coders) {
 //!     println!("{}: {} parameters", model.name, model.parameters);
 //! }
 //! # Ok::<(), mlx_engine_registry::RegistryError>(())
@@ -27,11 +31,9 @@ mod criteria;
 mod entry;
 mod estimate;
 mod fit;
-mod query;
 mod recommend;
 mod registry;
 mod relevance;
-
 mod suggest;
 mod user;
 
@@ -42,6 +44,5 @@ pub use entry::{Capability, ModelEntry, Sampling};
 pub use error::RegistryError;
 pub use estimate::{CacheShape, EstimateError, MemoryEstimate, ModelEstimate};
 pub use fit::{Compatibility, DeviceDescription, Fit};
-pub use query::ModelQuery;
 pub use recommend::{Recommendation, UseCase};
 pub use registry::ModelRegistry;

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use mlx_engine_core::ModelConfiguration;
 use serde::Deserialize;
 
-use crate::{ModelEntry, ModelQuery, RegistryError, suggest};
+use crate::{ModelEntry, RegistryError, suggest};
 
 /// The owner on the hub that a reference may leave out.
 const DEFAULT_OWNER: &str = "mlx-community/";
@@ -126,13 +126,6 @@ impl ModelRegistry {
         }
     }
 
-    /// The models that meet a query, by number of parameters, then size, then id.
-    pub fn find(&self, query: &ModelQuery) -> Vec<&ModelConfiguration> {
-        let mut found: Vec<_> = self.models().filter(|model| query.matches(model)).collect();
-        found.sort_by_key(|model| (model.parameters, model.size_bytes, &model.id));
-        found
-    }
-
     /// Adds a model.
     ///
     /// # Errors
@@ -214,6 +207,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::SearchCriteria;
 
     fn model(id: &str, name: &str, aliases: &[&str]) -> ModelConfiguration {
         ModelConfiguration {
@@ -335,12 +329,16 @@ mod tests {
             sized("a-70b", 70_000_000_000),
             sized("a-7b", 7_000_000_000),
         ]);
-        let ids = |query| -> Vec<&str> { registry.find(&query).iter().map(|model| &*model.id).collect() };
-        assert_eq!(ids(ModelQuery::new()), ["a-7b", "c-7b", "b-13b", "a-70b"]);
-        assert_eq!(
-            ids(ModelQuery::new().with_min_parameters(8_000_000_000)),
-            ["b-13b", "a-70b"]
-        );
+        let ids = |min_parameters| -> Vec<&str> {
+            let criteria = SearchCriteria {
+                min_parameters,
+                ..SearchCriteria::default()
+            };
+            let found = registry.search_models(&criteria);
+            found.iter().map(|model| &*model.id).collect()
+        };
+        assert_eq!(ids(None), ["a-7b", "c-7b", "b-13b", "a-70b"]);
+        assert_eq!(ids(Some(8_000_000_000)), ["b-13b", "a-70b"]);
         let order: Vec<&str> = registry.models().map(|model| &*model.id).collect();
         assert_eq!(order, ["b-13b", "c-7b", "a-70b", "a-7b"]);
     }

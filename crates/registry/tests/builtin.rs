@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use mlx_engine_core::{GenerateParams, ModelConfiguration, ModelType, Quantization};
-use mlx_engine_registry::{Capability, ModelEntry, ModelEstimate, ModelQuery, ModelRegistry};
+use mlx_engine_registry::{Capability, ModelEntry, ModelEstimate, ModelRegistry, SearchCriteria};
 
 /// Models whose makers round by more than 15 %, or leave out vision towers and embeddings of layers.
 const ROUNDED_NAMES: [&str; 7] = [
@@ -63,7 +63,11 @@ fn there_are_models_of_every_kind_but_base() {
         ModelType::Embedding,
         ModelType::Rerank,
     ] {
-        let found = ModelRegistry::builtin().find(&ModelQuery::new().with_type(model_type));
+        let criteria = SearchCriteria {
+            model_type: Some(model_type),
+            ..SearchCriteria::default()
+        };
+        let found = ModelRegistry::builtin().search_models(&criteria);
         assert!(!found.is_empty(), "{model_type}");
     }
 }

@@ -148,6 +148,55 @@ fn each_criterion_decides_by_itself() {
 }
 
 #[test]
+fn what_is_unknown_meets_no_bound() {
+    let mut registry = ModelRegistry::new();
+    registry
+        .register(ModelConfiguration::new("owner/unknown", ModelType::Base))
+        .unwrap();
+    let all = SearchCriteria::default;
+    for (criteria, found) in [
+        (all(), 1),
+        (
+            SearchCriteria {
+                min_parameters: Some(0),
+                ..all()
+            },
+            0,
+        ),
+        (
+            SearchCriteria {
+                max_parameters: Some(u64::MAX),
+                ..all()
+            },
+            0,
+        ),
+        (
+            SearchCriteria {
+                max_size_bytes: Some(u64::MAX),
+                ..all()
+            },
+            0,
+        ),
+        (
+            SearchCriteria {
+                min_context: Some(0),
+                ..all()
+            },
+            0,
+        ),
+        (
+            SearchCriteria {
+                quantization: Some(Weights::FloatingPoint),
+                ..all()
+            },
+            1,
+        ),
+    ] {
+        assert_eq!(registry.search_models(&criteria).len(), found, "{criteria:?}");
+    }
+}
+
+#[test]
 fn orders_compare_numbers() {
     let sorted = |sort| {
         let criteria = SearchCriteria {

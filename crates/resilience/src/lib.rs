@@ -56,6 +56,6 @@ pub use reloadable::Reloadable;
 pub use resilient::{ResilienceCounts, ResilienceStatus, Resilient, ResilientBuilder};
 #[cfg(unix)]
 pub use supervised::{
-    ChildState, Launch, Process, Program, ProgressFn, Service, Supervised, SupervisedStatus,
-    SupervisorConfiguration, connection, serve,
+    ChildState, Launch, Process, Program, Service, Supervised, SupervisedStatus, SupervisorConfiguration,
+    connection, serve,
 };

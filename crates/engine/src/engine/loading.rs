@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use mlx_engine_core::{Backend, Device, EngineError, LoadProgress, ModelConfiguration, ModelType, next_load};
+use mlx_engine_core::{
+    Backend, Device, EngineError, LoadProgress, ModelConfiguration, ModelType, ProgressFn, next_load,
+};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Engine;
@@ -24,9 +26,6 @@ use crate::{PromptEncoder, TokenModel};
 /// Commands on their way to the worker. Who comes when there are as many waits until they were taken.
 const HANDED_OVER: usize = 64;
 
-/// Hears how far a load has come, on the worker thread.
-pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
-
 /// What a model brings beside itself.
 pub(crate) struct Loaded<M> {
     pub(crate) model: M,
@@ -38,7 +37,8 @@ pub(crate) struct Loaded<M> {
     pub(crate) device: Device,
 }
 
-/// A load that runs. Dropping it gives the load up and waits for its thread, which is a layer's time at most.
+/// A load that runs. Dropping it gives the load up, wakes its thread where it sleeps, and waits for it, which is a layer's time at
+/// most.
 struct LoadGuard {
     cancelled: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -47,6 +47,9 @@ struct LoadGuard {
 impl Drop for LoadGuard {
     fn drop(&mut self) {
         self.cancelled.store(true, Ordering::Relaxed);
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
         join(self.thread.take());
     }
 }
@@ -55,7 +58,9 @@ pub(crate) fn load_mock(
     id: String,
     script: MockScript,
     config: &EngineConfig,
+    given_up: &AtomicBool,
 ) -> Result<Loaded<MockModel>, EngineError> {
+    script.take_time(given_up)?;
     let drafts = matches!(config.speculation, SpeculationConfig::Draft(_));
     let tokenizer = script
         .tokenizer()
@@ -84,7 +89,10 @@ impl Engine {
     pub async fn mock(name: &str, script: MockScript, config: EngineConfig) -> Result<Self, EngineError> {
         let id = name.to_owned();
         let kept = config.clone();
-        Self::load(config, None, move |_, _| load_mock(id, script, &kept)).await
+        Self::load(config, None, move |given_up, _| {
+            load_mock(id, script, &kept, given_up)
+        })
+        .await
     }
 
     /// Starts a thread, loads a model on it with `load`, and serves requests there. `load` hears whether it was given

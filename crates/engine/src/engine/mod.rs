@@ -23,7 +23,6 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub use self::lifetime::UnloadMode;
 #[cfg(any(test, feature = "mlx"))]
 pub(crate) use self::loading::Loaded;
-pub use self::loading::ProgressFn;
 #[cfg(test)]
 pub(crate) use self::loading::load_mock;
 pub use self::scoring::Score;

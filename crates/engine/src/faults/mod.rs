@@ -37,12 +37,13 @@ async fn load(kind: Kind, plan: &Arc<Plan>, config: EngineConfig) -> Result<Engi
     match kind {
         Kind::Mock => {
             let kept = config.clone();
-            Engine::load(config, None, move |_, _| {
+            Engine::load(config, None, move |given_up, _| {
                 Ok(faulty(
                     crate::engine::load_mock(
                         "faulty".to_owned(),
                         MockScript::default().with_batch_limit(8),
                         &kept,
+                        given_up,
                     )?,
                     plan,
                 ))

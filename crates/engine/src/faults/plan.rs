@@ -159,20 +159,6 @@ impl Plan {
 /// The error of a graph whose node does something and then fails.
 #[cfg(feature = "mlx")]
 fn in_a_host_op(does: impl Fn() + Send + Sync + 'static) -> EngineError {
-    use mlx_sys::{HostOp, HostOutput, mlx_dtype__MLX_FLOAT32};
-
-    let op = HostOp::new(c"faulty", move |_, _| {
-        does();
-        Err("told to fail".to_owned())
-    });
-    let stream = mlx_rs::Stream::cpu();
-    let outputs = [HostOutput::new(&[1], mlx_dtype__MLX_FLOAT32)];
-    #[expect(unsafe_code, reason = "the graph is built through MLX's C interface")]
-    // SAFETY: the handle of the stream is alive; the result is owned, and taken once.
-    let array = unsafe {
-        let mut results = op.call(&[], &outputs, stream.as_ptr()).expect("a node");
-        mlx_rs::Array::from_ptr(results.remove(0))
-    };
-    let error = array.eval().expect_err("the node fails");
-    crate::mlx::run_error(error.into())
+    let error = mlx_engine_models::fail_in_a_node(does).expect_err("the node fails");
+    crate::mlx::run_error(error)
 }

@@ -153,11 +153,6 @@ impl Matrix {
         }
     }
 
-    /// Whether the weights are quantized, and products with integer activations exist.
-    pub fn is_quantized(&self) -> bool {
-        matches!(self.weights, Weights::Quantized(_))
-    }
-
     pub(crate) fn tiles(&self) -> usize {
         self.rows.div_ceil(LANES)
     }

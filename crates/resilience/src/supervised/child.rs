@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use mlx_engine_core::{
-    EngineError, EngineStatistics, GenerateParams, GenerationEvent, LlmEngine, LoadProgress, Prompt,
+    EngineError, EngineStatistics, GenerateParams, GenerationEvent, LlmEngine, ProgressFn, Prompt,
 };
 use mlx_engine_monitor::resident_bytes;
 use serde_json::Value;
@@ -21,9 +21,6 @@ use tokio::task::AbortHandle;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::frame::{Frames, FromChild, Ready, ToChild, VERSION, encode};
-
-/// Hears how far a load has come.
-pub type ProgressFn = Box<dyn FnMut(LoadProgress) + Send>;
 
 /// How long the engine may take to end what runs, once the program is gone.
 const UNLOAD_LIMIT: Duration = Duration::from_secs(5);

@@ -9,12 +9,11 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use mlx_engine_core::{
     Backend, EngineError, EngineStatistics, EventStream, GenerateParams, LlmEngine, ModelConfiguration,
-    Prompt,
+    ProgressFn, Prompt,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::child::ProgressFn;
 use super::configuration::SupervisorConfiguration;
 use super::frame::Ready;
 use super::launch::Launch;
@@ -24,10 +23,32 @@ use super::status::{ChildState, Stage, SupervisedStatus, gone, outcome};
 use super::watch::Over;
 use crate::{Recover, RecoveryStep};
 
-/// An engine in a process of its own. See the module `supervised` for what it is good for.
+/// An engine in a process of its own, behind the same trait.
+///
+/// Whatever ends that process, an abort in a driver, the kernel's killer of processes or `kill -9`, costs the requests
+/// that run there, and they get an error that may be retried ([`WorkerLost`](mlx_engine_core::EngineError::WorkerLost)). The
+/// process is started again under a policy with limits, and requests that had not started are sent to the new one.
+///
+/// The other half is [`serve`](super::serve), which the process runs around the real engine. They speak over one Unix socket,
+/// whose other end the process finds as its standard input: frames of a length and JSON, events in the order of their
+/// requests. The process ends when its socket does, and so with the program however that ends.
 ///
 /// While the process is being started, requests wait and [`backend`](LlmEngine::backend) is `None`, so that health says that no
 /// model is loaded. Dropping it ends the process, and waits for that.
+///
+/// ```no_run
+/// use mlx_engine_core::{EngineError, GenerateParams, LlmEngine, Prompt};
+/// use mlx_engine_resilience::{Program, Supervised, SupervisorConfiguration};
+///
+/// async fn ask() -> Result<String, EngineError> {
+///     // A program that calls `serve` when it is started with this argument.
+///     let program = Program::new("my-program").arg("engine");
+///     let setup = serde_json::json!({"model": "tiny"});
+///     let engine = Supervised::start(program, setup, SupervisorConfiguration::default(), None).await?;
+///     let output = engine.generate(Prompt::user("Why is the sky blue?"), GenerateParams::default()).await?;
+///     Ok(output.text)
+/// }
+/// ```
 pub struct Supervised {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,

@@ -6,10 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use mlx_engine_core::{EngineError, next_load};
+use mlx_engine_core::{EngineError, ProgressFn, next_load};
 use serde_json::Value;
 
-use super::child::ProgressFn;
 use super::frame::{FrameError, Frames, FromChild, ToChild, VERSION, encode};
 use super::launch::Launch;
 use super::shared::Shared;

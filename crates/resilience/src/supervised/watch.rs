@@ -3,9 +3,9 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use mlx_engine_core::ProgressFn;
 use serde_json::Value;
 
-use super::child::ProgressFn;
 use super::configuration::RestartPolicy;
 use super::launch::Launch;
 use super::shared::Shared;
