@@ -28,6 +28,7 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
                    "health": examined.as_ref().map(|model| &model.status.health), "status": examined.as_ref().map(|model| &model.status),
                    "resilience": examined.as_ref().map(|model| &model.resilience),
                    "recovery": examined.as_ref().map(|model| &model.recovery),
+                   "token_s": examined.as_ref().map(|model| model.token_s),
                    "cpu_kernels": kernels.as_ref().ok().map(|(name, _)| name), "cpu_threads": kernels.as_ref().ok().map(|(_, threads)| threads)})
         );
         return Ok(());
