@@ -31,6 +31,7 @@ pub(crate) async fn run(args: &Doctor) -> Result<(), Failure> {
                    "health": examined.as_ref().map(|model| &model.status.engine.health), "status": examined.as_ref().map(|model| &model.status),
                    "resilience": examined.as_ref().map(|model| &model.status.resilience),
                    "recovery": examined.as_ref().map(|model| &model.recovery),
+                   "token_s": examined.as_ref().map(|model| model.token_s),
                    "cpu_kernels": kernels.as_ref().ok().map(|(name, _)| name), "cpu_threads": kernels.as_ref().ok().map(|(_, threads)| threads)})
         );
         return verdict;

@@ -583,6 +583,10 @@ mod real {
         assert_eq!(found["resilience"]["breaker"], "closed");
         assert_eq!(found["recovery"]["hang_limit"], 120.0);
         assert_eq!(found["status"]["metrics"]["probes"]["passed"], 1);
+        assert!(
+            found["token_s"].as_f64().is_some_and(|seconds| seconds > 0.0),
+            "{out}"
+        );
         let (_, out, _) = run(&["doctor", "--model", &model()], "");
         for line in [
             "model       healthy",
