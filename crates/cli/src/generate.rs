@@ -58,7 +58,8 @@ pub(crate) async fn run(args: Generate) -> Result<(), Failure> {
         // Where the answer failed they are wanted most.
         stats::report(&engine);
     }
-    answered
+    answered?;
+    load::finish(&engine).await
 }
 
 /// Prints an answer.
@@ -98,7 +99,7 @@ async fn answer(
     if interrupted {
         return Err(Failure::Interrupted);
     }
-    load::finish(&engine).await
+    Ok(())
 }
 
 /// What has come of an answer.
