@@ -51,7 +51,7 @@ pub struct HealthConfiguration {
     /// Resident memory of the process, in bytes, from which on the engine is degraded; at least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process_memory_limit_bytes: Option<u64>,
-    /// Peak device memory in the window, in bytes, from which on the engine is degraded; at least 1.
+    /// Memory that is allocated for models, in bytes, from which on the engine is degraded; at least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_memory_limit_bytes: Option<u64>,
     /// A probe that was given up sooner, in seconds, says nothing; 0 or more.

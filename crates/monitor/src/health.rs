@@ -135,7 +135,7 @@ pub enum HealthReason {
 pub enum MemoryKind {
     /// Resident memory of the engine's process.
     Process,
-    /// Memory of the device, at its peak in the window.
+    /// What is allocated for models; of an engine that does not say, the most that a request of the window saw.
     Device,
 }
 

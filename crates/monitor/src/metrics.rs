@@ -75,7 +75,8 @@ pub struct Statistics {
     pub prefill: Throughput,
     /// Decoding of the finished requests: tokens after the first. A rate of one request, not of all at once.
     pub decode: Throughput,
-    /// The most device memory that a finished request saw in use, in bytes; 0 for a backend that uses none.
+    /// The most device memory that had been in use when a finished request ended, in bytes; 0 for a backend that uses none. It is that of
+    /// the process' life, unless the peak was reset.
     pub peak_memory_bytes: u64,
     /// From submission to the end, of finished requests. Its sum is the total generation time.
     pub generation_time: Distribution,
@@ -166,7 +167,7 @@ pub struct LastGeneration {
     pub finish_reason: FinishReason,
     /// Tokens in and out.
     pub usage: Usage,
-    /// The most device memory in use during the request, in bytes.
+    /// The most device memory that had been in use in the process when it ended, in bytes.
     pub peak_memory_bytes: u64,
 }
 

@@ -441,17 +441,21 @@ impl State {
                 .unwrap_or_default(),
             ..Facts::default()
         };
+        let mut peak = 0;
         let mut decode = [crate::tally::Work::default(); LEVELS];
         for part in self.window.parts(now) {
             facts.finished += part.finished.total();
             facts.faults += part.failed(ErrorClass::Fault);
             facts.refused += part.failed(ErrorClass::Capacity);
             facts.out_of_memory += part.errors.get(&ErrorKind::OutOfMemory).copied().unwrap_or(0);
-            facts.device_memory_bytes = facts.device_memory_bytes.max(part.peak_memory_bytes);
+            peak = peak.max(part.peak_memory_bytes);
             for (sum, &work) in decode.iter_mut().zip(&part.decode_at) {
                 sum.add(work);
             }
         }
+        // A peak is that of the process' life, and would never be over.
+        let allocated = self.seen.statistics.and_then(|engine| engine.memory);
+        facts.device_memory_bytes = allocated.map_or(peak, |memory| memory.active_bytes);
         let compared = decode.iter().zip(&self.baseline).filter_map(|(work, baseline)| {
             let enough = work.requests >= u64::from(limits.min_requests)
                 && baseline.count() >= u64::from(limits.baseline_requests);

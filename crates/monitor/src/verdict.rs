@@ -26,7 +26,6 @@ pub(crate) struct Facts {
     /// How long the engine has been at one turn.
     pub(crate) turn_s: f64,
     pub(crate) process_memory_bytes: Option<u64>,
-    /// Of the window.
     pub(crate) device_memory_bytes: u64,
     /// Tokens a second in the window and the median: of the level of concurrency where they are furthest apart.
     pub(crate) decode: Option<(f64, f64)>,

@@ -10,8 +10,8 @@ use mlx_engine_core::{
     Backend, EngineError, FinishReason, GenerateParams, GenerationEvent, LlmEngine, Prompt,
 };
 use mlx_engine_monitor::{
-    DetailedStatus, EngineHealth, HealthConfiguration, HealthReason, HealthReport, ManualClock, Monitored,
-    ProbeFailure,
+    DetailedStatus, EngineHealth, HealthConfiguration, HealthReason, HealthReport, ManualClock, MemoryKind,
+    Monitored, ProbeFailure,
 };
 
 use crate::support::{Script, Scripted, Step, idle, started, summary, text};
@@ -458,4 +458,36 @@ fn the_same_model_that_was_loaded_again_begins_with_a_clean_record() {
     loaded(2, 5.0);
     watched.check(Healthy, true, &[]);
     assert_eq!(watched.engine.metrics().load_time_s, Some(5.0));
+}
+
+/// Memory that was given back presses no more.
+#[test]
+fn memory_presses_as_long_as_it_is_allocated() {
+    let limits = HealthConfiguration {
+        device_memory_limit_bytes: Some(100),
+        ..HealthConfiguration::default()
+    };
+    let engine = Monitored::builder(Scripted::new(Backend::Mlx)).health(limits);
+    let engine = engine.build().unwrap();
+    let allocated = |active_bytes| {
+        let statistics = mlx_engine_core::EngineStatistics {
+            memory: Some(mlx_engine_core::DeviceMemory {
+                active_bytes,
+                cache_bytes: 500,
+                peak_bytes: 500,
+            }),
+            ..Default::default()
+        };
+        *engine.engine().statistics.lock().expect("not poisoned") = Some(statistics);
+        engine.health()
+    };
+    assert_eq!(allocated(99).status, Healthy);
+    let pressed = allocated(150);
+    let reason = HealthReason::MemoryPressure {
+        memory: MemoryKind::Device,
+        used_bytes: 150,
+        limit_bytes: 100,
+    };
+    assert_eq!((pressed.status, pressed.reasons), (Degraded, vec![reason]));
+    assert_eq!(allocated(20).status, Healthy);
 }
