@@ -53,28 +53,34 @@ pub(super) struct Store {
     access: Access,
 }
 
+/// The files that are there. `unfinished` hears of those that are not whole.
+fn scan(folder: &Path, unfinished: impl Fn(&Path)) -> io::Result<HashMap<Name, Entry>> {
+    let mut entries = HashMap::new();
+    for file in fs::read_dir(folder)? {
+        let path = file?.path();
+        let ending = path.extension().and_then(|ending| ending.to_str());
+        if ending == Some(UNFINISHED) {
+            unfinished(&path);
+            continue;
+        }
+        let name = path.file_stem().and_then(|stem| Name::parse(stem.to_str()?));
+        let metadata = fs::metadata(&path);
+        if let (Some(name), Some(ENDING), Ok(metadata)) = (name, ending, metadata) {
+            let entry = Entry {
+                bytes: metadata.len(),
+                used: metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH),
+            };
+            entries.insert(name, entry);
+        }
+    }
+    Ok(entries)
+}
+
 impl Store {
     pub(super) fn open(config: &DiskCacheConfig, access: Access) -> io::Result<Self> {
         fs::create_dir_all(&config.folder)?;
-        let mut entries = HashMap::new();
-        for file in fs::read_dir(&config.folder)? {
-            let path = file?.path();
-            let ending = path.extension().and_then(|ending| ending.to_str());
-            if ending == Some(UNFINISHED) {
-                // Of a process that was ended while it wrote, or of one that writes now and will miss it.
-                remove_file(&path);
-                continue;
-            }
-            let name = path.file_stem().and_then(|stem| Name::parse(stem.to_str()?));
-            let metadata = fs::metadata(&path);
-            if let (Some(name), Some(ENDING), Ok(metadata)) = (name, ending, metadata) {
-                let entry = Entry {
-                    bytes: metadata.len(),
-                    used: metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH),
-                };
-                entries.insert(name, entry);
-            }
-        }
+        // Of a process that was ended while it wrote, or of one that writes now and will miss it.
+        let entries = scan(&config.folder, remove_file)?;
         Ok(Self {
             folder: config.folder.clone(),
             max_bytes: config.max_bytes,
@@ -108,6 +114,8 @@ impl Store {
         {
             return Ok(false);
         }
+        // Other processes keep to the same limit with the same folder.
+        *self.entries() = scan(&self.folder, |_| {})?;
         self.make_room(bytes);
         let beside = self
             .folder

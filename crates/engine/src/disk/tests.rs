@@ -166,6 +166,14 @@ fn the_folder_keeps_to_its_limits() {
     );
     assert!(full.has(&names[0]) && full.has(&names[2]));
 
+    // What another process wrote counts too.
+    let [one, other] =
+        [(), ()].map(|()| Store::open(&limits(35, 100), with_free(Box::new(|_| Ok(1000)))).unwrap());
+    assert!(one.write(&names[1], &[0; 10]).unwrap());
+    assert!(other.write(&names[3], &[0; 10]).unwrap());
+    let left = names.iter().filter(|name| one.path(name).exists()).count();
+    assert!(left == 3 && other.has(&names[1]), "{left}");
+
     // What does not belong there is left alone, but for files that were never finished.
     fs::write(folder.path().join("notes.txt"), "mine").unwrap();
     fs::write(folder.path().join("a.1.part"), "half").unwrap();
