@@ -152,7 +152,7 @@ pub(crate) fn load(
     }
     let mut model = MlxModel {
         weight_bytes,
-        peak_at_load: 0,
+        peak_before: 0,
         decoder,
         prefill_chunk: config.prefill_chunk,
         identity: None,
@@ -396,8 +396,8 @@ pub(crate) struct MlxModel {
     /// Tokens of a prompt that are fed at once, where the configuration says it.
     prefill_chunk: Option<usize>,
     weight_bytes: u64,
-    /// The most bytes that models had taken when this one was loaded.
-    peak_at_load: u64,
+    /// The most bytes that models had taken before it was counted what sequences take.
+    peak_before: u64,
     /// The content of the model and how it computes, where keys and values are written to disk.
     identity: Option<String>,
     /// How many models had been loaded when this engine had the only ones; `None` where there were others beside them.
@@ -415,7 +415,7 @@ pub(crate) struct MlxSequence {
 impl MlxModel {
     /// Begins to tell what this engine takes, which has so many models.
     fn settle(&mut self, own: usize) -> Result<(), ModelError> {
-        self.peak_at_load = models::peak_memory()?;
+        self.peak_before = models::peak_memory()?;
         let alone = LIVING.load(Ordering::Relaxed) == own;
         self.alone_since = alone.then(|| LOADED.load(Ordering::Relaxed));
         Ok(())
@@ -602,7 +602,10 @@ impl TokenModel for MlxModel {
     }
 
     fn limit_memory(&mut self, bytes: u64) -> Result<(), EngineError> {
-        limit_memory(bytes, self.weight_bytes).map_err(run_error)
+        limit_memory(bytes, self.weight_bytes).map_err(run_error)?;
+        // What sequences had taken before was not counted where there was no limit.
+        self.peak_before = models::peak_memory().map_err(run_error)?;
+        Ok(())
     }
 
     fn sequence_bytes(&self, tokens: usize) -> u64 {
@@ -619,10 +622,10 @@ impl TokenModel for MlxModel {
     fn measured_bytes(&self) -> Option<u64> {
         // What is measured is of the whole process: another model's weights and steps would be taken for this one's.
         let alone = self.alone_since == Some(LOADED.load(Ordering::Relaxed));
-        // A peak that loading reached says nothing of what came after.
+        // A peak that was reached before says nothing of what came after.
         models::peak_memory()
             .ok()
-            .filter(|&peak| alone && peak > self.peak_at_load)
+            .filter(|&peak| alone && peak > self.peak_before)
     }
 
     fn identity(&self) -> Option<String> {

@@ -237,10 +237,16 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         running.saturating_add(kept)
     }
 
-    /// Corrects what was thought that steps take, now that they were run.
-    fn measure(&mut self) {
-        self.memory.measure(self.model.measured_bytes());
-        self.scheduler.set_available(self.memory.available());
+    /// Notes what sequences take and, where prompts were fed, corrects what was thought that steps take.
+    fn measure(&mut self, fed: bool) {
+        if self.memory.available().is_none() {
+            return;
+        }
+        self.memory.hold(self.held());
+        if fed {
+            self.memory.measure(self.model.measured_bytes());
+            self.scheduler.set_available(self.memory.available());
+        }
     }
 
     /// What is only kept makes room for what runs.

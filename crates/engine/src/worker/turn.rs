@@ -79,10 +79,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             self.scheduler.took(read);
             self.account(due, rows, read.spent, decoded);
         }
-        self.memory.hold(self.held());
-        if !turn.chunks.is_empty() {
-            self.measure();
-        }
+        self.measure(!turn.chunks.is_empty());
         self.gauges.end(read);
         self.take_out(failed);
         self.make_room();
