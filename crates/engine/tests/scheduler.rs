@@ -493,6 +493,6 @@ async fn a_bias_is_for_a_token_that_there_is() {
     let refused = error(&engine, Prompt::text("Hi"), biased(257)).await;
     assert_eq!(
         refused.to_string(),
-        "`logit_bias` is 257, allowed: tokens of the model's vocabulary"
+        "invalid parameter: `logit_bias` is 257, allowed: tokens of the model's vocabulary"
     );
 }
