@@ -1,6 +1,7 @@
-//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `audit`, `docs`, `fixtures`, `coverage`, `mutants`, `fuzz`,
-//! `bench`, `sanitize`, `cross`, `publish`.
+//! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `audit`, `api`, `docs`, `fixtures`, `coverage`, `mutants`,
+//! `fuzz`, `bench`, `sanitize`, `cross`, `publish`.
 
+mod api;
 mod audit;
 mod bench;
 #[path = "../../crates/mlx-sys/build/cache.rs"]
@@ -59,6 +60,8 @@ enum Command {
     Demo,
     /// Check formatting, clippy, the layers, house rules and the documentation
     Lint,
+    /// List what each crate shows to others
+    Api(api::Args),
     /// Have other tools look at dependencies and features
     Audit(audit::Args),
     /// Write what the documentation takes from the code
@@ -82,7 +85,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    if let Some(code) = coverage::compiler::stand_in() {
+    if let Some(code) = coverage::compiler::stand_in().or_else(api::stand_in) {
         return code;
     }
     let done = match Cli::parse().command {
@@ -90,6 +93,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Demo => demo::run(),
         Command::Lint => lint::run(),
+        Command::Api(args) => api::run(&args),
         Command::Audit(args) => audit::run(&args),
         Command::Docs(args) => docs::run(&args),
         Command::Fixtures(args) => fixtures::run(&args),

@@ -136,7 +136,7 @@ pub(crate) fn variables(text: &str) -> BTreeSet<String> {
         let read = CALLS
             .iter()
             .any(|call| text.contains(&format!("{call}\"{part}\"")));
-        let cargos = ["CARGO", "RUSTC", "HOME", "PATH", "OUT_DIR"]
+        let cargos = ["CARGO", "RUSTC", "RUSTDOC", "HOME", "PATH", "OUT_DIR"]
             .iter()
             .any(|own| part.starts_with(own));
         if PREFIXES.iter().any(|prefix| part.starts_with(prefix)) || read && !cargos {
