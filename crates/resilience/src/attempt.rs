@@ -113,7 +113,7 @@ impl AttemptLimits {
         sooner(self.patience.total, self.queue)
     }
 
-    /// What the engine is asked for now: what is left of the caller's time.
+    /// What the engine is asked: what the caller asks, in what is left of its time.
     fn left(self, params: &GenerateParams) -> Result<GenerateParams, EngineError> {
         let mut params = params.clone();
         if let Some(own) = self.patience.own {

@@ -74,8 +74,9 @@ impl DiskCache {
             let allowed = format!("a folder that can be written to ({error})");
             ParamError::new("prefix_cache.disk.folder", config.folder.display(), allowed)
         };
+        let patience = access.patience;
         let store = Arc::new(Store::open(config, access).map_err(refused)?);
-        let writer = Writer::start(Arc::clone(&store)).map_err(refused)?;
+        let writer = Writer::start(Arc::clone(&store), patience).map_err(refused)?;
         let reader = Reader::start(Arc::clone(&store)).map_err(refused)?;
         Ok(Self {
             store,

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use super::chain::Name;
 use crate::config::DiskCacheConfig;
@@ -33,6 +33,8 @@ pub(crate) struct Access {
     /// Bytes that are free where a folder is.
     pub(crate) free: Box<FreeSpace>,
     pub(crate) read: Box<ReadFile>,
+    /// How long who ends waits for what is being written.
+    pub(crate) patience: Duration,
 }
 
 impl Default for Access {
@@ -40,6 +42,7 @@ impl Default for Access {
         Self {
             free: Box::new(|folder| fs4::available_space(folder)),
             read: Box::new(|path| fs::read(path)),
+            patience: Duration::from_secs(10),
         }
     }
 }

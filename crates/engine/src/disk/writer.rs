@@ -14,13 +14,6 @@ use super::store::Store;
 /// Files that may be written and wait to be; each is held in memory.
 const WAITING: usize = 3;
 
-/// How long who ends waits for what was handed over.
-const PATIENCE: Duration = if cfg!(test) {
-    Duration::from_millis(10)
-} else {
-    Duration::from_secs(10)
-};
-
 /// A file that is to be written.
 pub(super) struct Job {
     pub(super) name: Name,
@@ -34,11 +27,13 @@ pub(super) struct Writer {
     room: Arc<Semaphore>,
     /// Closed when the thread has written all.
     ended: Receiver<()>,
+    /// How long who ends waits for what was handed over.
+    patience: Duration,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Writer {
-    pub(super) fn start(store: Arc<Store>) -> io::Result<Self> {
+    pub(super) fn start(store: Arc<Store>, patience: Duration) -> io::Result<Self> {
         let (jobs, receiver) = channel();
         let (ends, ended) = channel::<()>();
         let room = Arc::new(Semaphore::new(WAITING));
@@ -53,6 +48,7 @@ impl Writer {
             jobs: Some(jobs),
             room,
             ended,
+            patience,
             thread: Some(thread),
         })
     }
@@ -88,7 +84,10 @@ impl Drop for Writer {
     fn drop(&mut self) {
         // What was handed over is written, and nothing else.
         drop(self.jobs.take());
-        if matches!(self.ended.recv_timeout(PATIENCE), Err(RecvTimeoutError::Timeout)) {
+        if matches!(
+            self.ended.recv_timeout(self.patience),
+            Err(RecvTimeoutError::Timeout)
+        ) {
             // A disk that does not answer holds up nobody: the thread ends when it does, and has nothing but the folder.
             tracing::warn!("the disk does not answer; what was computed may not be found again");
             return;

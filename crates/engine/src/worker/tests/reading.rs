@@ -293,6 +293,7 @@ fn nobody_waits_for_a_disk_that_does_not_write() {
     };
     let access = Access {
         free: Box::new(free),
+        patience: Duration::ZERO,
         ..Access::default()
     };
     let mut bench = Bench::new(MockScript::default(), &config());
