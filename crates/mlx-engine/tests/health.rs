@@ -190,31 +190,35 @@ async fn a_fault_is_an_error_and_a_retry_answers() {
     }
 }
 
+/// An engine whose first token fails after every load, up to eight times, and which recovers where it is asked to.
+fn faulty(fall_back: bool) -> InferenceEngine {
+    use mlx_engine::{RecoveryConfiguration, ResilienceConfiguration};
+
+    let recovery = RecoveryConfiguration {
+        fall_back,
+        automatic: false,
+        ..RecoveryConfiguration::default()
+    };
+    let resilience = ResilienceConfiguration {
+        recovery,
+        ..ResilienceConfiguration::default()
+    };
+    let script = (0..8).fold(MockScript::reply("Paris"), |script, _| {
+        script.with_fault(0, MockFault::Device)
+    });
+    mock(script).with_resilience(resilience).expect("it is valid")
+}
+
 #[tokio::test]
 async fn recovery_falls_back_only_where_it_may_and_says_so() {
-    use mlx_engine::{RecoveryConfiguration, RecoveryStep, ResilienceConfiguration};
+    use mlx_engine::RecoveryStep;
 
     for (allowed, policy) in [
         (false, FallbackPolicy::OnLoadFailure),
         (true, FallbackPolicy::Never),
         (true, FallbackPolicy::OnLoadFailure),
     ] {
-        let resilience = ResilienceConfiguration {
-            recovery: RecoveryConfiguration {
-                fall_back: allowed,
-                automatic: false,
-                ..RecoveryConfiguration::default()
-            },
-            ..ResilienceConfiguration::default()
-        };
-        // The first token of eight requests fails, however often the model is loaded again.
-        let script = (0..8).fold(MockScript::reply("Paris"), |script, _| {
-            script.with_fault(0, MockFault::Device)
-        });
-        let engine = mock(script)
-            .with_fallback(policy)
-            .with_resilience(resilience)
-            .unwrap();
+        let engine = faulty(allowed).with_fallback(policy);
         engine.load_model("tiny").await.unwrap();
         assert!(
             engine
@@ -248,25 +252,11 @@ async fn recovery_falls_back_only_where_it_may_and_says_so() {
 
 #[tokio::test]
 async fn recovery_falls_back_to_the_model_that_is_named_and_tries_the_first_again() {
-    use mlx_engine::{RecoveryConfiguration, RecoveryStep, ResilienceConfiguration};
+    use mlx_engine::RecoveryStep;
 
-    let resilience = ResilienceConfiguration {
-        recovery: RecoveryConfiguration {
-            fall_back: true,
-            automatic: false,
-            ..RecoveryConfiguration::default()
-        },
-        ..ResilienceConfiguration::default()
-    };
-    // The first token fails after every load, up to eight times.
-    let script = (0..8).fold(MockScript::reply("Paris"), |script, _| {
-        script.with_fault(0, MockFault::Device)
-    });
-    let engine = mock(script)
+    let engine = faulty(true)
         .with_fallback(FallbackPolicy::Never)
-        .with_fallback_model("smaller")
-        .with_resilience(resilience)
-        .unwrap();
+        .with_fallback_model("smaller");
     engine.load_model("tiny").await.unwrap();
     let loaded = || engine.model().map(|model| model.id.clone());
     assert_eq!(loaded().as_deref(), Some("tiny"));
