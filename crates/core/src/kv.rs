@@ -54,23 +54,17 @@ impl KvConfig {
     ///
     /// The first field that is out of its range, with its value and what is allowed.
     pub fn validate(&self) -> Result<(), ParamError> {
-        if let Some(bits) = self.bits.filter(|bits| ![4, 8].contains(bits)) {
-            return Err(ParamError::new("kv.bits", bits, "4 or 8"));
+        if let Some(bits) = self.bits {
+            ParamError::check("kv.bits", bits, [4, 8].contains(&bits), "4 or 8")?;
         }
-        if ![32, 64, 128].contains(&self.group_size) {
-            return Err(ParamError::new("kv.group_size", self.group_size, "32, 64 or 128"));
-        }
+        let whole = [32, 64, 128].contains(&self.group_size);
+        ParamError::check("kv.group_size", self.group_size, whole, "32, 64 or 128")?;
         let Some(most) = self.max_positions else {
             return Ok(());
         };
-        if most < 64 {
-            return Err(ParamError::new("kv.max_positions", most, "64 or more"));
-        }
-        if self.keep >= most / 2 {
-            let allowed = format!("less than half of `kv.max_positions`, which is {most}");
-            return Err(ParamError::new("kv.keep", self.keep, allowed));
-        }
-        Ok(())
+        ParamError::at_least("kv.max_positions", most, 64)?;
+        let allowed = format_args!("less than half of `kv.max_positions`, which is {most}");
+        ParamError::check("kv.keep", self.keep, self.keep < most / 2, allowed)
     }
 }
 

@@ -22,6 +22,7 @@ mod model;
 
 mod kv;
 mod message;
+mod param_error;
 mod params;
 mod priority;
 mod tool;
@@ -49,7 +50,8 @@ pub use kv::KvConfig;
 pub use message::{ChatMessage, Prompt, Role};
 pub use model::{ModelConfiguration, ModelType, Quantization};
 pub use output::{GenerateOutput, PartialOutput};
-pub use params::{GenerateParams, OutputConstraint, ParamError};
+pub use param_error::ParamError;
+pub use params::{GenerateParams, OutputConstraint};
 pub use platform::{Device, Platform};
 pub use priority::Priority;
 pub use progress::{LoadProgress, ProgressFn};

@@ -1,12 +1,10 @@
 //! What a request asks of sampling and stopping.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Priority, ToolChoice};
+use crate::{ParamError, Priority, ToolChoice};
 
 /// How to sample and when to stop.
 ///
@@ -309,25 +307,22 @@ impl GenerateParams {
     ///
     /// The first field that is out of range, with its value and what is allowed.
     pub fn validate(&self) -> Result<(), ParamError> {
-        at_least_one("max_tokens", self.max_tokens)?;
+        ParamError::at_least("max_tokens", self.max_tokens, 1)?;
         if let Some(tokens) = self.thinking_budget {
-            at_least_one("thinking_budget", tokens)?;
-            if !self.separate_reasoning {
-                let allowed = "none while `separate_reasoning` is false";
-                return Err(ParamError::new("thinking_budget", tokens, allowed));
-            }
+            ParamError::at_least("thinking_budget", tokens, 1)?;
+            let allowed = "none while `separate_reasoning` is false";
+            ParamError::check("thinking_budget", tokens, self.separate_reasoning, allowed)?;
         }
-        within("temperature", self.temperature, 0.0..=2.0)?;
-        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            return Err(ParamError::new("top_p", self.top_p, "above 0 and at most 1"));
-        }
-        within("min_p", self.min_p, 0.0..=1.0)?;
-        within("repetition_penalty", self.repetition_penalty, 0.01..=100.0)?;
-        at_least_one("repetition_window", self.repetition_window)?;
-        within("presence_penalty", self.presence_penalty, -2.0..=2.0)?;
-        within("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?;
+        ParamError::between("temperature", self.temperature, 0.0..=2.0)?;
+        let some = self.top_p > 0.0 && self.top_p <= 1.0;
+        ParamError::check("top_p", self.top_p, some, "above 0 and at most 1")?;
+        ParamError::between("min_p", self.min_p, 0.0..=1.0)?;
+        ParamError::between("repetition_penalty", self.repetition_penalty, 0.01..=100.0)?;
+        ParamError::at_least("repetition_window", self.repetition_window, 1)?;
+        ParamError::between("presence_penalty", self.presence_penalty, -2.0..=2.0)?;
+        ParamError::between("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?;
         for (token, &bias) in &self.logit_bias {
-            within(format_args!("logit_bias[{token}]"), bias, -100.0..=100.0)?;
+            ParamError::between(format_args!("logit_bias[{token}]"), bias, -100.0..=100.0)?;
         }
         if let Some(index) = self.stop.iter().position(String::is_empty) {
             return Err(ParamError::new(
@@ -336,83 +331,19 @@ impl GenerateParams {
                 "a string that is not empty",
             ));
         }
-        if self.top_logprobs > Self::MAX_TOP_LOGPROBS {
-            return Err(ParamError::new("top_logprobs", self.top_logprobs, "0 to 20"));
-        }
-        if self.top_logprobs > 0 && !self.logprobs {
-            return Err(ParamError::new(
-                "top_logprobs",
-                self.top_logprobs,
-                "0 while `logprobs` is false",
-            ));
-        }
+        let likely = self.top_logprobs;
+        ParamError::between("top_logprobs", likely, 0..=Self::MAX_TOP_LOGPROBS)?;
+        let told = likely == 0 || self.logprobs;
+        ParamError::check("top_logprobs", likely, told, "0 while `logprobs` is false")?;
         timeout("queue_timeout_s", self.queue_timeout_s)?;
         timeout("timeout_s", self.timeout_s)
     }
 }
 
 fn timeout(field: &str, seconds: Option<f64>) -> Result<(), ParamError> {
-    match seconds {
-        Some(seconds) if !(seconds > 0.0 && seconds <= GenerateParams::MAX_TIMEOUT_S) => {
-            Err(ParamError::new(field, seconds, "above 0 and at most 31536000"))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// A comparison with NaN is false, so NaN is in no range.
-fn within(field: impl fmt::Display, value: f32, range: RangeInclusive<f32>) -> Result<(), ParamError> {
-    if range.contains(&value) {
-        return Ok(());
-    }
-    Err(ParamError::new(
-        field,
-        value,
-        format_args!("{} to {}", range.start(), range.end()),
-    ))
-}
-
-fn at_least_one(field: &str, value: u32) -> Result<(), ParamError> {
-    if value > 0 {
-        Ok(())
-    } else {
-        Err(ParamError::new(field, value, "1 or more"))
-    }
-}
-
-/// A parameter that is out of its range.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
-#[error("`{field}` is {value}, allowed: {allowed}")]
-pub struct ParamError {
-    field: String,
-    value: String,
-    allowed: String,
-}
-
-impl ParamError {
-    /// Says that `field` has `value` where only `allowed` would do.
-    pub fn new(field: impl fmt::Display, value: impl fmt::Display, allowed: impl fmt::Display) -> Self {
-        Self {
-            field: field.to_string(),
-            value: value.to_string(),
-            allowed: allowed.to_string(),
-        }
-    }
-
-    /// The field, as it is spelled in requests: `temperature`, `logit_bias[42]`.
-    pub fn field(&self) -> &str {
-        &self.field
-    }
-
-    /// The value that was refused.
-    pub fn value(&self) -> &str {
-        &self.value
-    }
-
-    /// What the field may be.
-    pub fn allowed(&self) -> &str {
-        &self.allowed
-    }
+    let Some(seconds) = seconds else { return Ok(()) };
+    let within = seconds > 0.0 && seconds <= GenerateParams::MAX_TIMEOUT_S;
+    ParamError::check(field, seconds, within, "above 0 and at most 31536000")
 }
 
 #[cfg(test)]

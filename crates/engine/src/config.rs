@@ -150,31 +150,17 @@ impl EngineConfig {
     ///
     /// The first field that is out of its range, with its value and what is allowed.
     pub fn validate(&self) -> Result<(), ParamError> {
-        between("max_batch", self.max_batch, 1, 1024)?;
-        between("max_queue", self.max_queue, 0, 1_000_000)?;
-        between("context_length", self.context_length.unwrap_or(1), 1, usize::MAX)?;
-        between("threads", self.threads.unwrap_or(1), 1, 1024)?;
-        between("prefill_chunk", self.prefill_chunk.unwrap_or(1), 1, 65_536)?;
-        between("memory_limit", self.memory_limit.unwrap_or(1), 1, u64::MAX)?;
+        ParamError::between("max_batch", self.max_batch, 1..=1024)?;
+        ParamError::between("max_queue", self.max_queue, 0..=1_000_000)?;
+        ParamError::at_least("context_length", self.context_length.unwrap_or(1), 1)?;
+        ParamError::between("threads", self.threads.unwrap_or(1), 1..=1024)?;
+        ParamError::between("prefill_chunk", self.prefill_chunk.unwrap_or(1), 1..=65_536)?;
+        ParamError::at_least("memory_limit", self.memory_limit.unwrap_or(1), 1)?;
         let disk = self.prefix_cache.disk.as_ref();
         let max_bytes = disk.map_or(1, |disk| disk.max_bytes);
-        between("prefix_cache.disk.max_bytes", max_bytes, 1, u64::MAX)?;
+        ParamError::at_least("prefix_cache.disk.max_bytes", max_bytes, 1)?;
         self.speculation.validate()?;
         self.kv.validate()
-    }
-}
-
-pub(crate) fn between<T: PartialOrd + std::fmt::Display + Copy>(
-    field: &str,
-    value: T,
-    least: T,
-    most: T,
-) -> Result<(), ParamError> {
-    if value >= least && value <= most {
-        Ok(())
-    } else {
-        let allowed = format!("{least} to {most}");
-        Err(ParamError::new(field, value, allowed))
     }
 }
 

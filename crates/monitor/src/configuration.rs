@@ -91,14 +91,14 @@ impl HealthConfiguration {
     /// The first field that is out of its range.
     pub fn validate(&self) -> Result<(), ParamError> {
         let finite = |field, value: f64, least: f64, allowed: &str| {
-            check(field, value, value.is_finite() && value >= least, allowed)
+            ParamError::check(field, value, value.is_finite() && value >= least, allowed)
         };
-        let rate =
-            |field, value: f64| check(field, value, value > 0.0 && value <= 1.0, "above 0 and at most 1");
-        let some = |field, value: u64| check(field, value, value > 0, "at least 1");
+        let rate = |field, value: f64| {
+            ParamError::check(field, value, value > 0.0 && value <= 1.0, "above 0 and at most 1")
+        };
+        let some = |field, value: u64| ParamError::at_least(field, value, 1);
 
-        let window = (0.001..=DAY_S).contains(&self.window_s);
-        check("window_s", self.window_s, window, "0.001 to 86400")?;
+        ParamError::between("window_s", self.window_s, 0.001..=DAY_S)?;
         some("max_consecutive_failures", self.max_consecutive_failures.into())?;
         some("min_requests", self.min_requests.into())?;
         rate("degraded_error_rate", self.degraded_error_rate)?;
@@ -136,8 +136,7 @@ impl HealthConfiguration {
             least,
             "at least degraded_turn_s",
         )?;
-        let ratio = (0.0..=1.0).contains(&self.slow_decode_ratio);
-        check("slow_decode_ratio", self.slow_decode_ratio, ratio, "0 to 1")?;
+        ParamError::between("slow_decode_ratio", self.slow_decode_ratio, 0.0..=1.0)?;
         some("baseline_requests", self.baseline_requests.into())?;
         some(
             "process_memory_limit_bytes",
@@ -148,14 +147,6 @@ impl HealthConfiguration {
             self.device_memory_limit_bytes.unwrap_or(1),
         )?;
         finite("probe_patience_s", self.probe_patience_s, 0.0, "0 or more")
-    }
-}
-
-fn check(field: &str, value: impl std::fmt::Display, within: bool, allowed: &str) -> Result<(), ParamError> {
-    if within {
-        Ok(())
-    } else {
-        Err(ParamError::new(field, value, allowed))
     }
 }
 

@@ -1,6 +1,5 @@
 //! What is tried again, when, and how much of it.
 
-use std::fmt::Display;
 use std::time::Duration;
 
 use mlx_engine_core::ParamError;
@@ -223,18 +222,14 @@ impl ResilienceConfiguration {
         } = self;
         retry.validate()?;
         above_zero("breaker.window", breaker.window)?;
-        between("breaker.min_requests", breaker.min_requests, 1, 1024)?;
+        ParamError::between("breaker.min_requests", breaker.min_requests, 1..=1024)?;
         let rate = breaker.failure_rate;
         let within = rate > 0.0 && rate <= 1.0;
-        check("breaker.failure_rate", rate, within, "above 0 and at most 1")?;
+        ParamError::check("breaker.failure_rate", rate, within, "above 0 and at most 1")?;
         above_zero("breaker.open_for", breaker.open_for)?;
-        between("breaker.trials", breaker.trials, 1, u32::MAX)?;
-        between(
-            "bulkhead.max_concurrent",
-            bulkhead.max_concurrent,
-            1,
-            MOST_CONCURRENT,
-        )?;
+        ParamError::at_least("breaker.trials", breaker.trials, 1)?;
+        let most = bulkhead.max_concurrent;
+        ParamError::between("bulkhead.max_concurrent", most, 1..=MOST_CONCURRENT)?;
         let limits = [
             ("timeouts.first_token", timeouts.first_token),
             ("timeouts.between_tokens", timeouts.between_tokens),
@@ -244,7 +239,7 @@ impl ResilienceConfiguration {
         for (field, limit) in limits {
             above_zero(field, limit.unwrap_or(Duration::MAX))?;
         }
-        between("recovery.max_automatic", recovery.max_automatic, 1, u32::MAX)?;
+        ParamError::at_least("recovery.max_automatic", recovery.max_automatic, 1)?;
         above_zero("recovery.automatic_window", recovery.automatic_window)?;
         above_zero("recovery.step_timeout", recovery.step_timeout)?;
         above_zero("recovery.proof_timeout", recovery.proof_timeout)
@@ -258,40 +253,17 @@ impl RetryConfiguration {
     ///
     /// The first field that is out of its range.
     pub fn validate(&self) -> Result<(), ParamError> {
-        between("retry.backoff_multiplier", self.backoff_multiplier, 1.0, 100.0)?;
+        ParamError::between("retry.backoff_multiplier", self.backoff_multiplier, 1.0..=100.0)?;
         let enough = self.max_delay >= self.base_delay;
-        check(
-            "retry.max_delay",
-            self.max_delay.as_secs_f64(),
-            enough,
-            "at least base_delay",
-        )?;
-        between("retry.jitter", self.jitter, 0.0, 1.0)?;
-        between("retry.budget.ratio", self.budget.ratio, 0.0, 10.0)
+        let seconds = self.max_delay.as_secs_f64();
+        ParamError::check("retry.max_delay", seconds, enough, "at least base_delay")?;
+        ParamError::between("retry.jitter", self.jitter, 0.0..=1.0)?;
+        ParamError::between("retry.budget.ratio", self.budget.ratio, 0.0..=10.0)
     }
 }
 
 pub(crate) fn above_zero(field: &str, value: Duration) -> Result<(), ParamError> {
-    check(field, value.as_secs_f64(), !value.is_zero(), "above 0")
-}
-
-pub(crate) fn between<T: PartialOrd + Display + Copy>(
-    field: &str,
-    value: T,
-    least: T,
-    most: T,
-) -> Result<(), ParamError> {
-    let within = value >= least && value <= most;
-    let allowed = format!("{least} to {most}");
-    check(field, value, within, &allowed)
-}
-
-pub(crate) fn check(field: &str, value: impl Display, within: bool, allowed: &str) -> Result<(), ParamError> {
-    if within {
-        Ok(())
-    } else {
-        Err(ParamError::new(field, value, allowed))
-    }
+    ParamError::check(field, value.as_secs_f64(), !value.is_zero(), "above 0")
 }
 
 #[cfg(test)]

@@ -3,8 +3,6 @@
 use mlx_engine_core::ParamError;
 use serde::{Deserialize, Serialize};
 
-use crate::config::between;
-
 /// The most tokens that a step verifies.
 const MOST: usize = 32;
 
@@ -112,15 +110,16 @@ impl SpeculationConfig {
     pub(crate) fn validate(&self) -> Result<(), ParamError> {
         match self {
             Self::Off => Ok(()),
-            Self::Draft(draft) => between("speculation.draft.max_tokens", draft.max_tokens, 1, MOST),
+            Self::Draft(draft) => {
+                ParamError::between("speculation.draft.max_tokens", draft.max_tokens, 1..=MOST)
+            }
             Self::Lookup(lookup) => {
-                between("speculation.lookup.max_tokens", lookup.max_tokens, 1, MOST)?;
-                between("speculation.lookup.min_ngram", lookup.min_ngram, 1, MOST)?;
-                between(
+                ParamError::between("speculation.lookup.max_tokens", lookup.max_tokens, 1..=MOST)?;
+                ParamError::between("speculation.lookup.min_ngram", lookup.min_ngram, 1..=MOST)?;
+                ParamError::between(
                     "speculation.lookup.max_ngram",
                     lookup.max_ngram,
-                    lookup.min_ngram,
-                    MOST,
+                    lookup.min_ngram..=MOST,
                 )
             }
         }

@@ -84,18 +84,10 @@ impl OptimizeOptions {
     ///
     /// The first field that is out of its range.
     pub fn validate(&self) -> Result<(), ParamError> {
-        let least = |field, value: u32, least: u32| {
-            if value >= least {
-                return Ok(());
-            }
-            Err(ParamError::new(field, value, format_args!("at least {least}")))
-        };
-        if !(self.time_limit_s >= 0.0 && self.time_limit_s <= 86_400.0) {
-            return Err(ParamError::new("time_limit_s", self.time_limit_s, "0 to 86400"));
-        }
-        least("prompt_tokens", self.prompt_tokens, 1)?;
-        least("answer_tokens", self.answer_tokens, 2)?;
-        least("concurrency", self.concurrency, 1)
+        ParamError::between("time_limit_s", self.time_limit_s, 0.0..=86_400.0)?;
+        ParamError::at_least("prompt_tokens", self.prompt_tokens, 1)?;
+        ParamError::at_least("answer_tokens", self.answer_tokens, 2)?;
+        ParamError::at_least("concurrency", self.concurrency, 1)
     }
 
     pub(crate) fn time_limit(&self) -> Duration {

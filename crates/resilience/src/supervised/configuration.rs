@@ -6,7 +6,7 @@ use std::time::Duration;
 use mlx_engine_core::ParamError;
 use serde::{Deserialize, Serialize};
 
-use crate::configuration::{above_zero, between, check};
+use crate::configuration::above_zero;
 use crate::seconds;
 
 /// How the engine's process is watched and started again. Durations are written as numbers of seconds.
@@ -78,14 +78,10 @@ impl SupervisorConfiguration {
     /// The first field that is out of its range.
     pub fn validate(&self) -> Result<(), ParamError> {
         above_zero("restart_window", self.restart_window)?;
-        between("backoff_multiplier", self.backoff_multiplier, 1.0, 100.0)?;
-        let least = self.max_delay >= self.base_delay;
-        check(
-            "max_delay",
-            self.max_delay.as_secs_f64(),
-            least,
-            "at least base_delay",
-        )?;
+        ParamError::between("backoff_multiplier", self.backoff_multiplier, 1.0..=100.0)?;
+        let enough = self.max_delay >= self.base_delay;
+        let seconds = self.max_delay.as_secs_f64();
+        ParamError::check("max_delay", seconds, enough, "at least base_delay")?;
         above_zero("start_limit", self.start_limit)?;
         if let Some(limit) = self.silence_limit {
             above_zero("silence_limit", limit)?;
