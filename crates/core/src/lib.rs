@@ -37,12 +37,14 @@ mod event;
 mod output;
 
 mod error;
+mod error_source;
 
 mod engine;
 
 pub use backend::{Backend, FallbackPolicy};
 pub use engine::{EngineWrapper, EventStream, LlmEngine, collect_events};
-pub use error::{EngineError, ErrorSource};
+pub use error::EngineError;
+pub use error_source::ErrorSource;
 pub use event::{
     FinishReason, GenerateSummary, GenerationEvent, Timings, TokenInfo, TokenLogprob, TopLogprob, Usage,
 };
