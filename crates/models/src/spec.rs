@@ -213,6 +213,9 @@ impl RopeSpec {
 }
 
 impl DecoderSpec {
+    /// More layers than any model has.
+    pub(crate) const MOST_LAYERS: usize = 4096;
+
     /// The kind of attention that a layer has, an index of [`attention`](Self::attention).
     pub fn attention_kind(&self, layer: usize) -> usize {
         self.attention_pattern[layer % self.attention_pattern.len()]
@@ -229,28 +232,34 @@ impl DecoderSpec {
         &self.attention[self.attention_kind(layer)]
     }
 
-    /// The number of weights.
+    /// The number of weights; the largest number where a file says of itself that it has more.
     pub fn parameters(&self) -> u64 {
-        let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let attention = self.hidden_size * (2 * queries + 2 * keys);
+        // Each size is less than 2^31, so that nothing here reaches 2^128.
+        let wide = |size: usize| size as u128;
+        let (hidden, head) = (wide(self.hidden_size), wide(self.head_dim));
+        let (queries, keys) = (wide(self.heads) * head, wide(self.kv_heads) * head);
+        let attention = hidden * (2 * queries + 2 * keys);
         let biases = if self.qkv_bias { queries + 2 * keys } else { 0 };
         let norms = if self.norms == NormPlacement::Around { 4 } else { 2 };
-        let of_heads = self.qk_norm_widths().map_or(0, |(query, key)| query + key);
-        let norms = norms * self.hidden_size + of_heads;
+        let widths = self.qk_norm_widths();
+        let of_heads = widths.map_or(0, |(query, key)| wide(query) + wide(key));
+        let norms = norms * hidden + of_heads;
         let block = attention + biases + norms;
-        let mlps: usize = (0..self.layers).map(|layer| self.mlp_parameters(layer)).sum();
-        let embeddings = if self.tied_embeddings { 1 } else { 2 } * self.vocab_size * self.hidden_size;
-        (self.layers * block + mlps + embeddings + self.hidden_size) as u64
+        let mlps: u128 = (0..self.layers).map(|layer| self.mlp_parameters(layer)).sum();
+        let embeddings = if self.tied_embeddings { 1 } else { 2 } * wide(self.vocab_size) * hidden;
+        let all = wide(self.layers) * block + mlps + embeddings + hidden;
+        u64::try_from(all).unwrap_or(u64::MAX)
     }
 
     /// The number of weights of a layer's MLP, or of its experts and what chooses them.
-    fn mlp_parameters(&self, layer: usize) -> usize {
+    fn mlp_parameters(&self, layer: usize) -> u128 {
+        let hidden = self.hidden_size as u128;
         let Some(experts) = self.experts_of(layer) else {
-            return 3 * self.hidden_size * self.intermediate_size;
+            return 3 * hidden * self.intermediate_size as u128;
         };
-        let wide = experts.count * experts.intermediate_size + experts.shared.unwrap_or(0);
-        let gates = experts.count + usize::from(experts.shared.is_some());
-        self.hidden_size * (3 * wide + gates)
+        let count = experts.count as u128;
+        let wide = count * experts.intermediate_size as u128 + experts.shared.unwrap_or(0) as u128;
+        hidden * (3 * wide + count + u128::from(experts.shared.is_some()))
     }
 
     /// The experts of a layer, where it has some.
@@ -289,6 +298,11 @@ impl DecoderSpec {
             if size == 0 || i32::try_from(size).is_err() {
                 return Err(crate::ModelError::config(format!("{what} is {size}")));
             }
+        }
+        // Names are made for each, and what holds of a model is summed over them.
+        if self.layers > Self::MOST_LAYERS {
+            let message = format!("{} layers, supported: up to {}", self.layers, Self::MOST_LAYERS);
+            return Err(crate::ModelError::config(message));
         }
         let scales = [
             ("the epsilon of the norms", self.norm_eps),

@@ -147,9 +147,26 @@ fn a_configuration_that_lacks_or_contradicts_something() {
         "the sliding window is 0",
     );
     check(
-        |config| config["num_hidden_layers"] = json!(100_000_000),
-        "the configuration has 100000000 layers, and the checkpoint 21 tensors",
+        |config| config["num_hidden_layers"] = json!(4096),
+        "the configuration has 4096 layers, and the checkpoint 21 tensors",
     );
+    check(
+        |config| config["num_hidden_layers"] = json!(100_000_000),
+        "100000000 layers, supported: up to 4096",
+    );
+}
+
+/// What a file says of itself is added up before it is compared with what is there.
+#[test]
+fn sizes_that_no_machine_has_are_still_counted() {
+    let most = i64::from(i32::MAX);
+    let config = json!({
+        "model_type": "mixtral", "vocab_size": most, "hidden_size": most, "num_hidden_layers": 4096,
+        "num_attention_heads": most, "num_key_value_heads": most, "head_dim": most - 1, "intermediate_size": most,
+        "num_local_experts": 4096, "num_experts_per_tok": 1,
+    });
+    let spec = mlx_engine_models::spec_from_config(&config).expect("each size is in its range");
+    assert_eq!(spec.parameters(), u64::MAX);
 }
 
 #[test]

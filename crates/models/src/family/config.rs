@@ -5,9 +5,6 @@ use serde_json::Value;
 use crate::spec::{Activation, NormPlacement, QkNorm};
 use crate::{DecoderSpec, ExpertsSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
 
-/// More layers than any model with experts has.
-pub(super) const LAYERS: usize = 4096;
-
 /// A `config.json`.
 pub(super) struct Config<'a>(pub(super) &'a Value);
 
@@ -93,7 +90,7 @@ impl Config<'_> {
             .map(|layers| layers.iter().filter_map(Value::as_u64).collect())
             .unwrap_or_default();
         // Not to be trusted before it was compared with the checkpoint.
-        let layers = spec.layers.min(LAYERS);
+        let layers = spec.layers.min(DecoderSpec::MOST_LAYERS);
         let experts = ExpertsSpec {
             count: self.size("num_experts")?,
             active: self.size("num_experts_per_tok")?,

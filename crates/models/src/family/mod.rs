@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::spec::{Activation, NormPlacement, QkNorm};
 use crate::{DecoderSpec, ExpertsSpec, LayerAttention, ModelError, RopeScaling, RopeSpec};
-use config::{Config, LAYERS};
+use config::Config;
 use gguf::Keys;
 
 /// A family.
@@ -192,7 +192,7 @@ fn mixtral(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
         intermediate_size: spec.intermediate_size,
         normalized: true,
         shared: None,
-        layers: vec![true; spec.layers.min(LAYERS)],
+        layers: vec![true; spec.layers.min(DecoderSpec::MOST_LAYERS)],
     };
     Ok(DecoderSpec {
         experts: Some(experts),
@@ -208,7 +208,7 @@ fn olmoe(config: &Config<'_>) -> Result<DecoderSpec, ModelError> {
         intermediate_size: spec.intermediate_size,
         normalized: config.flag("norm_topk_prob").unwrap_or(false),
         shared: None,
-        layers: vec![true; spec.layers.min(LAYERS)],
+        layers: vec![true; spec.layers.min(DecoderSpec::MOST_LAYERS)],
     };
     Ok(DecoderSpec {
         qk_norm: QkNorm::AllHeads,
@@ -241,7 +241,7 @@ fn qwen3_moe_gguf(keys: &Keys<'_>) -> Result<DecoderSpec, ModelError> {
         // As llama.cpp: the files do not say, and all published models do.
         normalized: true,
         shared: None,
-        layers: (0..spec.layers.min(LAYERS))
+        layers: (0..spec.layers.min(DecoderSpec::MOST_LAYERS))
             .map(|layer| keys.has(&format!("blk.{layer}.ffn_gate_inp.weight")))
             .collect(),
     };
