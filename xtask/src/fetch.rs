@@ -244,7 +244,7 @@ pub(crate) fn verify(file: &Path, expected: &'static str, by_hand: bool) -> Resu
     })
 }
 
-fn sha256(path: &Path) -> Result<String> {
+pub(crate) fn sha256(path: &Path) -> Result<String> {
     let mut file = File::open(path).context("read", path)?;
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 17];

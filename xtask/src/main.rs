@@ -1,5 +1,5 @@
 //! Automation of this repository: `cargo xtask setup`, `test`, `demo`, `lint`, `audit`, `api`, `docs`, `fixtures`, `coverage`, `mutants`,
-//! `fuzz`, `bench`, `sanitize`, `cross`, `publish`.
+//! `fuzz`, `bench`, `sanitize`, `cross`, `package`, `publish`.
 
 mod api;
 mod audit;
@@ -24,6 +24,7 @@ mod layers;
 mod lint;
 mod mutants;
 mod oracle;
+mod package;
 mod packages;
 mod progress;
 mod publish;
@@ -80,6 +81,8 @@ enum Command {
     Sanitize(sanitize::Args),
     /// Run the tests of the kernels for Arm, emulated
     Cross(cross::Args),
+    /// Pack the command and what it needs of MLX into an archive that runs on another machine
+    Package(package::Args),
     /// List the crates in the order in which they are published, or publish them
     Publish(publish::Args),
 }
@@ -103,6 +106,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Sanitize(args) => sanitize::run(&args),
         Command::Cross(args) => cross::run(&args),
+        Command::Package(args) => package::run(&args),
         Command::Publish(args) => publish::run(&args),
     };
     match done {

@@ -99,6 +99,19 @@ pub(crate) fn on_path(program: &str) -> bool {
         .is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()))
 }
 
+/// The platform that this machine is.
+pub(crate) fn host() -> Result<String> {
+    let mut rustc = Command::new(env::var_os("RUSTC").unwrap_or_else(|| OsString::from("rustc")));
+    rustc.arg("-vV");
+    let told = output(&mut rustc)?;
+    let text = String::from_utf8_lossy(&told.stdout);
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).ok_or_else(|| Error::Failed {
+        command: spell(&rustc),
+        status: "it does not say which platform this is".to_owned(),
+    })
+}
+
 /// A wheel does not keep who may run a file.
 #[cfg(unix)]
 pub(crate) fn executable(program: &Path) -> Result<()> {
@@ -139,6 +152,11 @@ mod tests {
             error.to_string().contains("cargo no-such-command --quiet failed"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn this_machine_has_a_platform() {
+        assert!(host().unwrap().contains('-'));
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub const VARIABLES: &[Variable] = &[
     variable(
         "MLX_ENGINE_LIBRARY",
         Reader::Program,
-        "The library with MLX that is opened when a program starts, on Linux. The one that the build made unless set",
+        "The library with MLX that is opened when a program starts, on Linux. The one that came with the program, `lib/libmlxc.so` beside it or `../lib/mlx-engine/libmlxc.so`, else the one that the build made, unless set",
     ),
     variable(
         crate::resolve::MODELS_VARIABLE,

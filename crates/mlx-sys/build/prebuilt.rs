@@ -3,6 +3,9 @@
 //! On ELF targets the library is opened at run time and not linked: a program then starts without MLX and can say that it is missing,
 //! and crates that depend on this one need no run path, which cargo does not hand on. It lies in the cache beside MLX
 //! itself, under a name that says what it was made from, so that a second checkout finds it made.
+//!
+//! A program that is taken elsewhere takes the library along (`cargo xtask package`): it looks for MLX beside itself before it looks where
+//! MLX was when it was built.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -15,6 +18,9 @@ pub fn build(mlx: &Mlx, mlx_c: &Path, out: &Path) -> Result<(), String> {
     let native = PathBuf::from(locate::env("CARGO_MANIFEST_DIR")?).join("native");
     let text = bindings::generate(mlx_c, &[native.join("host_op.h")], out, true)?;
     let library = library(mlx, mlx_c, &native, out)?;
+    // What packs a program reads these two among what cargo tells of build scripts.
+    println!("cargo::rustc-env=MLX_ENGINE_BUILT_LIBRARY={}", library.display());
+    println!("cargo::rustc-env=MLX_ENGINE_BUILT_MLX={}", mlx.lib.display());
     if apple_target()? {
         // Its install name is its path, so what links it finds it without a run path.
         println!("cargo::rustc-link-search=native={}", parent(&library).display());
@@ -38,11 +44,12 @@ fn library(mlx: &Mlx, mlx_c: &Path, native: &Path, out: &Path) -> Result<PathBuf
     let mut sources = files(&mlx_c.join("mlx/c"), "cpp")?;
     sources.extend(files(native, "cpp")?);
     let mut key = Fnv::new();
-    key.add(mlx.lib.to_string_lossy().as_bytes());
     for file in sources.iter().chain(&files(native, "h")?) {
         key.add(&std::fs::read(file).map_err(|error| format!("failed to read {}: {error}", file.display()))?);
     }
     let apple = apple_target()?;
+    let run_paths = run_paths(mlx, apple);
+    key.add(run_paths.join(":").as_bytes());
     let extension = if apple { "dylib" } else { "so" };
     let name = format!("libmlxc-{}-{:016x}.{extension}", cache::MLX_VERSION, key.0);
     let folder = cache::cache_dir().map_or_else(|| out.to_owned(), |root| root.join("lib"));
@@ -84,7 +91,7 @@ fn library(mlx: &Mlx, mlx_c: &Path, native: &Path, out: &Path) -> Result<PathBuf
         link.arg(format!("-Wl,-install_name,{}", library.display()));
     }
     link.arg(format!("-L{}", mlx.lib.display())).arg("-lmlx");
-    link.arg(format!("-Wl,-rpath,{}", mlx.lib.display()));
+    link.args(run_paths.iter().map(|path| format!("-Wl,-rpath,{path}")));
     let linked = link
         .output()
         .map_err(|error| format!("failed to run the linker: {error}"))?;
@@ -97,6 +104,12 @@ fn library(mlx: &Mlx, mlx_c: &Path, native: &Path, out: &Path) -> Result<PathBuf
     std::fs::rename(&partial, &library)
         .map_err(|error| format!("failed to write {}: {error}", library.display()))?;
     Ok(library)
+}
+
+/// Where the library looks for MLX: below itself, as it is packed, then where MLX is on this machine.
+fn run_paths(mlx: &Mlx, apple: bool) -> [String; 2] {
+    let own_folder = if apple { "@loader_path" } else { "$ORIGIN" };
+    [format!("{own_folder}/mlx/lib"), mlx.lib.display().to_string()]
 }
 
 fn apple_target() -> Result<bool, String> {

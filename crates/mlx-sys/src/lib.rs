@@ -4,9 +4,10 @@
 //! Apple targets only. The declarations are the same, so that `mlx-rs` builds on it unchanged, and there are two
 //! things more: [`load_error`] says whether MLX could be opened, and [`HostOp`] puts a Rust function into MLX's graph.
 //!
-//! On Linux the library is opened when the process starts. Where that fails the program runs on, [`load_error`] says
-//! why, and whoever calls MLX all the same ends the process with that text; ask first. The variable
-//! `MLX_ENGINE_LIBRARY` names another library to open in place of the one that was built.
+//! On Linux the library is opened when the process starts: the one that the variable `MLX_ENGINE_LIBRARY` names, else
+//! `lib/libmlxc.so` beside the program, else `../lib/mlx-engine/libmlxc.so`, else the one that was built. The first that is there is the
+//! one; where it cannot be opened the program runs on, [`load_error`] says why, and whoever calls MLX all the same ends the process
+//! with that text; ask first.
 
 #![expect(unsafe_code, reason = "this crate is the border to C")]
 
