@@ -3,6 +3,7 @@
 //! Pages show examples as they are, between two marks; tables of errors, options and models are written by the tests of
 //! the crates that have them. So neither can say anything else than the code.
 
+mod book;
 mod examples;
 mod links;
 mod named;
@@ -19,6 +20,10 @@ pub(crate) struct Args {
     /// Only say what is out of date
     #[arg(long)]
     pub(crate) check: bool,
+
+    /// Make the book too, with mdbook, whose warnings are errors
+    #[arg(long)]
+    pub(crate) book: bool,
 }
 
 /// The book.
@@ -38,7 +43,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     found.extend(untested(&root)?);
     if found.is_empty() {
         println!("docs: all is as the code has it");
-        return Ok(());
+        return if args.book { book::build(&root) } else { Ok(()) };
     }
     Err(Error::Refused(format!(
         "the documentation is out of date: {} to put right (`cargo xtask docs` writes what comes from the code)\n  {}",
