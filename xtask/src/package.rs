@@ -55,11 +55,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Some(folder) => folder.clone(),
         None => crate::packages::read()?.target.join("packed"),
     };
-    let built = build(&args.profile)?;
     let name = format!("{PROGRAM}-v{}-{}", env!("CARGO_PKG_VERSION"), workspace::host()?);
-    let staging = Staging::new(&out)?;
+    for path in assemble(&build(&args.profile)?, &name, &out)? {
+        println!("package: {}", path.display());
+    }
+    Ok(())
+}
 
-    let files = files(&built, &workspace::root())?;
+/// Packs a build under a name, and returns the archive and the file with its hash.
+fn assemble(built: &Built, name: &str, out: &Path) -> Result<[PathBuf; 2]> {
+    let staging = Staging::new(out)?;
+    let files = files(built, &workspace::root())?;
     let folder = staging.folder("packed")?;
     for (place, source) in &files {
         let to = folder.join(place);
@@ -72,24 +78,24 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     fs::write(&notice, LICENSES).context("write", &notice)?;
     executable(&folder.join(PROGRAM))?;
     if cfg!(target_os = "macos") {
-        lead_to_each_other(&built, &folder)?;
+        lead_to_each_other(built, &folder)?;
     }
 
     let archive = staging.path().join(format!("{name}.tar.gz"));
-    pack(&folder, &name, &archive)?;
+    pack(&folder, name, &archive)?;
     let elsewhere = staging.folder("elsewhere")?;
     unpack(&archive, &elsewhere)?;
-    prove(&elsewhere.join(&name), &staging.folder("home")?)?;
+    prove(&elsewhere.join(name), &staging.folder("home")?)?;
 
     let hash = sha256(&archive)?;
     let hashed = staging.path().join(format!("{name}.tar.gz.sha256"));
     fs::write(&hashed, format!("{hash}  {name}.tar.gz\n")).context("write", &hashed)?;
-    for from in [&archive, &hashed] {
+    let place = |from: &Path| {
         let to = out.join(from.file_name().unwrap_or_default());
         fs::rename(from, &to).context("put in place", &to)?;
-        println!("package: {}", to.display());
-    }
-    Ok(())
+        Ok(to)
+    };
+    Ok([place(&archive)?, place(&hashed)?])
 }
 
 /// What a build made, and where what it opens is on this machine.
