@@ -151,8 +151,8 @@ fn told_by_cargo(text: &str) -> Result<Built> {
         })
     };
     Ok(Built {
-        library: variable("MLX_ENGINE_BUILT_LIBRARY")?,
-        mlx: variable("MLX_ENGINE_BUILT_MLX")?,
+        library: variable("BUILT_MLXC")?,
+        mlx: variable("BUILT_MLX")?,
         program: program.ok_or_else(|| Error::Refused("cargo built no command".to_owned()))?,
     })
 }
@@ -190,12 +190,13 @@ fn files(built: &Built, root: &Path) -> Result<BTreeMap<PathBuf, PathBuf>> {
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
+        let kind = folder.extension();
         let of_mlx = ["mlx_cpu", "mlx_cuda", "mlx_metal"]
             .iter()
             .any(|wheel| name.starts_with(wheel));
-        let to = if of_mlx && name.ends_with(".libs") {
+        let to = if of_mlx && kind == Some(OsStr::new("libs")) {
             vec![(folder.clone(), Path::new("lib").join(&name))]
-        } else if of_mlx && name.ends_with(".dist-info") {
+        } else if of_mlx && kind == Some(OsStr::new("dist-info")) {
             let from = |part| folder.join(part);
             vec![
                 (from("licenses"), "licenses/mlx".into()),
@@ -448,7 +449,7 @@ mod tests {
     #[test]
     fn what_cargo_says_names_the_program_and_the_libraries() {
         let text = r#"
-            {"reason":"build-script-executed","package_id":"x","env":[["OTHER","1"],["MLX_ENGINE_BUILT_LIBRARY","/c/libmlxc.so"],["MLX_ENGINE_BUILT_MLX","/m/mlx/lib"]]}
+            {"reason":"build-script-executed","package_id":"x","env":[["OTHER","1"],["BUILT_MLXC","/c/libmlxc.so"],["BUILT_MLX","/m/mlx/lib"]]}
             {"reason":"compiler-artifact","target":{"name":"mlx-engine"},"executable":null}
             {"reason":"compiler-artifact","target":{"name":"mlx-engine"},"executable":"/t/mlx-engine"}
             {"reason":"build-finished","success":true}"#;

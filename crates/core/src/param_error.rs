@@ -64,7 +64,11 @@ impl ParamError {
     /// # Errors
     ///
     /// The value is less.
-    pub fn at_least<T: PartialOrd + Display>(field: impl Display, value: T, least: T) -> Result<(), Self> {
+    pub fn at_least<T: PartialOrd + Display + Copy>(
+        field: impl Display,
+        value: T,
+        least: T,
+    ) -> Result<(), Self> {
         let within = value >= least;
         Self::check(field, value, within, format_args!("{least} or more"))
     }

@@ -19,8 +19,8 @@ pub fn build(mlx: &Mlx, mlx_c: &Path, out: &Path) -> Result<(), String> {
     let text = bindings::generate(mlx_c, &[native.join("host_op.h")], out, true)?;
     let library = library(mlx, mlx_c, &native, out)?;
     // What packs a program reads these two among what cargo tells of build scripts.
-    println!("cargo::rustc-env=MLX_ENGINE_BUILT_LIBRARY={}", library.display());
-    println!("cargo::rustc-env=MLX_ENGINE_BUILT_MLX={}", mlx.lib.display());
+    println!("cargo::rustc-env=BUILT_MLXC={}", library.display());
+    println!("cargo::rustc-env=BUILT_MLX={}", mlx.lib.display());
     if apple_target()? {
         // Its install name is its path, so what links it finds it without a run path.
         println!("cargo::rustc-link-search=native={}", parent(&library).display());
