@@ -187,7 +187,7 @@ impl<E: LlmEngine> EngineWrapper for Monitored<E> {
                 match &poll {
                     Poll::Pending => ticket.wait(),
                     Poll::Ready(Ok(_)) => _ = ticket.hear(),
-                    Poll::Ready(Err(error)) => ticket.fail(error),
+                    Poll::Ready(Err(error)) => ticket.refuse(error),
                 }
                 poll
             });

@@ -28,6 +28,8 @@ pub(crate) struct Ticket {
     delivered_first: u64,
     running: u64,
     waiting: bool,
+    /// Whether the caller ever waited.
+    waited: bool,
     ended: bool,
 }
 
@@ -46,6 +48,7 @@ impl Ticket {
             delivered_first: 0,
             running: 0,
             waiting: false,
+            waited: false,
             ended: false,
         }
     }
@@ -58,7 +61,7 @@ impl Ticket {
     /// The caller asked, and there is nothing yet.
     pub(crate) fn wait(&mut self) {
         if !self.waiting && !self.ended {
-            self.waiting = true;
+            (self.waiting, self.waited) = (true, true);
             self.shared.wait();
         }
     }
@@ -70,17 +73,22 @@ impl Ticket {
         now
     }
 
-    /// The engine answered with an error, here or at admission.
-    pub(crate) fn fail(&mut self, error: &EngineError) {
+    /// The request was not taken. Where nobody had to wait to hear so, it was found on the caller's side, as that too many wait
+    /// already, and says nothing of what the engine works on.
+    pub(crate) fn refuse(&mut self, error: &EngineError) {
         let kind = ErrorKind::of(error);
-        let now = if kind.class() == ErrorClass::Caller {
-            // It is found before the engine's work begins, and says nothing of that.
+        self.fail(kind, self.waited && kind.class() != ErrorClass::Caller);
+    }
+
+    /// It ends with an error, which is a sign of life or not.
+    fn fail(&mut self, kind: ErrorKind, heard: bool) {
+        let now = if heard {
+            self.hear()
+        } else {
             if std::mem::take(&mut self.waiting) {
                 self.shared.excuse();
             }
             self.shared.now()
-        } else {
-            self.hear()
         };
         self.end(now, Outcome::Failed(kind), None);
     }
@@ -88,7 +96,11 @@ impl Ticket {
     fn observe(&mut self, item: Option<&Result<GenerationEvent, EngineError>>) {
         let event = match item {
             Some(Ok(event)) => event,
-            Some(Err(error)) => return self.fail(error),
+            Some(Err(error)) => {
+                let kind = ErrorKind::of(error);
+                // What the caller did wrong is found before the engine's work begins.
+                return self.fail(kind, kind.class() != ErrorClass::Caller);
+            }
             None => {
                 let now = self.hear();
                 return self.end(now, Outcome::Failed(ErrorKind::Incomplete), None);

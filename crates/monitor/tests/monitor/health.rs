@@ -221,6 +221,27 @@ fn a_probe_that_passes_ends_a_stall_and_a_request_that_cannot_be_does_not() {
     };
     watched.ask(script).unwrap_err();
     watched.check(Degraded, true, &["stalled"]);
+    // What is refused before anybody has waited for it was refused on the caller's side.
+    let full = EngineError::QueueFull {
+        retry_after: Duration::from_secs(1),
+    };
+    let unavailable = EngineError::Unavailable {
+        reason: "told to".to_owned(),
+        retry_after: Duration::ZERO,
+    };
+    for error in [full.clone(), unavailable] {
+        watched.fail(error);
+        watched.check(Degraded, true, &["saturated", "stalled"]);
+    }
+    // The engine's own word is a sign of life, as one has to wait for it.
+    let script = Script {
+        admission: 1,
+        ..Script::refuse(full)
+    };
+    watched.ask(script).unwrap_err();
+    watched.check(Degraded, true, &["saturated"]);
+    watched.wait(90);
+    watched.check(Degraded, true, &["stalled"]);
     let mut changes = watched.engine.subscribe();
     watched.probe(Script::answer(1, 0.0), Healthy, true, &[]);
     let better = changes.next().now_or_never().flatten().unwrap();
