@@ -73,6 +73,11 @@ pub trait LlmEngine: Send + Sync {
     /// waiting.
     fn abandon(&self) {}
 
+    /// Whether it is in a process of its own, whose memory is not that of this one.
+    fn is_apart(&self) -> bool {
+        false
+    }
+
     /// What it says of its inside; `None` where it says nothing. It is asked often and answers at once.
     fn statistics(&self) -> Option<EngineStatistics> {
         None
@@ -118,6 +123,10 @@ impl<E: LlmEngine + ?Sized> LlmEngine for Arc<E> {
 
     fn abandon(&self) {
         (**self).abandon();
+    }
+
+    fn is_apart(&self) -> bool {
+        (**self).is_apart()
     }
 
     fn statistics(&self) -> Option<EngineStatistics> {
@@ -217,6 +226,10 @@ impl<W: EngineWrapper> LlmEngine for W {
 
     fn abandon(&self) {
         self.inner().abandon();
+    }
+
+    fn is_apart(&self) -> bool {
+        self.inner().is_apart()
     }
 
     fn statistics(&self) -> Option<EngineStatistics> {
@@ -411,6 +424,10 @@ mod tests {
                 self.0.store(true, Ordering::Relaxed);
             }
 
+            fn is_apart(&self) -> bool {
+                true
+            }
+
             fn statistics(&self) -> Option<EngineStatistics> {
                 Some(EngineStatistics {
                     turns: 7,
@@ -428,6 +445,7 @@ mod tests {
         assert_eq!(engine.fallback_reason().as_deref(), Some("no MLX"));
         assert_eq!(engine.statistics().map(|told| told.turns), Some(7));
         assert_eq!((engine.backend(), engine.model()), (None, None));
+        assert!(engine.is_apart());
         engine.abandon();
         assert!(inner.0.load(Ordering::Relaxed));
         let prompt = || Prompt::text("hello");
@@ -441,6 +459,7 @@ mod tests {
         let silent = Silent;
         silent.abandon();
         assert_eq!((silent.fallback_reason(), silent.statistics()), (None, None));
+        assert!(!silent.is_apart());
     }
 
     /// Does what an engine has to, and nothing else.

@@ -177,6 +177,10 @@ impl LlmEngine for Slot {
         }
     }
 
+    fn is_apart(&self) -> bool {
+        self.engine().is_ok_and(|engine| engine.is_apart())
+    }
+
     fn abandon(&self) {
         if let Ok(engine) = self.engine() {
             engine.abandon();

@@ -28,7 +28,8 @@ pub struct InferenceMetrics {
     /// What the engine says of its inside, where it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineStatistics>,
-    /// Memory of the engine's process that is resident, in bytes: of this one, unless it has its own. Known on Linux only.
+    /// Memory of the engine's process that is resident, in bytes: of this one, unless it has its own, whose memory is not known
+    /// while it is started again. Known on Linux only.
     pub process_memory_bytes: Option<u64>,
     /// The generation that finished last.
     pub last: Option<LastGeneration>,

@@ -30,6 +30,8 @@ pub(crate) struct Seen {
     pub(crate) statistics: Option<EngineStatistics>,
     /// Why it is not what was asked for.
     pub(crate) fallback: Option<String>,
+    /// Whether it is in a process of its own.
+    pub(crate) apart: bool,
 }
 
 impl Seen {
@@ -40,6 +42,7 @@ impl Seen {
             model: engine.model(),
             statistics: engine.statistics(),
             fallback: engine.fallback_reason(),
+            apart: engine.is_apart(),
         }
     }
 
@@ -51,10 +54,13 @@ impl Seen {
         self.model.as_ref().map(|model| model.id.as_str())
     }
 
-    /// Resident memory of the process that the engine is in: its own, or this one.
+    /// Resident memory of the process that the engine is in: its own, which it does not tell while there is none, or this one.
     fn process_memory_bytes(&self) -> Option<u64> {
-        let apart = self.statistics.and_then(|engine| engine.process_memory_bytes);
-        apart.or_else(memory::resident_bytes)
+        if self.apart {
+            self.statistics.and_then(|engine| engine.process_memory_bytes)
+        } else {
+            memory::resident_bytes()
+        }
     }
 
     /// Whether what was loaded before is loaded still.

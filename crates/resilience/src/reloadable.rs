@@ -196,6 +196,10 @@ impl<E: LlmEngine> LlmEngine for Reloadable<E> {
         }
     }
 
+    fn is_apart(&self) -> bool {
+        self.engine().is_some_and(|engine| engine.is_apart())
+    }
+
     fn statistics(&self) -> Option<EngineStatistics> {
         self.engine()?.statistics()
     }

@@ -252,6 +252,10 @@ impl LlmEngine for Supervised {
         self.serves()?.model.map(Arc::new)
     }
 
+    fn is_apart(&self) -> bool {
+        true
+    }
+
     fn abandon(&self) {
         // It cannot hang: a process that does not end is killed.
         self.shared.kill();
