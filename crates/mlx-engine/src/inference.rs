@@ -133,7 +133,7 @@ impl InferenceEngine {
     ) -> Result<Arc<ModelConfiguration>, EngineError> {
         let loaded = self.slot().load(model, &self.settings, progress).await;
         if loaded.is_ok() {
-            self.engine.renewed();
+            self.slot().renew();
         }
         // Who listens hears of what is there now.
         self.engine.engine().health();

@@ -2,6 +2,7 @@
 
 mod recovery;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +22,8 @@ pub(crate) struct Slot {
     state: Mutex<State>,
     /// What was loaded last, and how, until it is unloaded: recovery loads it again.
     last: Mutex<Option<(String, Settings)>>,
+    /// How often somebody has loaded a model.
+    renewals: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -56,6 +59,11 @@ impl Drop for LoadGuard<'_> {
 }
 
 impl Slot {
+    /// Somebody has loaded a model, and not recovery the same one again.
+    pub(crate) fn renew(&self) {
+        self.renewals.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// The configuration of the model that was loaded last, until it is unloaded.
     pub(crate) fn config(&self) -> Option<EngineConfig> {
         let last = self.last();

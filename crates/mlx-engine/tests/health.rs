@@ -128,7 +128,7 @@ async fn how_many_wait_is_what_the_engine_is_told_and_no_more() {
 
 #[tokio::test]
 async fn a_model_that_comes_late_serves_at_once() {
-    use mlx_engine::{BreakerState, ResilienceConfiguration};
+    use mlx_engine::{BreakerState, HealthConfiguration, ResilienceConfiguration};
 
     let engine = mock(MockScript::reply("Paris"));
     let ask = async |engine: &InferenceEngine| engine.generate("Where?", GenerateParams::default()).await;
@@ -153,12 +153,16 @@ async fn a_model_that_comes_late_serves_at_once() {
         ask(&engine).await.unwrap_err();
     }
     assert_eq!(engine.resilience_status().breaker, BreakerState::Open);
+    // By a handle with a circuit of its own.
     engine
         .clone()
         .with_mock(MockScript::reply("Paris"))
+        .with_health(HealthConfiguration::default())
+        .unwrap()
         .load_model("tiny")
         .await
         .unwrap();
+    assert_eq!(engine.resilience_status().breaker, BreakerState::Closed);
     assert_eq!(ask(&engine).await.unwrap().text, "Paris");
 }
 

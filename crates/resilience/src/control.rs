@@ -39,6 +39,8 @@ pub(crate) struct State {
     pub(crate) last_recovery: Option<RecoveryReport>,
     pub(crate) counts: ResilienceCounts,
     automatic: AutomaticLimit,
+    /// Which engine the breaker knows, by how often another one was put in its place.
+    renewals: u64,
 }
 
 impl fmt::Debug for Control {
@@ -55,7 +57,6 @@ impl Control {
         Self {
             bulkhead: Bulkhead::new(configuration.bulkhead.clone()),
             recovering: watch::Sender::new(false),
-            recoverer,
             origin: Instant::now(),
             state: Mutex::new(State {
                 breaker: CircuitBreaker::new(configuration.breaker.clone()),
@@ -63,16 +64,30 @@ impl Control {
                 last_recovery: None,
                 counts: ResilienceCounts::default(),
                 automatic: AutomaticLimit::new(&configuration.recovery),
+                renewals: recoverer.renewals(),
             }),
             recoveries: AtomicU64::new(0),
             one_recovery: tokio::sync::Mutex::default(),
             watched: AtomicBool::new(false),
+            recoverer,
             configuration,
         }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state for the engine that is there now: what failed before another one was put in its place says nothing about it.
+    pub(crate) fn current(&self) -> MutexGuard<'_, State> {
+        let renewals = self.recoverer.renewals();
+        let mut state = self.lock();
+        // One who asked before another did may come after it.
+        if renewals > state.renewals {
+            state.renewals = renewals;
+            state.breaker.reset();
+        }
+        state
     }
 
     pub(crate) fn now(&self) -> Duration {
@@ -119,7 +134,7 @@ impl Control {
 
     /// Asks the breaker for leave to send a request.
     pub(crate) fn leave(self: &Arc<Self>) -> Result<Leave, EngineError> {
-        let admitted = self.lock().breaker.admit(self.now());
+        let admitted = self.current().breaker.admit(self.now());
         let pass = admitted.map_err(|retry_after| {
             self.count(|counts| &mut counts.refused_by_breaker);
             EngineError::Unavailable {

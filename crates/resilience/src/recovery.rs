@@ -71,6 +71,12 @@ pub trait Recover: LlmEngine {
     fn prove(&self) -> BoxFuture<'_, Result<(), ProbeFailure>> {
         Box::pin(probe(self))
     }
+
+    /// How often somebody has put another engine in its place, as by loading a model. What failed before says nothing about the
+    /// one that is there now: the circuit of whoever protects it is closed once this has changed.
+    fn renewals(&self) -> u64 {
+        0
+    }
 }
 
 impl<R: Recover + ?Sized> Recover for Arc<R> {
@@ -84,6 +90,10 @@ impl<R: Recover + ?Sized> Recover for Arc<R> {
 
     fn prove(&self) -> BoxFuture<'_, Result<(), ProbeFailure>> {
         (**self).prove()
+    }
+
+    fn renewals(&self) -> u64 {
+        (**self).renewals()
     }
 }
 
@@ -99,6 +109,10 @@ impl<R: Recover> Recover for Monitored<R> {
 
     fn prove(&self) -> BoxFuture<'_, Result<(), ProbeFailure>> {
         Box::pin(self.probe())
+    }
+
+    fn renewals(&self) -> u64 {
+        self.engine().renewals()
     }
 }
 

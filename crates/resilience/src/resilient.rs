@@ -126,16 +126,11 @@ impl<E: LlmEngine + 'static> Resilient<E> {
         report.unwrap_or_else(|_| RecoveryReport::interrupted(self.backend()))
     }
 
-    /// Says that the engine is another one now, as after a load: what failed before says nothing about it, and the circuit is closed.
-    pub fn renewed(&self) {
-        self.control.lock().breaker.reset();
-    }
-
     /// How it stands: the circuit, the places, the budget, the last recovery.
     pub fn status(&self) -> ResilienceStatus {
         let control = &self.control;
         let now = control.now();
-        let mut state = control.lock();
+        let mut state = control.current();
         ResilienceStatus {
             breaker: state.breaker.state(now),
             running: control.bulkhead.running(),

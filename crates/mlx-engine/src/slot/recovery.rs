@@ -1,5 +1,7 @@
 //! How what is loaded comes again, or something else in its place.
 
+use std::sync::atomic::Ordering;
+
 use futures::future::BoxFuture;
 use mlx_engine_core::{Backend, EngineError, FallbackPolicy, LlmEngine};
 use mlx_engine_engine::{EngineConfig, SpeculationConfig};
@@ -48,6 +50,10 @@ impl Recover for Slot {
                 _ => Err(EngineError::unsupported(format!("the engine cannot {step}"))),
             }
         })
+    }
+
+    fn renewals(&self) -> u64 {
+        self.renewals.load(Ordering::Relaxed)
     }
 }
 
