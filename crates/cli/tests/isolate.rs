@@ -180,6 +180,29 @@ async fn a_process_that_is_killed_is_told_survived_and_recovered_from() {
     }
 }
 
+/// A process that does nothing any more, with an engine that had nothing to do: no turn of it takes too long.
+#[tokio::test]
+async fn a_process_that_is_stopped_is_found_and_replaced() {
+    let engine = mock(SupervisorConfiguration {
+        standstill_limit: Duration::from_secs(2),
+        ..SupervisorConfiguration::default()
+    });
+    engine.load_model("tiny").await.unwrap();
+    let answer = async || {
+        let output = engine
+            .generate(Prompt::text("x"), GenerateParams::default())
+            .await;
+        output.map(|output| output.text)
+    };
+    let expected = answer().await.unwrap();
+    signal("-STOP", process(&engine));
+    // It goes to the next process, as it had not started.
+    assert_eq!(answer().await.unwrap(), expected);
+    let status = engine.child_status().unwrap();
+    let how = status.last_end.unwrap_or_default();
+    assert!(status.restarts == 1 && how.contains("it stood still"), "{how}");
+}
+
 fn supervisor(restarts: bool) -> SupervisorConfiguration {
     SupervisorConfiguration {
         max_restarts: if restarts { 5 } else { 0 },

@@ -25,7 +25,7 @@ use super::frame::{Frames, FromChild, Ready, ToChild, VERSION, encode};
 /// How long the engine may take to end what runs, once the program is gone.
 const UNLOAD_LIMIT: Duration = Duration::from_secs(5);
 
-/// How often the program hears how the engine is, where something has changed.
+/// How often the program hears how the engine is, or that it is as it was.
 const TOLD_EVERY: Duration = Duration::from_millis(250);
 
 /// An engine that can be asked for more than answers to prompts.
@@ -286,10 +286,12 @@ impl<E: Service + 'static> Tasks<E> {
         });
     }
 
-    /// Tells the program how the engine is, unless it is as it was at the last look.
+    /// Tells the program how the engine is, or that all is as it was at the last look.
     fn tell_changes(&self, told: &mut (Value, Option<EngineStatistics>)) {
         let now = (self.engine.details(), self.statistics());
-        if now != *told {
+        if now == *told {
+            self.line.say(&FromChild::Alive);
+        } else {
             self.tell(now.0.clone(), now.1);
             *told = now;
         }

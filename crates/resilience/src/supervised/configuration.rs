@@ -43,9 +43,13 @@ pub struct SupervisorConfiguration {
     #[serde(with = "seconds")]
     pub start_limit: Duration,
     /// How long a process may say nothing to requests that wait for it, before it is ended as hanging; above 0. Prefill of
-    /// a long prompt is such a silence, and so nothing is limited unless it is told.
+    /// a long prompt is such a silence, and so nothing is limited unless it is told. What a caller did wrong is no answer.
     #[serde(with = "seconds::option", skip_serializing_if = "Option::is_none")]
     pub silence_limit: Option<Duration>,
+    /// How long a process that serves may say nothing at all, before it is ended as one that stands still; at least 2 seconds. It
+    /// says four times a second that it runs, whatever its engine does.
+    #[serde(with = "seconds")]
+    pub standstill_limit: Duration,
     /// How long a process may take to end when it is asked to, before it is ended; above 0.
     #[serde(with = "seconds")]
     pub exit_limit: Duration,
@@ -53,6 +57,9 @@ pub struct SupervisorConfiguration {
     /// [`QueueFull`](mlx_engine_core::EngineError::QueueFull).
     pub max_waiting: usize,
 }
+
+/// A busy machine may hold a process up for longer than one of its signs of life takes.
+const LEAST_STANDSTILL: Duration = Duration::from_secs(2);
 
 impl Default for SupervisorConfiguration {
     fn default() -> Self {
@@ -64,6 +71,7 @@ impl Default for SupervisorConfiguration {
             max_delay: Duration::from_secs(30),
             start_limit: Duration::from_mins(5),
             silence_limit: None,
+            standstill_limit: Duration::from_secs(30),
             exit_limit: Duration::from_secs(10),
             max_waiting: 256,
         }
@@ -86,6 +94,13 @@ impl SupervisorConfiguration {
         if let Some(limit) = self.silence_limit {
             above_zero("silence_limit", limit)?;
         }
+        let standstill = self.standstill_limit;
+        check(
+            "standstill_limit",
+            standstill.as_secs_f64(),
+            standstill >= LEAST_STANDSTILL,
+            "at least 2",
+        )?;
         above_zero("exit_limit", self.exit_limit)
     }
 }
@@ -177,6 +192,10 @@ mod tests {
         refuse(|it| it.max_delay = Duration::ZERO, "max_delay");
         refuse(|it| it.start_limit = Duration::ZERO, "start_limit");
         refuse(|it| it.silence_limit = Some(Duration::ZERO), "silence_limit");
+        refuse(
+            |it| it.standstill_limit = Duration::from_millis(1999),
+            "standstill_limit",
+        );
         refuse(|it| it.exit_limit = Duration::ZERO, "exit_limit");
         let json = serde_json::to_value(&valid).unwrap();
         assert_eq!(

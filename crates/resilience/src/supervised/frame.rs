@@ -2,12 +2,13 @@
 //!
 //! A frame is its length in bytes as a little-endian `u32`, and as many bytes of JSON.
 
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, Read};
 
 use mlx_engine_core::{
     Backend, EngineError, EngineStatistics, GenerateParams, GenerationEvent, LoadProgress,
     ModelConfiguration, Prompt,
 };
+use mlx_engine_monitor::{ErrorClass, ErrorKind};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -56,6 +57,8 @@ pub(super) enum FromChild {
         statistics: Option<Box<EngineStatistics>>,
     },
     Ready(Box<Ready>),
+    /// The process runs, also where nothing else is to be said.
+    Alive,
     /// The model could not be loaded; the process ends.
     Failed(EngineError),
     /// The engine took the request.
@@ -75,6 +78,18 @@ pub(super) enum FromChild {
         id: u64,
         value: Value,
     },
+}
+
+impl FromChild {
+    /// Whether the engine over there has done something. That its process runs, and what a caller did wrong, which is found before
+    /// the engine's work begins, say nothing of that.
+    pub(super) fn is_answer(&self) -> bool {
+        match self {
+            Self::Alive | Self::Details { .. } => false,
+            Self::Error { error, .. } => ErrorKind::of(error).class() != ErrorClass::Caller,
+            _ => true,
+        }
+    }
 }
 
 /// What was loaded.
@@ -157,8 +172,8 @@ impl<R: Read> Frames<R> {
                 Ok(0) => return Err(FrameError::Cut),
                 Ok(more) => self.read += more,
                 Err(error) => match error.kind() {
-                    ErrorKind::Interrupted => {}
-                    ErrorKind::WouldBlock | ErrorKind::TimedOut => return Err(FrameError::Silent),
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => return Err(FrameError::Silent),
                     _ => return Err(FrameError::Io(error)),
                 },
             }
@@ -198,7 +213,7 @@ mod tests {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
             self.1 = !self.1;
             if self.1 && !self.0.is_empty() {
-                return Err(ErrorKind::WouldBlock.into());
+                return Err(io::ErrorKind::WouldBlock.into());
             }
             let Some(piece) = self.0.pop_front() else {
                 return Ok(0);

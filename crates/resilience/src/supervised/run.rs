@@ -114,19 +114,29 @@ impl Shared {
         end: &mut End,
     ) -> Option<String> {
         let mut limit = Some(self.configuration.start_limit);
+        let standstill = self.configuration.standstill_limit;
         let mut frames = Frames::new(connection);
         loop {
             // A silence is found within a quarter of its limit.
-            let tick = limit.map(|limit| (limit / 4).max(Duration::from_millis(1)));
-            if let Err(error) = connection.set_read_timeout(tick) {
+            let limits = limit.into_iter().chain(end.was_ready.then_some(standstill));
+            let tick = limits.min().unwrap_or(standstill) / 4;
+            let tick = tick.max(Duration::from_millis(1));
+            if let Err(error) = connection.set_read_timeout(Some(tick)) {
                 return Some(format!("its connection cannot be waited for: {error}"));
             }
+            // By the waits and not by the clock: a program that was stopped itself has not waited.
+            let mut waited = Duration::ZERO;
             let frame = loop {
                 match frames.next::<FromChild>() {
                     Ok(Some(frame)) => break frame,
                     // A process that ended in the middle of a word has ended all the same.
                     Ok(None) | Err(FrameError::Cut | FrameError::Io(_)) => return None,
                     Err(FrameError::Silent) => {
+                        waited += tick;
+                        if end.was_ready && waited >= standstill {
+                            let waited = waited.as_secs_f64();
+                            return Some(format!("it stood still: no sign of life for {waited:.1} s"));
+                        }
                         if let Some(silent) = self.silent(limit, end.was_ready) {
                             return Some(silent);
                         }
@@ -137,7 +147,7 @@ impl Shared {
                 }
             };
             let mut state = self.lock();
-            if !matches!(frame, FromChild::Details { .. }) {
+            if frame.is_answer() {
                 state.silent_since = Instant::now();
             }
             match frame {
@@ -155,6 +165,12 @@ impl Shared {
                     }
                     drop(state);
                     // It comes from a process whose engine hangs, too.
+                    if let Some(silent) = self.silent(limit, end.was_ready) {
+                        return Some(silent);
+                    }
+                }
+                FromChild::Alive => {
+                    drop(state);
                     if let Some(silent) = self.silent(limit, end.was_ready) {
                         return Some(silent);
                     }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures::StreamExt;
-use mlx_engine_core::{EngineError, LlmEngine};
+use mlx_engine_core::{EngineError, GenerateParams, LlmEngine, Prompt};
 use mlx_engine_monitor::{EngineHealth, Monitored};
 use mlx_engine_resilience::{
     ChildState, Launch, Process, Recover, RecoveryStep, ResilienceConfiguration, Resilient, Supervised,
@@ -285,6 +285,47 @@ async fn a_process_that_does_not_end_when_it_is_asked_to_is_killed() {
 }
 
 #[tokio::test]
+async fn a_process_that_stands_still_is_found_though_nothing_limits_an_answer() {
+    let still = SupervisorConfiguration {
+        standstill_limit: Duration::from_secs(2),
+        max_restarts: 0,
+        ..quick()
+    };
+    let engine = Supervised::start(Raw(frame(READY)), Value::Null, still, None)
+        .await
+        .unwrap();
+    // It says nothing, whether somebody waits or not.
+    let error = ask(&engine, "x").await.unwrap_err();
+    assert!(
+        matches!(&error, EngineError::WorkerLost { message } if message.contains("it stood still")),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn what_callers_do_wrong_hides_no_hang() {
+    let world = World::default();
+    let configuration = SupervisorConfiguration {
+        silence_limit: Some(Duration::from_secs(1)),
+        ..quick()
+    };
+    let engine = Arc::new(start_as(&world, configuration).await);
+    let mut hangs = running(&engine, "forever").await;
+    let wrong = Arc::clone(&engine);
+    // Each is answered, and none by what hangs.
+    let wrong = tokio::spawn(async move {
+        loop {
+            let asked = wrong.stream(Prompt::chat([]), GenerateParams::default()).await;
+            assert!(asked.is_err(), "there is no chat");
+            tokio::task::yield_now().await;
+        }
+    });
+    let error = hangs.next().await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("it hung: nothing came for"), "{error}");
+    wrong.abort();
+}
+
+#[tokio::test]
 async fn as_many_wait_for_a_process_as_may() {
     let world = World {
         stalls_from: Some(1),
@@ -306,6 +347,11 @@ async fn as_many_wait_for_a_process_as_may() {
         "{error}"
     );
     assert!(engine.details().is_none() && engine.statistics().is_none());
+    let metrics = Monitored::new(Arc::clone(&engine)).metrics();
+    assert_eq!(
+        metrics.process_memory_bytes, None,
+        "that of this process is not its"
+    );
     assert!(!engine.can(RecoveryStep::ReloadModel) && engine.can(RecoveryStep::RestartWorker));
     let error = engine.recover(RecoveryStep::ReloadModel).await.unwrap_err();
     assert!(matches!(error, EngineError::Unsupported { .. }), "{error}");
