@@ -58,5 +58,5 @@ pub use platform::{Device, Platform};
 pub use priority::Priority;
 pub use progress::{LoadProgress, ProgressFn};
 pub use speculation::{SpeculationOff, SpeculationReport};
-pub use statistics::{DeviceMemory, EngineStatistics, next_load};
+pub use statistics::{BatchSizes, DeviceMemory, EngineStatistics, next_load};
 pub use tool::{ToolCall, ToolChoice, ToolDefinition};

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use mlx_engine_core::EngineStatistics;
+use mlx_engine_core::{BatchSizes, EngineStatistics};
 
 /// Numbers of the worker. They are written by its thread alone, a few stores a turn, and read by any.
 #[derive(Debug)]
@@ -14,6 +14,8 @@ pub(crate) struct Gauges {
     queued: AtomicU64,
     running: AtomicU64,
     batch_size: AtomicU64,
+    batch_classes: [AtomicU64; BatchSizes::CLASSES],
+    batched_answers: AtomicU64,
     turns: AtomicU64,
     generated_tokens: AtomicU64,
     drafted_tokens: AtomicU64,
@@ -44,6 +46,8 @@ impl Gauges {
             queued: AtomicU64::new(0),
             running: AtomicU64::new(0),
             batch_size: AtomicU64::new(0),
+            batch_classes: Default::default(),
+            batched_answers: AtomicU64::new(0),
             turns: AtomicU64::new(0),
             generated_tokens: AtomicU64::new(0),
             drafted_tokens: AtomicU64::new(0),
@@ -62,13 +66,20 @@ impl Gauges {
         self.weight_bytes.store(weight_bytes, Ordering::Relaxed);
     }
 
-    /// A turn begins that takes so many answers further.
-    pub(crate) fn begin(&self, now: Instant, batch_size: usize) {
-        if batch_size > 0 {
-            self.batch_size.store(batch_size as u64, Ordering::Relaxed);
-        }
+    /// A turn begins.
+    pub(crate) fn begin(&self, now: Instant) {
         let since = now.saturating_duration_since(self.origin).as_nanos() as u64;
         self.turn_since.store(since.saturating_add(1), Ordering::Relaxed);
+    }
+
+    /// The turn takes so many answers further.
+    pub(crate) fn batch(&self, answers: usize) {
+        let answers = answers as u64;
+        if let Some(class) = BatchSizes::class(answers) {
+            self.batch_size.store(answers, Ordering::Relaxed);
+            self.batch_classes[class].fetch_add(1, Ordering::Relaxed);
+            self.batched_answers.fetch_add(answers, Ordering::Relaxed);
+        }
     }
 
     /// The turn is over, in which so many tokens were read.
@@ -113,6 +124,10 @@ impl Gauges {
             queued: read(&self.queued),
             running: read(&self.running),
             batch_size: read(&self.batch_size),
+            batch_sizes: BatchSizes {
+                turns: self.batch_classes.each_ref().map(read),
+                answers: read(&self.batched_answers),
+            },
             turns: read(&self.turns),
             generated_tokens: read(&self.generated_tokens),
             drafted_tokens: read(&self.drafted_tokens),
@@ -144,14 +159,18 @@ mod tests {
         let gauges = Gauges::new(origin);
         let at = |seconds| origin + Duration::from_secs(seconds);
         assert_eq!(gauges.read(at(1)).turn_s, None);
-        gauges.begin(at(1), 3);
+        gauges.begin(at(1));
+        gauges.batch(3);
         assert_eq!(gauges.read(at(1)).turn_s, Some(0.0));
         assert_eq!(gauges.read(at(61)).turn_s, Some(60.0));
         gauges.end(3);
-        gauges.begin(at(62), 0);
+        gauges.begin(at(62));
+        gauges.batch(0);
         gauges.end(0);
         let read = gauges.read(at(70));
         assert_eq!((read.turn_s, read.turns, read.generated_tokens), (None, 2, 3));
         assert_eq!(read.batch_size, 3, "a turn of prompts alone has no batch");
+        let sizes = read.batch_sizes;
+        assert_eq!((sizes.turns[2], sizes.count(), sizes.answers), (1, 1, 3));
     }
 }

@@ -8,8 +8,12 @@
     )
 )]
 
-use mlx_engine_core::{GenerateParams, GenerateSummary, Prompt};
+#[cfg(feature = "metrics")]
+mod facade;
 
+use mlx_engine_core::{BatchSizes, GenerateParams, GenerateSummary, Prompt};
+
+use crate::HealthReport;
 use crate::events::HealthEvent;
 use crate::shared::Seen;
 use crate::tally::Ended;
@@ -61,6 +65,37 @@ impl Telemetry {
         #[cfg(feature = "tracing")]
         trace::ended(&self.span, ended, summary);
     }
+}
+
+/// What is measured by looking, beside what the engine says of itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Look {
+    pub(crate) queued: u64,
+    pub(crate) running: u64,
+    pub(crate) uptime_s: f64,
+    pub(crate) load_time_s: Option<f64>,
+    pub(crate) process_memory_bytes: Option<u64>,
+}
+
+/// Whether somebody hears of a [`Look`].
+pub(crate) const LOOKS_ARE_TOLD: bool = cfg!(feature = "metrics");
+
+/// Somebody has looked at the engine.
+pub(crate) fn looked(look: &Look, health: &HealthReport, seen: &Seen) {
+    #[cfg(feature = "metrics")]
+    facade::looked(look, health, seen);
+}
+
+/// How many requests wait and run has changed.
+pub(crate) fn in_flight(queued: u64, running: u64, seen: &Seen) {
+    #[cfg(feature = "metrics")]
+    facade::in_flight(queued, running, seen);
+}
+
+/// The engine has taken turns since it was looked at last.
+pub(crate) fn batched(sizes: &BatchSizes, seen: &Seen) {
+    #[cfg(feature = "metrics")]
+    facade::batched(sizes, seen);
 }
 
 /// The health has changed.
@@ -132,54 +167,5 @@ mod trace {
             span.record("time_to_first_token_s", time.as_secs_f64());
         }
         tracing::debug!(parent: span, duration_s = ended.duration.as_secs_f64(), "request ended");
-    }
-}
-
-#[cfg(feature = "metrics")]
-mod facade {
-    use metrics::{Label, histogram};
-    use mlx_engine_core::GenerateSummary;
-
-    use crate::shared::Seen;
-    use crate::tally::Ended;
-
-    /// The metrics of OpenTelemetry's conventions for generative AI, in their units: seconds and tokens.
-    pub(super) fn ended(
-        operation: &'static str,
-        ended: &Ended,
-        summary: Option<&GenerateSummary>,
-        seen: &Seen,
-    ) {
-        let model = summary.map_or_else(|| seen.model_id().unwrap_or_default(), |summary| &summary.model);
-        let mut labels = vec![
-            Label::new("gen_ai.provider.name", "mlx_engine"),
-            Label::new("gen_ai.operation.name", operation),
-            Label::new("gen_ai.response.model", model.to_owned()),
-        ];
-        if let Some(backend) = seen.backend {
-            labels.push(Label::new("mlx_engine.backend", backend.to_string()));
-        }
-        let with = |name: &'static str, value: &'static str| {
-            let mut labels = labels.clone();
-            labels.push(Label::new(name, value));
-            labels
-        };
-        let of_duration = match super::error_type(ended) {
-            Some(error) => with("error.type", error),
-            None => labels.clone(),
-        };
-        histogram!("gen_ai.server.request.duration", of_duration).record(ended.duration.as_secs_f64());
-        if let Some(time) = ended.time_to_first_token {
-            histogram!("gen_ai.server.time_to_first_token", labels.clone()).record(time.as_secs_f64());
-        }
-        if let Some(time) = ended.decode.time_per_token() {
-            histogram!("gen_ai.server.time_per_output_token", labels.clone()).record(time.as_secs_f64());
-        }
-        let tokens =
-            |direction| histogram!("gen_ai.client.token.usage", with("gen_ai.token.type", direction));
-        if let Some(summary) = summary {
-            tokens("input").record(f64::from(summary.usage.prompt_tokens));
-        }
-        tokens("output").record(ended.generated_tokens as f64);
     }
 }

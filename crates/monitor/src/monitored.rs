@@ -58,7 +58,7 @@ impl<E: LlmEngine> Monitored<E> {
 
     /// How the engine is, from what is known. Nothing is generated and nobody is waited for.
     pub fn health(&self) -> HealthReport {
-        self.shared.health(self.seen())
+        self.shared.health(&self.seen())
     }
 
     /// How the engine is after it was asked for one token.
@@ -180,7 +180,7 @@ impl<E: LlmEngine> EngineWrapper for Monitored<E> {
         Box::pin(async move {
             let seen = self.seen();
             let telemetry = Telemetry::begin(&prompt, &params, &seen);
-            let mut ticket = Ticket::submit(&self.shared, seen, telemetry);
+            let mut ticket = Ticket::submit(&self.shared, &seen, telemetry);
             let mut admission = self.engine.stream(prompt, params);
             let admitted = poll_fn(|cx| {
                 let poll = ticket.scope(|| admission.as_mut().poll(cx));

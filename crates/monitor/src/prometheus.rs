@@ -5,7 +5,7 @@
 
 use std::fmt::{self, Display, Write};
 
-use mlx_engine_core::EngineStatistics;
+use mlx_engine_core::{BatchSizes, EngineStatistics};
 
 use crate::{Distribution, EngineHealth, HealthReport, InferenceMetrics, Throughput};
 
@@ -284,6 +284,7 @@ impl Page {
         for (name, help, value) in gauges {
             self.single(name, "gauge", help, value);
         }
+        self.batch_sizes(&engine.batch_sizes);
         self.seconds(
             "engine_turn_seconds",
             "How long the turn that runs has taken.",
@@ -334,6 +335,23 @@ impl Page {
             let cache = "Device memory that is kept for the next arrays.";
             self.single("device_memory_cache_bytes", "gauge", cache, memory.cache_bytes);
         }
+    }
+
+    fn batch_sizes(&mut self, sizes: &BatchSizes) {
+        let name = "engine_turn_answers";
+        self.family(name, "histogram", "Answers that turns took further together.");
+        let mut count = 0;
+        for (turns, most) in sizes.turns.iter().zip(BatchSizes::MOST) {
+            count += turns;
+            let most = if most == u64::MAX {
+                "+Inf".to_owned()
+            } else {
+                most.to_string()
+            };
+            self.sample(&format!("{name}_bucket"), &[("le", &most)], count);
+        }
+        self.sample(&format!("{name}_sum"), &[], sizes.answers);
+        self.sample(&format!("{name}_count"), &[], count);
     }
 
     fn single(&mut self, name: &str, kind: &str, help: &str, value: impl Display) {

@@ -34,7 +34,7 @@ pub(crate) struct Ticket {
 }
 
 impl Ticket {
-    pub(crate) fn submit(shared: &Arc<Shared>, seen: Seen, telemetry: Telemetry) -> Self {
+    pub(crate) fn submit(shared: &Arc<Shared>, seen: &Seen, telemetry: Telemetry) -> Self {
         let submitted = shared.now();
         shared.submit(submitted, seen);
         Self {

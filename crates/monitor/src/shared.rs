@@ -10,7 +10,7 @@ use std::time::Duration;
 use mlx_engine_core::{Backend, EngineStatistics, GenerateSummary, LlmEngine, ModelConfiguration};
 
 use crate::clock::nanos;
-use crate::emit::{self, Telemetry};
+use crate::emit::{self, Look, Telemetry};
 use crate::events::{HealthEvent, HealthEvents, Subscribers};
 use crate::histogram::Histogram;
 use crate::metrics::{InferenceMetrics, LastGeneration, ProbeCounts};
@@ -198,15 +198,24 @@ impl Shared {
     }
 
     /// The health now, given what the engine says that it is.
-    pub(crate) fn health(&self, seen: Seen) -> HealthReport {
-        let memory = self.limits.process_memory_limit_bytes.is_some();
+    pub(crate) fn health(&self, seen: &Seen) -> HealthReport {
+        let memory = self.limits.process_memory_limit_bytes.is_some() || emit::LOOKS_ARE_TOLD;
         let resident = if memory { seen.process_memory_bytes() } else { None };
         let now = self.now();
         let look = |state: &mut State| {
-            state.see(seen);
+            state.see(seen.clone());
             state.process_memory_bytes = resident;
+            Look {
+                queued: state.queued,
+                running: state.running,
+                uptime_s: now.as_secs_f64(),
+                load_time_s: state.load_time_s(seen),
+                process_memory_bytes: resident,
+            }
         };
-        self.change(now, look).1
+        let (look, report) = self.change(now, look);
+        emit::looked(&look, &report, seen);
+        report
     }
 
     /// Somebody begins to wait for the engine.
@@ -245,13 +254,17 @@ impl Shared {
         self.streaming_tokens.fetch_add(tokens, Ordering::Relaxed);
     }
 
-    pub(crate) fn submit(&self, now: Duration, seen: Seen) {
-        self.change(now, |state| {
-            state.see(seen);
-            state.queued += 1;
-            state.total.submitted += 1;
-            state.window.at(now).submitted += 1;
-        });
+    pub(crate) fn submit(&self, now: Duration, seen: &Seen) {
+        let (queued, running) = self
+            .change(now, |state| {
+                state.see(seen.clone());
+                state.queued += 1;
+                state.total.submitted += 1;
+                state.window.at(now).submitted += 1;
+                (state.queued, state.running)
+            })
+            .0;
+        emit::in_flight(queued, running, seen);
     }
 
     /// Returns how many requests run now.
@@ -274,7 +287,7 @@ impl Shared {
         summary: Option<&GenerateSummary>,
         telemetry: &Telemetry,
     ) {
-        let (seen, _) = self.change(now, |state| {
+        let ((seen, queued, running), _) = self.change(now, |state| {
             if started {
                 ended.running = ended.running.max(state.running);
                 state.running = state.running.saturating_sub(1);
@@ -287,8 +300,9 @@ impl Shared {
                 engine.turn_s = None;
             }
             state.end(now, &ended, summary);
-            state.seen.clone()
+            (state.seen.clone(), state.queued, state.running)
         });
+        emit::in_flight(queued, running, &seen);
         telemetry.end(&ended, summary, &seen);
     }
 
@@ -335,10 +349,7 @@ impl Shared {
             model: seen.model_id().map(str::to_owned),
             backend: seen.backend,
             uptime_s: now.as_secs_f64(),
-            load_time_s: seen
-                .statistics
-                .and_then(|engine| engine.load_s)
-                .or_else(|| state.load_time.map(|time| time.as_secs_f64())),
+            load_time_s: state.load_time_s(seen),
             queued: state.queued,
             running: state.running,
             engine: seen.statistics,
@@ -380,6 +391,12 @@ pub(crate) struct History {
 impl State {
     /// Takes note of what the engine is. A model that was not there before begins with a clean record.
     fn see(&mut self, seen: Seen) {
+        if let Some(engine) = seen.statistics {
+            // One that was loaded since begins to count anew.
+            let before = self.seen.statistics.filter(|before| before.load == engine.load);
+            let before = before.map(|before| before.batch_sizes).unwrap_or_default();
+            emit::batched(&engine.batch_sizes.since(&before), &seen);
+        }
         if !seen.continues(&self.seen) && seen.loaded() {
             self.consecutive_failures = 0;
             self.probe = None;
@@ -387,6 +404,12 @@ impl State {
             self.baseline.iter_mut().for_each(Histogram::clear);
         }
         self.seen = seen;
+    }
+
+    /// Seconds that the load took, as the engine or the program says.
+    fn load_time_s(&self, seen: &Seen) -> Option<f64> {
+        let told = seen.statistics.and_then(|engine| engine.load_s);
+        told.or(self.load_time.map(|time| time.as_secs_f64()))
     }
 
     fn end(&mut self, now: Duration, ended: &Ended, summary: Option<&GenerateSummary>) {

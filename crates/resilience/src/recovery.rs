@@ -246,7 +246,7 @@ pub(crate) async fn run(
         let before = engine.statistics();
         let failure = prove(engine, configuration.proof_timeout).await.err();
         let abandoned = matches!(failure, Some(ProbeFailure::Abandoned { .. }));
-        busy = abandoned && went_on(before, engine.statistics());
+        busy = abandoned && went_on(before.as_ref(), engine.statistics().as_ref());
         failure
     };
     let answers = !matches!(report.before, Some(ProbeFailure::Abandoned { .. }));
@@ -287,7 +287,7 @@ pub(crate) async fn run(
 }
 
 /// Whether an engine has taken turns between two looks at it: it works on what was there before, and a proof waits for its turn.
-fn went_on(before: Option<EngineStatistics>, after: Option<EngineStatistics>) -> bool {
+fn went_on(before: Option<&EngineStatistics>, after: Option<&EngineStatistics>) -> bool {
     before
         .zip(after)
         .is_some_and(|(before, after)| before.load == after.load && before.turns < after.turns)

@@ -18,13 +18,14 @@ pub(super) type Failed = Vec<(Id, EngineError)>;
 impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// Takes prompts a chunk and every answer a token further.
     pub(crate) fn turn(&mut self) {
+        let began = self.clock.now();
+        self.gauges.begin(began);
         self.sweep();
         self.admit();
-        let began = self.clock.now();
         let mut failed = Failed::new();
         self.look_up(&mut failed);
         let turn = self.scheduler.turn();
-        self.gauges.begin(began, turn.decode.len());
+        self.gauges.batch(turn.decode.len());
         let span = (!turn.chunks.is_empty() || !turn.decode.is_empty()).then(|| {
             let fed: usize = turn.chunks.iter().map(|chunk| chunk.to - chunk.from).sum();
             tracing::debug_span!(

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures::executor::block_on;
 use mlx_engine_core::{
-    Backend, DeviceMemory, EngineError, EngineStatistics, GenerateParams, LlmEngine, Prompt,
+    Backend, BatchSizes, DeviceMemory, EngineError, EngineStatistics, GenerateParams, LlmEngine, Prompt,
 };
 use mlx_engine_monitor::{ManualClock, Monitored};
 use serde_json::Value;
@@ -40,6 +40,10 @@ fn engine() -> Monitored<Arc<Scripted>> {
         queued: 2,
         running: 3,
         batch_size: 4,
+        batch_sizes: BatchSizes {
+            turns: std::array::from_fn(|class| class as u64 % 3),
+            answers: 150,
+        },
         turns: 50,
         generated_tokens: 60,
         drafted_tokens: 40,
@@ -129,7 +133,15 @@ fn what_prometheus_reads_is_what_was_measured() {
         none.clone(),
         total.time_per_output_token.sum_s,
     );
-    check("time_per_output_token_seconds_count", none, 2.0);
+    check("time_per_output_token_seconds_count", none.clone(), 2.0);
+    // Of 1 to 16 answers 15 turns, of up to 32 one, of up to 64 two.
+    let up_to = |most: &str| serde_json::json!({ "le": most });
+    check("engine_turn_answers_bucket", up_to("1"), 0.0);
+    check("engine_turn_answers_bucket", up_to("16"), 15.0);
+    check("engine_turn_answers_bucket", up_to("64"), 18.0);
+    check("engine_turn_answers_bucket", up_to("+Inf"), 18.0);
+    check("engine_turn_answers_sum", none.clone(), 150.0);
+    check("engine_turn_answers_count", none, 18.0);
     let quantile = serde_json::json!({"quantile": "0.9"});
     check(
         "time_per_output_token_seconds",

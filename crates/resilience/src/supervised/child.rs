@@ -279,11 +279,8 @@ impl<E: Service + 'static> Tasks<E> {
     }
 
     /// Tells the program how the engine is.
-    fn tell(&self, details: Value, statistics: Option<EngineStatistics>) {
-        self.line.say(&FromChild::Details {
-            details,
-            statistics: statistics.map(Box::new),
-        });
+    fn tell(&self, details: Value, statistics: Option<Box<EngineStatistics>>) {
+        self.line.say(&FromChild::Details { details, statistics });
     }
 
     /// Tells the program how the engine is, or that all is as it was at the last look.
@@ -292,7 +289,7 @@ impl<E: Service + 'static> Tasks<E> {
         if now == *told {
             self.line.say(&FromChild::Alive);
         } else {
-            self.tell(now.0.clone(), now.1);
+            self.tell(now.0.clone(), now.1.map(Box::new));
             *told = now;
         }
     }
@@ -315,7 +312,7 @@ struct Last<'a, E: Service + 'static> {
 impl<E: Service + 'static> Drop for Last<'_, E> {
     fn drop(&mut self) {
         self.tasks
-            .tell(self.tasks.engine.details(), self.tasks.statistics());
+            .tell(self.tasks.engine.details(), self.tasks.statistics().map(Box::new));
         // One that was cancelled is not there, and nobody waits for it.
         if lock(&self.tasks.running).remove(&self.id).is_some() {
             let frame = self.frame.take().unwrap_or_else(|| FromChild::Error {
