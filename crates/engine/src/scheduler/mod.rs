@@ -20,6 +20,18 @@ pub(crate) type Id = u64;
 /// is one step more urgent.
 const AGEING: Duration = Duration::from_secs(10);
 
+/// Tokens of a text that are scored at once; the logits of each are kept until they are read.
+pub(crate) const SCORED_AT_ONCE: usize = 128;
+
+/// What a request is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// An answer to a prompt, of so many tokens at most; at least 1.
+    Answer(usize),
+    /// How likely the tokens of the prompt are.
+    Score,
+}
+
 /// What the scheduler keeps to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -41,8 +53,7 @@ pub(crate) struct Ask {
     pub(crate) prompt: usize,
     /// Positions in the prompt at which a chunk has to end, in order.
     pub(crate) cuts: Vec<usize>,
-    /// The most tokens of its answer; at least 1.
-    pub(crate) answer: usize,
+    pub(crate) work: Work,
     /// The most bytes that its sequence comes to take.
     pub(crate) bytes: u64,
     pub(crate) priority: Priority,
@@ -82,12 +93,14 @@ pub(crate) struct Chunk {
     pub(crate) last: bool,
 }
 
-/// What a turn does: chunks of prompts, which together are no longer than one chunk may be, so that no answer waits for
-/// more, and a token of each answer.
+/// What a turn does: chunks of prompts and of texts that are scored, which together are no longer than one chunk may be, so
+/// that no answer waits for more, and a token of each answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Turn {
     /// By rank.
     pub(crate) chunks: Vec<Chunk>,
+    /// Parts of texts that are scored, by rank: each is a step of its own.
+    pub(crate) scored: Vec<Chunk>,
     /// In the order in which they were admitted.
     pub(crate) decode: Vec<Id>,
 }
@@ -110,6 +123,8 @@ enum Phase {
     Prefilling(usize),
     /// So many tokens of the answer have been read.
     Decoding(usize),
+    /// So many tokens of the text have been scored.
+    Scoring(usize),
 }
 
 /// All requests that are not over.
@@ -149,6 +164,11 @@ impl Ask {
             Priority::Low => 2,
         };
         (self.arrived + AGEING * steps, self.id)
+    }
+
+    /// What of a text is scored next, at most `room` tokens.
+    fn scored(&self, from: usize, room: usize) -> Chunk {
+        self.chunk(from, room.min(SCORED_AT_ONCE))
     }
 
     /// What a prompt is fed next, at most `room` tokens.
@@ -272,10 +292,11 @@ impl Scheduler {
             return None;
         }
         let ask = self.waiting.remove(0);
-        self.running.push(Running {
-            ask,
-            phase: Phase::Admitted,
-        });
+        let phase = match ask.work {
+            Work::Answer(_) => Phase::Admitted,
+            Work::Score => Phase::Scoring(0),
+        };
+        self.running.push(Running { ask, phase });
         Some(Admission::Run(id))
     }
 
@@ -293,6 +314,7 @@ impl Scheduler {
                     return Some(running.ask.id);
                 }
                 Phase::Prefilling(fed) => room -= running.ask.chunk(fed, room).len(),
+                Phase::Scoring(scored) => room -= running.ask.scored(scored, room).len(),
                 Phase::Reading | Phase::Behind { .. } | Phase::Decoding(_) => {}
             }
         }
@@ -324,7 +346,7 @@ impl Scheduler {
             .filter_map(|running| match running.phase {
                 Phase::Prefilling(fed) => Some((running.ask.id, fed)),
                 Phase::Reading => Some((running.ask.id, 0)),
-                Phase::Admitted | Phase::Behind { .. } | Phase::Decoding(_) => None,
+                Phase::Admitted | Phase::Behind { .. } | Phase::Decoding(_) | Phase::Scoring(_) => None,
             })
             .collect()
     }
@@ -340,7 +362,7 @@ impl Scheduler {
         running.is_some_and(|running| match running.phase {
             Phase::Reading => true,
             Phase::Prefilling(fed) => fed < tokens,
-            Phase::Admitted | Phase::Behind { .. } | Phase::Decoding(_) => false,
+            Phase::Admitted | Phase::Behind { .. } | Phase::Decoding(_) | Phase::Scoring(_) => false,
         })
     }
 
@@ -354,19 +376,23 @@ impl Scheduler {
     /// What to do next.
     pub(crate) fn turn(&self) -> Turn {
         let mut room = self.limits.prefill_chunk;
-        let mut chunks = Vec::new();
+        let (mut chunks, mut scored) = (Vec::new(), Vec::new());
         for running in self.ranked() {
-            if let Phase::Prefilling(fed) = running.phase
-                && room > 0
-            {
-                let chunk = running.ask.chunk(fed, room);
-                room -= chunk.len();
-                chunks.push(chunk);
+            if room == 0 {
+                break;
             }
+            let (chunk, to) = match running.phase {
+                Phase::Prefilling(fed) => (running.ask.chunk(fed, room), &mut chunks),
+                Phase::Scoring(done) => (running.ask.scored(done, room), &mut scored),
+                Phase::Admitted | Phase::Reading | Phase::Behind { .. } | Phase::Decoding(_) => continue,
+            };
+            room -= chunk.len();
+            to.push(chunk);
         }
         let decoding = |running: &&Running| matches!(running.phase, Phase::Decoding(_));
         Turn {
             chunks,
+            scored,
             decode: self
                 .running
                 .iter()
@@ -392,6 +418,15 @@ impl Scheduler {
             Phase::Prefilling(chunk.to)
         };
         self.enter(chunk.id, phase);
+    }
+
+    /// Notes that a part of a text was scored. The last of it is the end of the request.
+    pub(crate) fn scored(&mut self, chunk: Chunk) {
+        if chunk.last {
+            self.finish(chunk.id);
+        } else {
+            self.enter(chunk.id, Phase::Scoring(chunk.to));
+        }
     }
 
     /// Notes that a token of an answer was read.
@@ -457,13 +492,17 @@ impl Scheduler {
         let ends = self.ranked().into_iter().map(|running| {
             let (prompt, generated) = match running.phase {
                 Phase::Admitted | Phase::Reading | Phase::Behind { .. } => (running.ask.prompt, 0),
-                Phase::Prefilling(fed) => (running.ask.prompt - fed, 0),
+                Phase::Prefilling(fed) | Phase::Scoring(fed) => (running.ask.prompt - fed, 0),
                 Phase::Decoding(generated) => (0, generated),
+            };
+            let answer = match running.ask.work {
+                Work::Answer(most) => most,
+                Work::Score => 0,
             };
             // What comes before it is fed before it.
             ahead += prompt;
             let prompt = if prompt > 0 { ahead } else { 0 };
-            self.rates.remaining(prompt, generated, running.ask.answer)
+            self.rates.remaining(prompt, generated, answer)
         });
         ends.min().unwrap_or_else(|| self.rates.remaining(0, 0, 1))
     }

@@ -37,7 +37,7 @@ impl Script {
             id,
             prompt: 25,
             cuts: Vec::new(),
-            answer: 4,
+            work: Work::Answer(4),
             bytes: 100,
             priority: Priority::Normal,
             arrived: self.at(second),
@@ -333,4 +333,56 @@ fn who_needs_what_another_computes_waits_for_it_and_for_no_more() {
     assert_eq!(scheduler.unknown(), None);
     scheduler.cancel(2);
     assert_eq!(scheduler.unknown(), Some(3));
+}
+
+#[test]
+fn texts_are_scored_in_parts_beside_prompts_and_answers() {
+    let mut script = Script::new(Limits {
+        max_batch: 3,
+        prefill_chunk: 200,
+        ..limits()
+    });
+    let text = Ask {
+        prompt: 300,
+        work: Work::Score,
+        ..script.ask(1, 0)
+    };
+    script.submit(text);
+    script.submit(script.ask(2, 0));
+    assert_eq!(script.admitted(), [1, 2]);
+    let scheduler = &mut script.scheduler;
+    assert_eq!(scheduler.reserved(), 200);
+    assert_eq!(scheduler.unknown(), Some(2), "nothing is looked up for a text");
+    scheduler.reused(2, 0);
+    let part = |from, to| Chunk {
+        id: 1,
+        from,
+        to,
+        last: to == 300,
+    };
+    let turn = scheduler.turn();
+    assert_eq!(
+        (turn.scored, turn.chunks),
+        (vec![part(0, 128)], vec![chunk(2, 0, 25)])
+    );
+    scheduler.scored(part(0, 128));
+    scheduler.fed(chunk(2, 0, 25));
+    let turn = scheduler.turn();
+    assert_eq!((turn.scored, turn.decode), (vec![part(128, 256)], vec![2]));
+    // What a prompt that came before it takes is not there for it.
+    let urgent = Ask {
+        prompt: 180,
+        priority: Priority::High,
+        ..script.ask(3, 0)
+    };
+    script.submit(urgent);
+    assert_eq!(script.admitted(), [3]);
+    let scheduler = &mut script.scheduler;
+    scheduler.reused(3, 0);
+    let turn = scheduler.turn();
+    assert_eq!(turn.scored, [part(128, 148)]);
+    scheduler.scored(part(128, 300));
+    scheduler.cancel(2);
+    scheduler.cancel(3);
+    assert!(scheduler.is_idle(), "the last part ends it");
 }

@@ -15,9 +15,10 @@ use crate::prefix::PrefixCache;
 impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// Writes down what there is.
     pub(super) fn note(&self) {
+        let (scored, to_score) = self.scoring.counts();
         self.gauges.load(Load {
-            queued: self.waiting.len(),
-            running: self.active.len(),
+            queued: self.waiting.len() + to_score,
+            running: self.active.len() + scored,
             kv_reserved_bytes: self.scheduler.reserved(),
             prefix_cache_bytes: self.prefixes.bytes(),
             prefix_cache_sequences: self.prefixes.len(),
@@ -83,6 +84,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 Ok(())
             });
         }
+        // Those that run are forgotten all together.
+        let _ = self.scoring.fail(error, false);
         self.scheduler.cancel_running();
         self.note();
     }
@@ -93,6 +96,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         for (id, request) in self.waiting.drain(..) {
             self.scheduler.cancel(id);
             let _ = request.events.send(Err(error.clone()));
+        }
+        for id in self.scoring.fail(error, true) {
+            self.scheduler.cancel(id);
         }
         self.note();
     }

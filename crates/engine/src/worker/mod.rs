@@ -196,7 +196,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 
     /// Whether there is nothing to do.
     pub(crate) fn is_idle(&self) -> bool {
-        self.scheduler.is_idle() && self.scoring.is_empty()
+        self.scheduler.is_idle()
     }
 
     // Who asked may have gone, and is not told then.
@@ -205,17 +205,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             Command::Generate { request, taken } => {
                 let _ = taken.send(self.submit(*request));
             }
-            Command::Score { tokens, reply } => {
-                let required = self.model.sequence_bytes(tokens.len());
-                let lack = self.memory.available().filter(|&available| required > available);
-                if let Some(available) = lack {
-                    let error = EngineError::InsufficientMemory { required, available };
-                    let _ = reply.send(Err(error));
-                } else {
-                    let sequence = self.model.open();
-                    self.scoring.add(tokens, sequence, reply);
-                }
-            }
+            Command::Score { tokens, reply } => self.submit_score(tokens, reply),
             Command::Prefixes(command) => self.manage(command),
             Command::Maintain { what, reply } => {
                 let done = self.maintain(what);
@@ -252,11 +242,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// What is only kept makes room for what runs.
     fn make_room(&mut self) {
         if let Some(available) = self.memory.available() {
-            let taken = self
-                .scheduler
-                .reserved()
-                .saturating_add(self.scoring.bytes(&self.model));
-            let free = available.saturating_sub(taken);
+            let free = available.saturating_sub(self.scheduler.reserved());
             self.prefixes.shrink(free);
         }
     }

@@ -239,7 +239,7 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
 
     /// Waits for the disk where nothing else can be done, for a moment: callers and times are looked after in between.
     pub(super) fn wait_for_disk(&mut self) {
-        if self.scoring.is_empty() && self.scheduler.waits_for_disk() {
+        if self.scheduler.waits_for_disk() {
             let reading = self.active.iter_mut().find_map(|active| active.reading.as_mut());
             if let Some(Reading { fetch, .. }) = reading {
                 fetch.wait(MOMENT);

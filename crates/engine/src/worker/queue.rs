@@ -10,7 +10,7 @@ use super::{Worker, guarded};
 use crate::TokenModel;
 use crate::clock::Clock;
 use crate::request::{Answer, Request};
-use crate::scheduler::{Admission, Ask, Id, Refusal};
+use crate::scheduler::{Admission, Ask, Id, Refusal, Work};
 
 impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// Puts a request into the queue.
@@ -26,15 +26,13 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         if prompt == 0 {
             return Err(EngineError::EmptyPrompt);
         }
-        // Who has gone holds no place.
-        self.sweep();
         let answer = (request.params.max_tokens as usize).min(context_length - prompt);
         let limit = |seconds: Option<f64>| Duration::try_from_secs_f64(seconds?).ok();
         let ask = Ask {
             id: self.submitted,
             prompt,
             cuts: self.checkpoints(&request.tokens),
-            answer,
+            work: Work::Answer(answer),
             bytes: self.sequence_bytes(prompt + answer),
             priority: request.params.priority,
             arrived: request.submitted,
@@ -42,6 +40,16 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             limit: limit(request.params.timeout_s),
         };
         let id = ask.id;
+        self.enqueue(ask)?;
+        self.waiting.push((id, request));
+        self.note();
+        Ok(())
+    }
+
+    /// Has the scheduler take what a request asks for.
+    pub(super) fn enqueue(&mut self, ask: Ask) -> Result<(), EngineError> {
+        // Who has gone holds no place.
+        self.sweep();
         self.scheduler.submit(ask).map_err(|refusal| match refusal {
             Refusal::Full { retry_after } => EngineError::QueueFull { retry_after },
             Refusal::TooLarge { required, available } => {
@@ -49,8 +57,6 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             }
         })?;
         self.submitted += 1;
-        self.waiting.push((id, request));
-        self.note();
         Ok(())
     }
 
@@ -67,8 +73,10 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
             .iter()
             .filter(|active| gone(&active.request))
             .map(|active| active.id);
-        for id in waiting.chain(active).collect::<Vec<_>>() {
+        let scored = self.scoring.given_up();
+        for id in waiting.chain(active).chain(scored).collect::<Vec<_>>() {
             self.scheduler.cancel(id);
+            self.scoring.remove(id);
             self.end(id, Self::retire, drop);
         }
         let now = self.clock.now();
@@ -123,21 +131,24 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
     /// Lets requests run for which there is room.
     pub(super) fn admit(&mut self) {
         while let Some(admission) = self.scheduler.admit() {
-            let (Admission::Run(id) | Admission::TooLarge { id, .. }) = admission;
+            let (id, opened) = match admission {
+                Admission::Run(id) => (id, guarded(|| Ok(self.model.open()))),
+                Admission::TooLarge {
+                    id,
+                    required,
+                    available,
+                } => (id, Err(EngineError::InsufficientMemory { required, available })),
+            };
+            if self.scoring.has(id) {
+                self.admit_score(id, opened);
+                continue;
+            }
             let Some(at) = self.waiting.iter().position(|(other, _)| *other == id) else {
                 self.scheduler.cancel(id);
                 continue;
             };
             let (_, mut request) = self.waiting.remove(at);
-            if let Admission::TooLarge {
-                required, available, ..
-            } = admission
-            {
-                let error = EngineError::InsufficientMemory { required, available };
-                let _ = request.events.send(Err(error));
-                continue;
-            }
-            let sequence = match guarded(|| Ok(self.model.open())) {
+            let sequence = match opened {
                 Ok(sequence) => sequence,
                 Err(error) => {
                     self.scheduler.cancel(id);

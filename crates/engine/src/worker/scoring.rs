@@ -1,86 +1,192 @@
-//! Texts whose probabilities are computed, between the turns of those that are answered.
+//! Texts whose probabilities are computed, between the steps of those that are answered. They wait for their turn, hold a place
+//! and take memory as those do.
 
-use std::collections::VecDeque;
-
-use mlx_engine_core::EngineError;
+use mlx_engine_core::{EngineError, Priority};
 use tokio::sync::oneshot;
 
-use super::guarded;
+use super::{Worker, guarded};
 use crate::TokenModel;
+use crate::clock::Clock;
 use crate::engine::Score;
-
-/// Tokens that are scored at once; the logits of each are kept until they are read.
-const CHUNK: usize = 128;
+use crate::scheduler::{Ask, Chunk, Id, Work};
 
 /// The way back to who wants a score.
 pub(crate) type Reply = oneshot::Sender<Result<Score, EngineError>>;
 
-struct Job<S> {
+/// A text that is scored, or will be.
+pub(super) struct Job<S> {
+    id: Id,
     tokens: Vec<u32>,
-    sequence: S,
+    /// Once it is admitted.
+    sequence: Option<S>,
     logprobs: Vec<Option<f32>>,
     reply: Reply,
 }
 
-/// The texts, the first to come is the first.
-pub(super) struct Scoring<S>(VecDeque<Job<S>>);
+impl<S> Job<S> {
+    // Who asked may have gone.
+    fn fail(self, error: EngineError) {
+        let _ = self.reply.send(Err(error));
+        // A sequence that is half written may not even be dropped in peace.
+        let _ = guarded(|| {
+            drop(self.sequence);
+            Ok(())
+        });
+    }
+}
+
+/// The texts, in the order in which they came.
+pub(super) struct Scoring<S>(Vec<Job<S>>);
 
 impl<S> Scoring<S> {
     pub(super) fn new() -> Self {
-        Self(VecDeque::new())
+        Self(Vec::new())
     }
 
-    /// Bytes that the text takes that is computed, and those behind it, of which nothing is.
+    /// Bytes that the texts take that are being computed.
     pub(super) fn bytes<M: TokenModel<Sequence = S>>(&self, model: &M) -> u64 {
-        let jobs = self.0.iter();
-        jobs.map(|job| model.sequence_bytes(model.len(&job.sequence)))
+        let sequences = self.0.iter().filter_map(|job| job.sequence.as_ref());
+        sequences
+            .map(|sequence| model.sequence_bytes(model.len(sequence)))
             .sum()
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    /// How many are being computed, and how many wait.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        let running = self.0.iter().filter(|job| job.sequence.is_some()).count();
+        (running, self.0.len() - running)
     }
 
-    pub(super) fn add(&mut self, tokens: Vec<u32>, sequence: S, reply: Reply) {
-        self.0.push_back(Job {
-            tokens,
-            sequence,
-            logprobs: vec![None],
-            reply,
-        });
+    pub(super) fn has(&self, id: Id) -> bool {
+        self.0.iter().any(|job| job.id == id)
     }
 
-    /// Takes the first a chunk further. Who does not wait any more is left out.
-    pub(super) fn step<M: TokenModel<Sequence = S>>(&mut self, model: &mut M) {
-        while self.0.front().is_some_and(|job| job.reply.is_closed()) {
-            self.0.pop_front();
+    /// Those for which nobody waits any more.
+    pub(super) fn given_up(&self) -> impl Iterator<Item = Id> {
+        self.0
+            .iter()
+            .filter(|job| job.reply.is_closed())
+            .map(|job| job.id)
+    }
+
+    pub(super) fn remove(&mut self, id: Id) -> Option<Job<S>> {
+        let at = self.0.iter().position(|job| job.id == id)?;
+        Some(self.0.remove(at))
+    }
+
+    /// Ends those that are being computed, and those that wait too where all is over. Gives their numbers.
+    pub(super) fn fail(&mut self, error: &EngineError, all: bool) -> Vec<Id> {
+        let over = |job: &mut Job<S>| all || job.sequence.is_some();
+        let jobs = self.0.extract_if(.., over);
+        jobs.map(|job| {
+            let id = job.id;
+            job.fail(error.clone());
+            id
+        })
+        .collect()
+    }
+}
+
+impl<M: TokenModel, C: Clock> Worker<M, C> {
+    /// Puts a text into the queue.
+    pub(super) fn submit_score(&mut self, tokens: Vec<u32>, reply: Reply) {
+        let ask = Ask {
+            id: self.submitted,
+            prompt: tokens.len(),
+            cuts: Vec::new(),
+            work: Work::Score,
+            bytes: self.model.sequence_bytes(tokens.len()),
+            priority: Priority::Normal,
+            arrived: self.clock.now(),
+            queue_limit: None,
+            limit: None,
+        };
+        let id = ask.id;
+        let taken = if tokens.is_empty() {
+            Err(EngineError::EmptyPrompt)
+        } else {
+            self.enqueue(ask)
+        };
+        match taken {
+            Ok(()) => {
+                self.scoring.0.push(Job {
+                    id,
+                    tokens,
+                    sequence: None,
+                    logprobs: vec![None],
+                    reply,
+                });
+                self.note();
+            }
+            Err(error) => _ = reply.send(Err(error)),
         }
-        let Some(mut job) = self.0.pop_front() else {
+    }
+
+    /// A text comes to its turn, with a sequence, or cannot.
+    pub(super) fn admit_score(&mut self, id: Id, opened: Result<M::Sequence, EngineError>) {
+        match opened {
+            Ok(sequence) => {
+                if let Some(job) = self.scoring.0.iter_mut().find(|job| job.id == id) {
+                    job.sequence = Some(sequence);
+                }
+            }
+            Err(error) => self.end_score(id, Err(error)),
+        }
+    }
+
+    /// Takes a text a part further.
+    pub(super) fn score(&mut self, chunk: Chunk) {
+        let Self { model, scoring, .. } = self;
+        let job = scoring.0.iter_mut().find(|job| job.id == chunk.id);
+        let Some(Job {
+            tokens,
+            sequence: Some(sequence),
+            logprobs,
+            ..
+        }) = job
+        else {
+            self.scheduler.cancel(chunk.id);
             return;
         };
-        let from = job.logprobs.len() - 1;
-        let to = job.tokens.len().min(from + CHUNK);
-        let (tokens, next) = (
-            &job.tokens[from..to],
-            &job.tokens[from + 1..job.tokens.len().min(to + 1)],
-        );
-        match guarded(|| model.score(&mut job.sequence, tokens, next)) {
-            Ok(logprobs) if to < job.tokens.len() => {
-                job.logprobs.extend(logprobs.into_iter().map(Some));
-                self.0.push_front(job);
-            }
-            Ok(logprobs) => {
-                job.logprobs.extend(logprobs.into_iter().map(Some));
-                let score = Score {
-                    tokens: job.tokens,
-                    logprobs: job.logprobs,
-                };
-                // The caller may have gone.
-                let _ = job.reply.send(Ok(score));
+        let next = &tokens[chunk.from + 1..tokens.len().min(chunk.to + 1)];
+        match guarded(|| model.score(sequence, &tokens[chunk.from..chunk.to], next)) {
+            Ok(found) => {
+                logprobs.extend(found.into_iter().map(Some));
+                self.scheduler.scored(chunk);
+                if chunk.last {
+                    // While it is there: what it took is no workspace.
+                    self.measure(false);
+                    self.end_score(chunk.id, Ok(()));
+                }
             }
             Err(error) => {
-                let _ = job.reply.send(Err(error));
+                if matches!(error, EngineError::OutOfMemory) {
+                    // What is only kept makes room.
+                    self.prefixes.clear();
+                }
+                self.end_score(chunk.id, Err(error));
             }
+        }
+    }
+
+    fn end_score(&mut self, id: Id, end: Result<(), EngineError>) {
+        self.scheduler.cancel(id);
+        let Some(job) = self.scoring.remove(id) else {
+            return;
+        };
+        // What is written down is true when the caller hears of the end.
+        self.note();
+        match end {
+            Ok(()) => {
+                let Job {
+                    tokens,
+                    logprobs,
+                    reply,
+                    ..
+                } = job;
+                let _ = reply.send(Ok(Score { tokens, logprobs }));
+            }
+            Err(error) => job.fail(error),
         }
     }
 }

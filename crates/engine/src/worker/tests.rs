@@ -3,6 +3,7 @@
 #[cfg(feature = "mlx")]
 mod distribution;
 mod reading;
+mod scoring;
 mod speculation;
 
 use std::sync::atomic::AtomicU64;

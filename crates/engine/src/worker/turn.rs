@@ -9,7 +9,7 @@ use super::redo::alone;
 use super::{TURNS_BETWEEN_CHUNKS, Worker, guarded};
 use crate::clock::Clock;
 use crate::prefix::{Forking, Known, Pair, PrefixCache};
-use crate::scheduler::{Chunk, Id, Scheduler};
+use crate::scheduler::{Chunk, Id, Scheduler, Turn};
 use crate::{FeedError, TokenModel};
 
 /// Requests that an error of this turn ends.
@@ -26,8 +26,9 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         self.look_up(&mut failed);
         let turn = self.scheduler.turn();
         self.gauges.batch(turn.decode.len());
-        let span = (!turn.chunks.is_empty() || !turn.decode.is_empty()).then(|| {
+        let span = (turn != Turn::default()).then(|| {
             let fed: usize = turn.chunks.iter().map(|chunk| chunk.to - chunk.from).sum();
+            let scored: usize = turn.scored.iter().map(|chunk| chunk.to - chunk.from).sum();
             tracing::debug_span!(
                 "gen_ai.step",
                 "gen_ai.provider.name" = "mlx_engine",
@@ -35,12 +36,17 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
                 // An unsigned number would be sent as a text.
                 "mlx_engine.step.answers" = turn.decode.len() as i64,
                 "mlx_engine.step.prompt_tokens" = fed as i64,
+                "mlx_engine.step.scored_tokens" = scored as i64,
                 "gen_ai.usage.output_tokens" = tracing::field::Empty,
             )
         });
         let entered = span.as_ref().map(tracing::Span::enter);
-        let decoded = turn.chunks.is_empty() && self.scoring.is_empty();
-        self.scoring.step(&mut self.model);
+        let decoded = turn.chunks.is_empty() && turn.scored.is_empty();
+        let scoring = self.clock.now();
+        for &chunk in &turn.scored {
+            self.score(chunk);
+        }
+        let scoring = self.clock.now().saturating_duration_since(scoring);
         let due = &turn.decode;
         let rows = self.rows(due);
         let mut chunks = turn.chunks.clone();
@@ -76,7 +82,8 @@ impl<M: TokenModel, C: Clock> Worker<M, C> {
         }
         if !turn.chunks.is_empty() || !turn.decode.is_empty() {
             let spent = self.clock.now().saturating_duration_since(began);
-            let read = self.stopwatch.turned(spent, self.speculation.drafting());
+            let other = self.speculation.drafting() + scoring;
+            let read = self.stopwatch.turned(spent, other);
             self.scheduler.took(read);
             self.account(due, rows, read.spent, decoded);
         }
