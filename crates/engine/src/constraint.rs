@@ -196,6 +196,11 @@ mod with_grammars {
             self.0.mask().map(drop).map_err(refused)
         }
 
+        /// Whether it is known which tokens may come.
+        pub(crate) fn is_prepared(&self) -> bool {
+            self.0.is_masked()
+        }
+
         /// Makes the logits of tokens that may not come minus infinity.
         pub(crate) fn mask(&mut self, logits: &mut [f32]) -> Result<(), EngineError> {
             self.0.mask().map_err(refused)?.apply(logits);
@@ -310,6 +315,10 @@ mod without {
 
     impl Walk {
         pub(crate) fn prepare(&mut self) -> Result<(), EngineError> {
+            match *self {}
+        }
+
+        pub(crate) fn is_prepared(&self) -> bool {
             match *self {}
         }
 

@@ -316,6 +316,7 @@ proptest! {
     }
 }
 
+/// Also that what may come is found out before the logits are waited for: the worker asserts it of each of them.
 #[tokio::test]
 #[cfg(feature = "grammar")]
 async fn constrained_and_free_requests_share_a_batch() {

@@ -99,6 +99,8 @@ pub(super) fn read<M: TokenModel>(
     let mut masked = Ok(());
     let mut mask = |logits: &mut [f32]| {
         if let Some(walk) = walk {
+            // While the device computed these logits: now they would wait for it.
+            debug_assert!(walk.is_prepared(), "what may come was not found out before");
             masked = walk.mask(logits);
         }
     };

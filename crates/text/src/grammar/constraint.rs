@@ -78,6 +78,11 @@ impl Constraint {
         })
     }
 
+    /// Whether the mask of this state was computed, so that [`mask`](Self::mask) is free.
+    pub fn is_masked(&self) -> bool {
+        self.mask.is_some()
+    }
+
     /// Takes the token that was chosen.
     ///
     /// # Errors
