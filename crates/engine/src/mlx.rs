@@ -11,8 +11,8 @@ use mlx_engine_core::{
     ProgressFn,
 };
 use mlx_engine_models::{
-    self as models, Compute, Decoder, DecoderBytes, DecoderSpec, FeedTokens, LoadOptions, ModelError,
-    Sampler, Source, Step, Wanted,
+    self as models, Compute, Decoder, DecoderBytes, DecoderSpec, FeedTokens, History, LoadOptions,
+    ModelError, Sampler, Source, Step, Wanted,
 };
 use mlx_engine_text::{GgufVocabulary, Tokenizer};
 

@@ -29,6 +29,10 @@ pub struct Feed<'a, S> {
     pub choices: usize,
     /// The number of the first token that is chosen, in the answer; those that follow have the numbers that follow.
     pub number: u64,
+    /// All tokens before these that were read, prompt and answer: what a choice looks back at. Where none is begun it may be empty.
+    pub before: &'a [u32],
+    /// Where the answer begins.
+    pub prompt_len: usize,
 }
 
 /// Why a step was not taken.

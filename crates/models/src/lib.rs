@@ -11,7 +11,7 @@
 //! MLX's operations, in the type of the checkpoint. [`Compute`] chooses.
 //!
 //! ```no_run
-//! use mlx_engine_models::{Compute, Decoder, Sampler, Source};
+//! use mlx_engine_models::{Compute, Decoder, History, Sampler, Source};
 //! use mlx_engine_core::GenerateParams;
 //!
 //! let source = Source::open("model.gguf".as_ref())?;
@@ -19,7 +19,8 @@
 //! let mut sequence = decoder.sequence();
 //! let sampler = Sampler::new(&GenerateParams::default().with_temperature(0.0), 0);
 //! let logits = decoder.forward(&[1, 2, 3], &mut sequence)?;
-//! let step = sampler.start(&logits, 0)?;
+//! let history = History { tokens: &[1, 2, 3], prompt_len: 3, ..History::default() };
+//! let step = sampler.start(&logits, 0, &history)?;
 //! println!("{}", step.read(&sampler, &[1, 2, 3], 3, &mut |_| {})?.token);
 //! # Ok::<(), mlx_engine_models::ModelError>(())
 //! ```
@@ -56,7 +57,7 @@ pub use kv::TAKEN_BACK;
 pub use memory::{
     active_memory, cache_memory, clear_cache, limit_memory, peak_memory, reset_peak_memory, set_memory_limit,
 };
-pub use sampling::{Logits, Sampled, Sampler, Step, log_softmax, row};
+pub use sampling::{History, Logits, Sampled, Sampler, Step, log_softmax, row};
 pub use sequence::Sequence;
 pub use source::Source;
 pub use spec::{

@@ -1,7 +1,7 @@
 //! Sampling: every parameter has its effect, and the same seed gives the same.
 
 use mlx_engine_core::GenerateParams;
-use mlx_engine_models::{Sampler, log_softmax};
+use mlx_engine_models::{History, Sampler, log_softmax};
 use mlx_rs::Array;
 use proptest::prelude::*;
 
@@ -94,7 +94,9 @@ fn the_device_draws_from_the_same_distribution() {
     let weights = LOGITS.map(|logit| f64::from(2.0 * logit).exp());
     let mut counts = [0.0; 4];
     for number in 0..4000 {
-        let step = sampler.start(&logits, number).expect("the step starts");
+        let step = sampler
+            .start(&logits, number, &History::default())
+            .expect("the step starts");
         counts[step
             .read(&sampler, &[], 0, &mut |_| {})
             .expect("the token is read")

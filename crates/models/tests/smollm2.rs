@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mlx_engine_checkpoint::{AffineTensor, GgufFile};
 use mlx_engine_core::{GenerateParams, KvConfig};
-use mlx_engine_models::{Compute, Decoder, NextToken, Sampler, Source};
+use mlx_engine_models::{Compute, Decoder, History, NextToken, Sampler, Source};
 use safetensors::tensor::{Dtype, View};
 use serde_json::{Value, json};
 
@@ -36,14 +36,18 @@ fn greedy(decoder: &Decoder, prompt: &[u32], count: usize) -> Vec<u32> {
     let sampler = Sampler::new(&GenerateParams::default().with_temperature(0.0), 0);
     let mut sequence = decoder.sequence();
     let logits = decoder.forward(prompt, &mut sequence).expect("the prompt runs");
-    let mut step = sampler.start(&logits, 0).expect("the step starts");
+    let mut step = sampler
+        .start(&logits, 0, &History::default())
+        .expect("the step starts");
     let mut tokens = prompt.to_vec();
     for number in 1..=count as u64 {
         let unread = step.unread().expect("greedy tokens are chosen on the device");
         let logits = decoder
             .forward_unread(unread, &mut sequence)
             .expect("the step runs");
-        let next = sampler.start(&logits, number).expect("the step starts");
+        let next = sampler
+            .start(&logits, number, &History::default())
+            .expect("the step starts");
         tokens.push(
             step.read(&sampler, &tokens, prompt.len(), &mut |_| {})
                 .expect("the token is read")

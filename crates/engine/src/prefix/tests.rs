@@ -18,6 +18,8 @@ fn feed(model: &mut MockModel, sequence: &mut MockSequence, tokens: &[u32]) {
         tokens: Some(tokens),
         choices: 0,
         number: 0,
+        before: &[],
+        prompt_len: 0,
     };
     model.feed(&mut [feed]).expect("no fault is planned");
 }

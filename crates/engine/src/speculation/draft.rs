@@ -186,12 +186,18 @@ impl<M: TokenModel> Drafter<M> {
             let count = left.len().min(self.model.batch_limit().max(1));
             let mut batch: Vec<_> = left[..count]
                 .iter_mut()
-                .map(|(tokens, guessing)| Feed {
-                    sequence: &mut *guessing.sequence,
-                    params: &guessing.params,
-                    tokens: tokens.as_deref(),
-                    choices: guessing.count.min(1),
-                    number: guessing.number + guessing.begun as u64,
+                .map(|(tokens, guessing)| {
+                    // Those that are fed are the last that are known, but where a prompt is fed in parts.
+                    let before = guessing.tokens.len() - tokens.as_ref().map_or(0, Vec::len);
+                    Feed {
+                        sequence: &mut *guessing.sequence,
+                        params: &guessing.params,
+                        tokens: tokens.as_deref(),
+                        choices: guessing.count.min(1),
+                        number: guessing.number + guessing.begun as u64,
+                        before: &guessing.tokens[..before],
+                        prompt_len: guessing.prompt_len,
+                    }
                 })
                 .collect();
             match guarded(|| Ok(self.model.feed(&mut batch))).unwrap_or_else(|error| Err(error.into())) {

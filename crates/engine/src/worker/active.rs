@@ -186,6 +186,8 @@ impl Row {
             tokens: self.tokens.as_deref(),
             choices: self.choices,
             number: self.number,
+            before: &active.tokens[..self.from],
+            prompt_len: active.prompt_len,
         }
     }
 }

@@ -58,6 +58,8 @@ pub(super) fn alone<M: TokenModel>(
                 tokens: Some(chunk),
                 choices: 0,
                 number: 0,
+                before: &[],
+                prompt_len: active.prompt_len,
             };
             model.feed(&mut [feed]).map_err(|fault| fault.error)?;
         }

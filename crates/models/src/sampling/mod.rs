@@ -1,23 +1,28 @@
 //! From logits to tokens.
 //!
-//! Without penalties and log-probabilities the token is chosen on the device and need not be read before the next step is
-//! built. With them the logits of the step are read, and the token is chosen here.
+//! The token is chosen on the device, where the logits are, and need not be read before the next step is built. Where
+//! log-probabilities or a grammar are asked for the logits of the step are read, and the token is chosen here; and where a bias or
+//! penalties are and the device is a CPU, whose logits are here already.
 //!
 //! The order is mlx-lm's: logit bias and penalties change the logits; log-probabilities are those of the changed
 //! logits; top-p, min-p and top-k filter by these probabilities; the temperature flattens what is left.
 
 mod device;
 mod filter;
+mod penalties;
 
 use std::sync::OnceLock;
 
 use filter::Filter;
-use mlx_engine_core::GenerateParams;
+use mlx_engine_core::{Device, GenerateParams};
 use mlx_engine_kernels::{Isa, log_sum_exp, top_k};
 use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::{Array, transforms};
 
+pub use self::penalties::History;
+use self::penalties::Penalties;
 use crate::ModelError;
+use crate::device::detect;
 
 /// Logits on the device, `[rows, vocab_size]` float32.
 pub type Logits = Array;
@@ -67,30 +72,44 @@ impl Sampler {
     /// Whether the device can choose, so that the next step can be built before this one is read.
     pub fn on_device(&self) -> bool {
         let p = &self.params;
-        !(p.constraint.is_some()
-            || p.logprobs
-            || p.top_logprobs > 0
-            || p.repetition_penalty != 1.0
-            || p.presence_penalty != 0.0
-            || p.frequency_penalty != 0.0
-            || !p.logit_bias.is_empty())
+        let read = p.constraint.is_some() || p.logprobs || p.top_logprobs > 0;
+        !read && (!self.looks_back() || detect().is_ok_and(|found| found.device != Device::Cpu))
     }
 
-    /// Begins the step of this number from its logits, `[1, vocab_size]`.
+    /// Whether logits are changed by what a token is chosen behind, or by a bias.
+    pub fn looks_back(&self) -> bool {
+        Penalties(&self.params).change_something()
+    }
+
+    /// Begins the step of this number from its logits, `[1, vocab_size]`. What the token is chosen behind is asked for where the sampler
+    /// [looks back](Self::looks_back), and the device chooses.
     ///
     /// # Errors
     ///
     /// Where MLX fails.
-    pub fn start(&self, logits: &Array, number: u64) -> Result<Step, ModelError> {
+    pub fn start(&self, logits: &Array, number: u64, history: &History<'_>) -> Result<Step, ModelError> {
         let kind = if self.on_device() {
-            let seed = mix(self.seed, number);
-            StepKind::Chosen(device::choose(logits, Filter::new(&self.params), seed)?)
+            StepKind::Chosen(self.choose_on_device(logits, number, history)?)
         } else {
             StepKind::Logits(logits.clone())
         };
         let (StepKind::Chosen(array) | StepKind::Logits(array)) = &kind;
         transforms::async_eval([array])?;
         Ok(Step { kind, number })
+    }
+
+    fn choose_on_device(
+        &self,
+        logits: &Array,
+        number: u64,
+        history: &History<'_>,
+    ) -> Result<Array, ModelError> {
+        let changed = if self.looks_back() {
+            Penalties(&self.params).apply_on_device(logits, history)?
+        } else {
+            logits.clone()
+        };
+        device::choose(&changed, Filter::new(&self.params), mix(self.seed, number))
     }
 
     /// Chooses from logits that have been read. `tokens` are those of the prompt and of the answer so far, which
@@ -104,7 +123,7 @@ impl Sampler {
         mask: &mut dyn FnMut(&mut [f32]),
     ) -> Sampled {
         let mut logits = logits.to_vec();
-        self.change(&mut logits, tokens, prompt_len);
+        Penalties(&self.params).apply(&mut logits, tokens, prompt_len);
         mask(&mut logits);
         let token = Filter::new(&self.params).choose(&logits, mix(self.seed, number));
         let top = usize::from(self.params.top_logprobs);
@@ -120,40 +139,6 @@ impl Sampler {
                 .filter(|(_, logit)| *logit > f32::NEG_INFINITY)
                 .map(|(token, logit)| (token as u32, logprob(logit)))
                 .collect(),
-        }
-    }
-
-    /// Adds the bias and applies the penalties.
-    fn change(&self, logits: &mut [f32], tokens: &[u32], prompt_len: usize) {
-        let p = &self.params;
-        for (&token, &bias) in &p.logit_bias {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit += bias;
-            }
-        }
-        if p.repetition_penalty != 1.0 {
-            let window = tokens.len().saturating_sub(p.repetition_window as usize);
-            let mut seen = tokens[window..].to_vec();
-            seen.sort_unstable();
-            seen.dedup();
-            for token in seen {
-                if let Some(logit) = logits.get_mut(token as usize) {
-                    *logit = if *logit > 0.0 {
-                        *logit / p.repetition_penalty
-                    } else {
-                        *logit * p.repetition_penalty
-                    };
-                }
-            }
-        }
-        if p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 {
-            let mut generated = tokens[prompt_len.min(tokens.len())..].to_vec();
-            generated.sort_unstable();
-            for run in generated.chunk_by(|a, b| a == b) {
-                if let Some(logit) = logits.get_mut(run[0] as usize) {
-                    *logit -= p.presence_penalty + p.frequency_penalty * run.len() as f32;
-                }
-            }
         }
     }
 }
@@ -241,4 +226,49 @@ fn mix(seed: u64, number: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An answer whose tokens are chosen one behind the other without any being read, and one that reads each.
+    #[test]
+    fn an_answer_is_the_same_where_none_of_its_tokens_is_read() {
+        let logits: Vec<f32> = (0..50u16).map(|id| f32::from(id * 37 % 50) / 9.0).collect();
+        let on_device = Array::from_slice(&logits, &[1, 50]);
+        for (temperature, seed) in [(0.0, 0), (0.9, 1), (0.9, 2)] {
+            let mut params = GenerateParams::default()
+                .with_temperature(temperature)
+                .with_seed(seed)
+                .with_repetition_penalty(1.4)
+                .with_repetition_window(6)
+                .with_presence_penalty(0.3)
+                .with_frequency_penalty(0.2);
+            params.logit_bias.insert(7, 1.5);
+            let sampler = Sampler::new(&params, 0);
+            let mut tokens = vec![3, 9, 31];
+            let mut unread = Vec::new();
+            for number in 0..20 {
+                let history = History {
+                    tokens: &[3, 9, 31],
+                    unread: unread.clone(),
+                    prompt_len: 3,
+                };
+                let chosen = sampler.choose_on_device(&on_device, number, &history);
+                unread.push(chosen.expect("MLX chooses"));
+                let here = sampler.choose(&logits, number, &tokens, 3, &mut |_| {});
+                tokens.push(here.token);
+            }
+            for (token, expected) in unread.iter().zip(&tokens[3..]) {
+                token.eval().expect("MLX evaluates");
+                assert_eq!(token.try_as_slice::<u32>().expect("a number"), [*expected]);
+            }
+            // They have their effect.
+            let mut said = tokens[3..].to_vec();
+            said.sort_unstable();
+            said.dedup();
+            assert!(said.len() > 8, "{tokens:?}");
+        }
+    }
 }
