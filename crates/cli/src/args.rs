@@ -90,6 +90,21 @@ impl From<Backend> for BackendChoice {
     }
 }
 
+/// Memory that a model may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Memory {
+    /// What there is.
+    All,
+    Bytes(u64),
+}
+
+fn memory(text: &str) -> Result<Memory, String> {
+    match text {
+        "all" => Ok(Memory::All),
+        _ => amount(text).map(Memory::Bytes),
+    }
+}
+
 /// Which model to load, and where.
 #[expect(clippy::struct_field_names, reason = "the option is called `--model`")]
 #[derive(Clone, Debug, Args)]
@@ -117,6 +132,12 @@ pub(crate) struct Model {
     /// Keep keys and values of the first 4 positions and the last, this many together, and forget those between
     #[arg(long, value_name = "N")]
     max_kv: Option<usize>,
+
+    /// Choose the longest context and the largest batch that fit into this much memory, such as --fit=8GB, or into what there is,
+    /// and say on stderr what was chosen
+    #[arg(long, value_name = "SIZE", num_args = 0..=1, require_equals = true, default_missing_value = "all",
+          value_parser = memory)]
+    pub(crate) fit: Option<Memory>,
 
     /// Guess what comes next from what was said before, and verify several tokens in a step: for answers that repeat their
     /// prompt. They stay the same, and what does not pay is paused

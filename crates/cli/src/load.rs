@@ -5,9 +5,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mlx_engine::{EngineConfig, InferenceEngine, LoadProgress, ProgressFn, UnloadMode};
 
-#[cfg(feature = "hub")]
-use crate::args::Backend;
-use crate::args::Model;
+use crate::args::{Backend, Memory, Model};
 use crate::failure::Failure;
 use crate::input;
 use crate::output::errln;
@@ -60,6 +58,31 @@ fn configured(model: &Model) -> Result<EngineConfig, Failure> {
     Ok(config)
 }
 
+/// Has the engine fit into the memory that there is, where it is to.
+fn fitted(engine: InferenceEngine, model: &Model) -> Result<InferenceEngine, Failure> {
+    let available = match model.fit {
+        None => return Ok(engine),
+        Some(Memory::All) => None,
+        Some(Memory::Bytes(bytes)) => Some(bytes),
+    };
+    if matches!(model.backend, Backend::Mock) {
+        return Err(Failure::usage("the mock takes no memory: leave --fit out"));
+    }
+    #[cfg(feature = "mlx")]
+    match engine.clone().fitted(&model.model, available) {
+        Ok((engine, fit)) => {
+            errln!("fit: {fit}");
+            return Ok(engine);
+        }
+        // The mock answers where it may, and the load says why.
+        Err(mlx_engine::EngineError::MlxUnavailable { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    #[cfg(not(feature = "mlx"))]
+    let _ = available;
+    Ok(engine)
+}
+
 /// Ends an engine. Where it has a folder for what it computed, that is written down to the end. Ctrl-C leaves the rest.
 pub(crate) async fn finish(engine: &InferenceEngine) -> Result<(), Failure> {
     tokio::select! {
@@ -85,6 +108,7 @@ pub(crate) async fn load_with(model: &Model, config: EngineConfig) -> Result<Inf
         .with_registry(registry()?.clone())
         .with_backend(model.backend.into())
         .with_config(config);
+    let engine = fitted(engine, model)?;
     #[cfg(unix)]
     let engine = if model.isolate {
         isolated(engine, model)?

@@ -110,6 +110,12 @@ fn a_command_that_makes_no_sense_exits_with_2() {
         mock(&["--prompt", "a", "--logprobs", "21"]),
         mock(&["--prompt", "a", "--backend", "other"]),
         mock(&["--raw", "--system", "s", "--prompt", "a"]),
+        mock(&["--prompt", "a", "--kv-bits", "7"]),
+        mock(&["--prompt", "a", "--kv-bits", "many"]),
+        mock(&["--prompt", "a", "--max-kv", "63"]),
+        mock(&["--prompt", "a", "--max-kv", "-1"]),
+        mock(&["--prompt", "a", "--fit"]),
+        mock(&["--prompt", "a", "--fit=much"]),
         vec!["nonsense"],
     ] {
         let (code, out, err) = run(&args, "");
@@ -434,6 +440,88 @@ mod real {
             out.starts_with("504\t-\n") && out.contains("perplexity\t"),
             "{out}"
         );
+    }
+
+    /// The log-probabilities of a text, as keys and values are kept.
+    fn scored(folder: &std::path::Path, sentences: usize, more: &[&str]) -> Vec<f64> {
+        let file = folder.join("text.txt");
+        std::fs::write(&file, "The river flows by the town. ".repeat(sentences)).expect("it is written");
+        let (model, file) = (model(), file.to_str().expect("UTF-8").to_owned());
+        let args = ["score", "--model", &model, "--text-file", &file, "--json"];
+        let (code, out, err) = run(&[&args[..], more].concat(), "");
+        assert_eq!(code, 0, "{err}");
+        let found = json(&out);
+        let found = found["logprobs"].as_array().expect("a list")[1..].iter();
+        found.map(|logprob| logprob.as_f64().expect("a number")).collect()
+    }
+
+    fn mean(values: &[f64]) -> f64 {
+        values.iter().sum::<f64>() / values.len() as f64
+    }
+
+    #[test]
+    fn keys_and_values_are_integers_of_as_many_bits_as_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let score = |more: &[&str]| scored(folder.path(), 12, more);
+        let floats = score(&[]);
+        let off = |bits: &str| {
+            let found = score(&["--kv-bits", bits]);
+            assert_eq!(found.len(), floats.len());
+            let off: Vec<f64> = found.iter().zip(&floats).map(|(a, b)| (a - b).abs()).collect();
+            mean(&off)
+        };
+        let (eight, four) = (off("8"), off("4"));
+        // Each has its effect, and fewer bits a larger one.
+        assert!(0.0 < eight && eight < 0.1, "{eight}");
+        assert!(four > 2.0 * eight && four < 2.0, "{four}");
+    }
+
+    #[test]
+    fn a_window_forgets_what_is_beyond_it_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let both = |sentences| {
+            let windowed = scored(folder.path(), sentences, &["--max-kv", "64"]);
+            (scored(folder.path(), sentences, &[]), windowed)
+        };
+        let (all, windowed) = both(7);
+        assert!(all.len() > 40 && all.len() < 64 && all == windowed, "all is seen");
+        let (all, windowed) = both(20);
+        assert!(all.len() > 128);
+        assert_eq!(all[..60], windowed[..60]);
+        assert_ne!(all[64..], windowed[64..]);
+    }
+
+    #[test]
+    fn what_fits_into_a_memory_is_chosen_and_told() {
+        let fit = |more: &[&str]| {
+            let model = model();
+            let args = [
+                "generate",
+                "--model",
+                &model,
+                "--prompt",
+                "Hi",
+                "--max-tokens",
+                "2",
+            ];
+            run(&[&args[..], more].concat(), "")
+        };
+        let context = |more: &[&str]| {
+            let (code, _, err) = fit(more);
+            let line = err.lines().find_map(|line| line.strip_prefix("fit: context "));
+            let line = line.unwrap_or_else(|| panic!("{code}: {err}"));
+            assert_eq!(code, 0, "{err}");
+            let context = line.split_once(',').and_then(|(context, _)| context.parse().ok());
+            context.unwrap_or_else(|| panic!("{line}"))
+        };
+        let floats: u32 = context(&["--fit=250MB"]);
+        let integers: u32 = context(&["--fit=250MB", "--kv-bits", "4"]);
+        let windowed: u32 = context(&["--fit=250MB", "--max-kv", "1024"]);
+        assert!(floats < integers && integers <= 8192, "{floats} {integers}");
+        assert_eq!(windowed, 8192, "no more is kept, however long the context");
+        assert_eq!(context(&["--fit"]), 8192, "there is room enough here");
+        let (code, out, err) = fit(&["--fit=100MB"]);
+        assert!(code == 1 && out.is_empty() && err.contains("memory"), "{err}");
     }
 
     #[test]

@@ -22,13 +22,26 @@ pub(crate) const TIGHT_CHUNK: usize = 512;
 /// Memory is tight where the workspace would take more than this part of what the weights leave.
 pub(crate) const TIGHT: u64 = 4;
 
-/// What a model needs of memory, as it is known before it is loaded.
+/// Keys and values of layers that forget: those that see a window, and all where
+/// [`max_positions`](mlx_engine_core::KvConfig::max_positions) says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvWindow {
+    /// Bytes that a token takes in all these layers.
+    pub bytes_per_token: u64,
+    /// Tokens that they have the keys and values of at most.
+    pub positions: u64,
+}
+
+/// What a model needs of memory, as it is known before it is loaded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryNeeds {
     /// Bytes of the weights.
     pub weight_bytes: u64,
-    /// Bytes of keys and values for each token of a sequence.
+    /// Bytes of keys and values for each token of a sequence, in all layers.
     pub kv_bytes_per_token: u64,
+    /// What of them is of layers that forget, so that a sequence takes no more from some length on.
+    #[serde(default)]
+    pub windows: Vec<KvWindow>,
     /// Bytes of workspace for each token that is fed at once.
     pub workspace_bytes_per_token: u64,
     /// Bytes of the logits of a sequence.
@@ -81,13 +94,43 @@ impl MemoryNeeds {
     #[must_use]
     pub fn with_draft(self, draft: &Self) -> Self {
         let sum = u64::saturating_add;
+        let windows = self.windows.iter().chain(&draft.windows).copied();
         Self {
+            windows: windows.collect(),
             weight_bytes: sum(self.weight_bytes, draft.weight_bytes),
             kv_bytes_per_token: sum(self.kv_bytes_per_token, draft.kv_bytes_per_token),
             workspace_bytes_per_token: sum(self.workspace_bytes_per_token, draft.workspace_bytes_per_token),
             logits_bytes: sum(self.logits_bytes, draft.logits_bytes),
             ..self
         }
+    }
+
+    /// Bytes of the keys and values of a sequence of so many tokens.
+    pub fn kv_bytes(&self, tokens: u64) -> u64 {
+        let forgotten = self.windows.iter().fold(0, |sum: u64, window| {
+            let gone = tokens.saturating_sub(window.positions);
+            sum.saturating_add(window.bytes_per_token.saturating_mul(gone))
+        });
+        let all = self.kv_bytes_per_token.saturating_mul(tokens);
+        all.saturating_sub(forgotten)
+    }
+
+    /// The longest context up to `asked` whose keys and values are no more than `bytes`; as it grows by blocks, a multiple of 256
+    /// or `asked` itself.
+    fn longest(&self, asked: u64, bytes: u64) -> u64 {
+        if self.kv_bytes(asked) <= bytes {
+            return asked;
+        }
+        let (mut fits, mut too_long) = (0, asked.div_ceil(LEAST_CONTEXT));
+        while too_long - fits > 1 {
+            let blocks = fits + (too_long - fits) / 2;
+            if self.kv_bytes(blocks * LEAST_CONTEXT) <= bytes {
+                fits = blocks;
+            } else {
+                too_long = blocks;
+            }
+        }
+        fits * LEAST_CONTEXT
     }
 
     fn workspace(&self, chunk: usize, batch: u64) -> u64 {
@@ -112,6 +155,7 @@ impl EngineConfig {
     /// let needs = MemoryNeeds {
     ///     weight_bytes: 4_000_000_000,
     ///     kv_bytes_per_token: 131_072,
+    ///     windows: Vec::new(),
     ///     workspace_bytes_per_token: 200_000,
     ///     logits_bytes: 600_000,
     ///     context_length: 131_072,
@@ -143,26 +187,20 @@ impl EngineConfig {
                 .prefill_chunk
                 .min(if tight { TIGHT_CHUNK } else { usize::MAX })
         });
-        let kv = needs.kv_bytes_per_token.max(1);
         let fixed = needs
             .weight_bytes
             .saturating_add(needs.workspace(chunk, 1 + guesses));
-        let least = kv.saturating_mul(asked.min(LEAST_CONTEXT));
+        let least = needs.kv_bytes(asked.min(LEAST_CONTEXT));
         let required = fixed.saturating_add(least);
         if required > available {
             return Err(EngineError::InsufficientMemory { required, available });
         }
         let left = available - fixed;
-        // Caches grow by blocks.
-        let context = if kv.saturating_mul(asked) <= left {
-            asked
-        } else {
-            (left / kv / LEAST_CONTEXT * LEAST_CONTEXT).max(asked.min(LEAST_CONTEXT))
-        };
+        let context = needs.longest(asked, left).max(asked.min(LEAST_CONTEXT));
         let row = needs.logits_bytes.saturating_add(needs.workspace_bytes_per_token);
-        let each = kv.saturating_mul(context.min(TYPICAL)).saturating_add(row);
+        let each = needs.kv_bytes(context.min(TYPICAL)).saturating_add(row).max(1);
         // The workspace of a batch must not take what one request of the whole context needs.
-        let beside_one = left.saturating_sub(kv.saturating_mul(context));
+        let beside_one = left.saturating_sub(needs.kv_bytes(context));
         let beside = beside_one.checked_div(row).unwrap_or(u64::MAX - 1);
         let batch = (left / each)
             .min(beside.saturating_add(1))
@@ -199,6 +237,7 @@ mod tests {
         let needs = MemoryNeeds {
             weight_bytes: 1000,
             kv_bytes_per_token: 2,
+            windows: Vec::new(),
             workspace_bytes_per_token: 1,
             logits_bytes: 8,
             context_length: 4096,
@@ -236,6 +275,7 @@ mod tests {
         let needs = |weight_bytes, kv_bytes_per_token| MemoryNeeds {
             weight_bytes,
             kv_bytes_per_token,
+            windows: Vec::new(),
             workspace_bytes_per_token: 1,
             logits_bytes: 8,
             context_length: 4096,
@@ -254,6 +294,7 @@ mod tests {
         let needs = MemoryNeeds {
             weight_bytes: 1000,
             kv_bytes_per_token: 2,
+            windows: Vec::new(),
             workspace_bytes_per_token: 1,
             logits_bytes: 8,
             context_length: 4096,
@@ -273,6 +314,45 @@ mod tests {
         );
     }
 
+    /// Layers that forget let a context be longer than what all of it would take, and take nothing more at last.
+    #[test]
+    fn windows_count() {
+        let needs = MemoryNeeds {
+            weight_bytes: 1000,
+            kv_bytes_per_token: 10,
+            windows: vec![KvWindow {
+                bytes_per_token: 8,
+                positions: 500,
+            }],
+            workspace_bytes_per_token: 1,
+            logits_bytes: 8,
+            context_length: 1 << 20,
+            prefill_chunk: 512,
+        };
+        assert_eq!(
+            [0, 500, 501, 1500].map(|tokens| needs.kv_bytes(tokens)),
+            [0, 5000, 5002, 7000]
+        );
+        // A chunk, a row of logits, what the windows take, and 2 bytes for each of 4096 tokens.
+        let required = 1000 + 512 + 8 + 4000 + 2 * 4096;
+        let context = |available| {
+            let (config, _) = EngineConfig::default().fit(&needs, available).unwrap();
+            config.context_length
+        };
+        assert_eq!(
+            (context(required), context(required - 1)),
+            (Some(4096), Some(3840))
+        );
+        let all_forget = MemoryNeeds {
+            kv_bytes_per_token: 8,
+            ..needs.clone()
+        };
+        let (config, _) = EngineConfig::default().fit(&all_forget, required).unwrap();
+        assert_eq!(config.context_length, Some(1 << 20));
+        let both = needs.clone().with_draft(&all_forget);
+        assert_eq!(both.kv_bytes(1500), 7000 + 4000);
+    }
+
     proptest! {
         /// What is chosen fits, is no more than was asked for, and is not refused by its own limit.
         #[test]
@@ -284,16 +364,24 @@ mod tests {
             context_length in 1usize..1 << 20,
             available in 0u64..1 << 41,
             max_batch in 1usize..64,
+            // A part of a thousand of the layers, and what they keep.
+            windows in prop::collection::vec((0u64..500, 0u64..1 << 16), 0..3),
         ) {
+            let windows = windows.into_iter().map(|(part, positions)| KvWindow {
+                bytes_per_token: kv_bytes_per_token * part / 1000,
+                positions,
+            });
             let needs = MemoryNeeds {
                 weight_bytes, kv_bytes_per_token, workspace_bytes_per_token, logits_bytes, context_length,
+                windows: windows.collect(),
                 prefill_chunk: 2048,
             };
             let asked = EngineConfig { max_batch, ..EngineConfig::default() };
             match asked.fit(&needs, available) {
                 Ok((config, fit)) => {
                     prop_assert!(fit.max_batch <= max_batch && fit.context_length <= context_length);
-                    let one = kv_bytes_per_token * fit.context_length as u64
+                    let context = fit.context_length as u64;
+                    let one = needs.kv_bytes(context)
                         + needs.workspace(fit.prefill_chunk, fit.max_batch as u64);
                     prop_assert!(weight_bytes + one <= available);
                     config.validate().unwrap();

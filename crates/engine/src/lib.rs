@@ -51,7 +51,7 @@ pub use config::{DiskCacheConfig, EngineConfig, PrefixCacheConfig};
 #[cfg(feature = "mlx")]
 pub use convert::{ConvertError, ConvertReport, Origin, convert_model};
 pub use engine::{Engine, Score, UnloadMode};
-pub use fit::{MemoryFit, MemoryNeeds};
+pub use fit::{KvWindow, MemoryFit, MemoryNeeds};
 #[cfg(feature = "mlx")]
 pub use mlx::{cpu_kernels, load_encoder, load_mlx, memory_needs, mlx_device};
 #[cfg(feature = "mlx")]

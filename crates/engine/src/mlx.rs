@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use mlx_engine_checkpoint::Metadata;
 use mlx_engine_core::{
     Backend, Device, DeviceMemory, EngineError, GenerateParams, LoadProgress, ModelConfiguration, ModelType,
-    ProgressFn,
+    ParamError, ProgressFn,
 };
 use mlx_engine_models::{
     self as models, Compute, Decoder, DecoderBytes, DecoderSpec, FeedTokens, History, LoadOptions,
@@ -19,13 +19,16 @@ use mlx_engine_text::{GgufVocabulary, Tokenizer};
 use crate::config::EngineConfig;
 use crate::engine::{Engine, Loaded};
 use crate::fingerprint::fingerprint;
-use crate::fit::{BATCH_LIMIT, MemoryNeeds};
+use crate::fit::{BATCH_LIMIT, KvWindow, MemoryNeeds};
 use crate::speculation::{DraftConfig, SpeculationConfig, same_vocabulary};
 use crate::{Chosen, Feed, FeedError, PromptEncoder, TokenModel};
 
 /// Tokens of a prompt that are fed at once. A GPU is kept busy by more; on a CPU the others would wait for it too long.
 const DEVICE_CHUNK: usize = 2048;
 const CPU_CHUNK: usize = 512;
+
+/// Positions by which the memory of keys and values grows, at most.
+const KV_BLOCK: u64 = 256;
 
 /// The part of the memory beside the weights that MLX may keep for later arrays.
 const KEPT_BY_MLX: u64 = 8;
@@ -113,9 +116,13 @@ pub(crate) fn load(
     let id = configuration.as_ref().map_or(shown, |known| known.id.clone());
     let failed = |error: ModelError| load_error(&id, error);
     let mut source = Source::open(path).map_err(failed)?;
-    let weight_bytes = DecoderBytes::of(&source, options.compute, &config.kv)
-        .map_err(failed)?
-        .weights;
+    let needs = DecoderBytes::of(&source, options.compute, &config.kv).map_err(failed)?;
+    if config.prefix_cache.disk.is_some() && !needs.windows.is_empty() {
+        // What was given up on the way cannot be written down.
+        let allowed = "unset for a model whose layers see a window, and beside `kv.max_positions`";
+        return Err(ParamError::new("prefix_cache.disk", "set", allowed).into());
+    }
+    let weight_bytes = needs.weights;
     if let Some(available) = config.memory_limit.filter(|&limit| limit < weight_bytes) {
         return Err(EngineError::InsufficientMemory {
             required: weight_bytes,
@@ -190,11 +197,12 @@ fn load_draft(
     let tokenizer = read_tokenizer(&source, &draft.model)?;
     same_vocabulary(loaded.encoder.tokenizer(), &tokenizer, &draft.model)?;
     drop(source);
-    // The limit is that of both, and set.
-    let config = EngineConfig {
+    // The limit is that of both, and set. What the draft model computes is not written down.
+    let mut config = EngineConfig {
         memory_limit: None,
         ..config.clone()
     };
+    config.prefix_cache.disk = None;
     Ok(load(path, None, options, &config, cancelled, progress)?.model)
 }
 
@@ -246,13 +254,21 @@ pub fn memory_needs(path: &Path, config: &EngineConfig) -> Result<MemoryNeeds, E
     let spec = source.spec();
     let bytes = DecoderBytes::of(&source, load_options(config).compute, &config.kv)
         .map_err(|error| load_error(&id, error))?;
+    let chunk = chunk(device);
+    // What a step has fed is there until the next begins, and memory is taken by blocks.
+    let beside = config.prefill_chunk.unwrap_or(chunk) as u64;
+    let windows = bytes.windows.iter().map(|window| KvWindow {
+        bytes_per_token: window.bytes_per_token,
+        positions: (window.positions as u64 + beside).next_multiple_of(KV_BLOCK),
+    });
     Ok(MemoryNeeds {
         weight_bytes: bytes.weights,
         kv_bytes_per_token: bytes.kv_per_token,
+        windows: windows.collect(),
         workspace_bytes_per_token: workspace_bytes_per_token(spec),
         logits_bytes: logits_bytes(spec),
         context_length: spec.context_length,
-        prefill_chunk: chunk(device),
+        prefill_chunk: chunk,
     })
 }
 
@@ -447,20 +463,36 @@ impl MlxModel {
         Ok(fed)
     }
 
-    fn start(
-        sequence: &mut MlxSequence,
-        logits: &models::Logits,
-        params: &GenerateParams,
-        number: u64,
-    ) -> Result<(), EngineError> {
+    /// Begins to choose behind each of the last tokens of a feed, of which these are the logits.
+    fn choose(feed: &mut Feed<'_, MlxSequence>, logits: &models::Logits) -> Result<(), EngineError> {
         // A request without a seed draws one of the clock, once.
-        let sampler = match sequence.sampler.take() {
-            Some(sampler) if number > 0 => sampler,
-            _ => Sampler::new(params, clock_seed()),
+        let sampler = match feed.sequence.sampler.take() {
+            Some(sampler) if feed.number > 0 => sampler,
+            _ => Sampler::new(feed.params, clock_seed()),
         };
-        let step = sampler.start(logits, number).map_err(run_error)?;
-        sequence.sampler = Some(sampler);
-        sequence.steps.push_back(step);
+        let fed = feed.tokens.unwrap_or_default();
+        let mut tokens = Vec::new();
+        let mut history = History {
+            prompt_len: feed.prompt_len,
+            ..History::default()
+        };
+        if sampler.looks_back() {
+            tokens.extend_from_slice(feed.before);
+            tokens.extend_from_slice(fed);
+            if feed.tokens.is_none() {
+                let unread = feed.sequence.steps.iter().filter_map(Step::unread);
+                history.unread = unread.cloned().collect();
+            }
+        }
+        for (row, number) in (0..feed.choices).zip(feed.number..) {
+            let logits = models::row(logits, row).map_err(run_error)?;
+            // Behind each but the last choice come guesses.
+            let seen = tokens.len().saturating_sub(feed.choices - 1 - row);
+            history.tokens = &tokens[..seen];
+            let step = sampler.start(&logits, number, &history).map_err(run_error)?;
+            feed.sequence.steps.push_back(step);
+        }
+        feed.sequence.sampler = Some(sampler);
         Ok(())
     }
 }
@@ -556,10 +588,8 @@ impl TokenModel for MlxModel {
                 .map_err(run_error)?;
         }
         for (feed, logits) in batch.iter_mut().zip(logits) {
-            let Some(logits) = logits else { continue };
-            for (row, number) in (0..feed.choices).zip(feed.number..) {
-                let logits = models::row(&logits, row).map_err(run_error)?;
-                Self::start(feed.sequence, &logits, feed.params, number)?;
+            if let Some(logits) = logits {
+                Self::choose(feed, &logits)?;
             }
         }
         Ok(())

@@ -79,9 +79,9 @@ pub use mlx_engine_engine::{
     WeightBits, cpu_kernels, memory_needs, mlx_device,
 };
 pub use mlx_engine_engine::{
-    DiskCacheConfig, DraftConfig, Engine, EngineConfig, LookupConfig, MemoryFit, MemoryNeeds, MockFault,
-    MockScript, PrefixCacheConfig, PrefixCacheReport, PrefixEntry, PromptEncoder, Score, SpeculationConfig,
-    UnloadMode,
+    DiskCacheConfig, DraftConfig, Engine, EngineConfig, KvWindow, LookupConfig, MemoryFit, MemoryNeeds,
+    MockFault, MockScript, PrefixCacheConfig, PrefixCacheReport, PrefixEntry, PromptEncoder, Score,
+    SpeculationConfig, UnloadMode,
 };
 /// Models on the Hugging Face hub, and in its cache on this machine.
 pub use mlx_engine_hub as hub;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 #[cfg(feature = "mlx")]
 use mlx_engine_core::ModelConfiguration;
 use mlx_engine_core::{EngineError, FallbackPolicy, ProgressFn};
-#[cfg(feature = "mlx")]
-use mlx_engine_engine::SpeculationConfig;
 use mlx_engine_engine::{Engine, EngineConfig, MockScript};
+#[cfg(feature = "mlx")]
+use mlx_engine_engine::{MemoryFit, SpeculationConfig};
 use mlx_engine_registry::ModelRegistry;
 
 #[cfg(unix)]
@@ -144,6 +144,28 @@ impl Settings {
         crate::fetch::find_or_fetch_with_progress(model, self.registry(), self.hub.as_ref(), progress).await
     }
 
+    /// Has the configuration fit a model into the memory that there is, and says what was chosen.
+    #[cfg(feature = "mlx")]
+    pub(crate) fn fit(&mut self, model: &str, available: Option<u64>) -> Result<MemoryFit, EngineError> {
+        crate::platform().require_mlx()?;
+        let needs = |model: &str| {
+            let location = crate::locate(model, self.registry())?;
+            mlx_engine_engine::memory_needs(&location.path, &self.config)
+        };
+        let mut needed = needs(model)?;
+        if let SpeculationConfig::Draft(draft) = &self.config.speculation {
+            needed = needed.with_draft(&needs(&draft.model)?);
+        }
+        let available = available.or(self.config.memory_limit).or_else(memory_of_models);
+        let available = available.ok_or_else(|| EngineError::Unsupported {
+            message: "nobody knows how much memory there is for models".to_owned(),
+            hint: Some("say how much of the device's memory they may take".to_owned()),
+        })?;
+        let (config, fit) = self.config.clone().fit(&needed, available)?;
+        self.config = config;
+        Ok(fit)
+    }
+
     /// The registry that names are looked up in.
     pub(crate) fn registry(&self) -> &ModelRegistry {
         self.registry
@@ -162,11 +184,15 @@ pub(crate) async fn load_here(
 ) -> Result<Engine, EngineError> {
     crate::platform().require_mlx()?;
     mlx_engine_engine::mlx_device()?;
-    // What the system says is a limit where the device uses its memory.
-    if config.memory_limit.is_none() && crate::platform().device != mlx_engine_core::Device::Cuda {
-        config.memory_limit = crate::platform::available_memory();
-    }
+    config.memory_limit = config.memory_limit.or_else(memory_of_models);
     mlx_engine_engine::load_mlx(path, known, config, progress).await
+}
+
+/// What the system has available, where models use its memory.
+#[cfg(feature = "mlx")]
+fn memory_of_models() -> Option<u64> {
+    let shared = crate::platform().device != mlx_engine_core::Device::Cuda;
+    crate::platform::available_memory().filter(|_| shared)
 }
 
 /// An error with its sources, in one line.

@@ -146,16 +146,66 @@ async fn keys_and_values_are_kept_as_the_configuration_says() {
     );
 }
 
+/// What a window gives up on the way cannot be written to disk, which is said before anything is loaded.
+#[tokio::test]
+async fn a_folder_beside_a_window_is_refused_before_the_weights_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = EngineConfig {
+        kv: KvConfig {
+            max_positions: Some(64),
+            ..KvConfig::default()
+        },
+        prefix_cache: mlx_engine::PrefixCacheConfig {
+            disk: Some(mlx_engine::DiskCacheConfig::new(folder.path())),
+            ..Default::default()
+        },
+        ..EngineConfig::default()
+    };
+    let engine = InferenceEngine::new().with_config(config);
+    let stages = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&stages);
+    let progress = Box::new(move |stage| seen.lock().unwrap().push(stage));
+    let error = engine
+        .load_model_with_progress(&model(), progress)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, EngineError::InvalidParameter(error) if error.field() == "prefix_cache.disk"),
+        "{error:?}"
+    );
+    assert_eq!(*stages.lock().unwrap(), []);
+}
+
 #[tokio::test]
 async fn requests_at_the_same_time_are_answered_as_alone() {
     let engine = load().await;
     let request = |index: u64| {
         let params = GenerateParams::default().with_max_tokens(6 + index as u32);
-        let params = match index % 4 {
+        let held = |constraint| {
+            GenerateParams::default()
+                .with_max_tokens(60)
+                .with_constraint(constraint)
+        };
+        let schema = serde_json::json!({"type": "object", "additionalProperties": false, "required": ["river", "towns"],
+            "properties": {"river": {"type": "string", "maxLength": 20}, "towns": {"type": "integer", "maximum": 999}}});
+        let params = match index % 7 {
             0 => params.with_temperature(0.0),
             1 => params.with_temperature(0.8).with_seed(index),
             2 => params.with_temperature(0.9).with_top_p(0.9).with_seed(index),
-            _ => params.with_temperature(0.0).with_repetition_penalty(1.2),
+            3 => params.with_temperature(0.0).with_repetition_penalty(1.2),
+            4 => params
+                .with_temperature(0.8)
+                .with_seed(index)
+                .with_logprobs(true)
+                .with_top_logprobs(3),
+            5 => held(OutputConstraint::Regex(
+                "[A-Z][a-z]{3,9}( [a-z]{2,9}){2,5}\\.".to_owned(),
+            ))
+            .with_temperature(0.9)
+            .with_seed(index),
+            _ => held(OutputConstraint::JsonSchema(schema))
+                .with_temperature(0.0)
+                .with_logprobs(true),
         };
         let words = "Tell me of the river that flows by the town. ".repeat(1 + index as usize % 5);
         (Prompt::user(format!("{words} Story {index}.")), params)

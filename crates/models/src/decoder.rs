@@ -134,13 +134,24 @@ fn precision(device: Device, compute: Compute) -> Option<Precision> {
 }
 
 /// What a decoder is going to take, from its files' headers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecoderBytes {
     /// Bytes of the weights, as they are in memory.
     pub weights: u64,
     /// Bytes of keys and values that the first tokens take each; later ones take less where they are integers or a window
     /// forgets.
     pub kv_per_token: u64,
+    /// What of that is of layers that forget, by what they keep. Where there are any, sequences cannot be cut anywhere.
+    pub windows: Vec<KvWindow>,
+}
+
+/// Keys and values of layers that do not keep all positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvWindow {
+    /// Bytes that a position takes in all these layers.
+    pub bytes_per_token: u64,
+    /// Positions that they keep, beside those of the step that was taken last.
+    pub positions: usize,
 }
 
 impl DecoderBytes {
@@ -153,14 +164,24 @@ impl DecoderBytes {
         let precision = precision(device::detect()?.device, compute);
         let spec = source.spec();
         let plan = KvPlan::new(spec, kv)?;
-        let kv_per_token = match precision {
-            Some(precision) => crate::host::kv_bytes_per_token(spec, plan, precision),
+        if precision.is_none() {
+            plan.check_for_graph()?;
+        }
+        let per_token = |plan: KvPlan| match precision {
+            Some(precision) => crate::host::kv_bytes_per_token(spec, plan, precision) as u64,
             // Float16 and bfloat16 in all cases but one.
-            None => plan.graph_bytes(spec, 2, [1, 1, 1]),
+            None => plan.graph_bytes(spec, 2, [1, 1, 1]) as u64,
         };
+        let windows = plan.rules.iter().enumerate().filter_map(|(kind, rule)| {
+            Some(KvWindow {
+                positions: rule.window? + rule.keep + crate::kv::SLACK,
+                bytes_per_token: per_token(plan.of_kind(kind)),
+            })
+        });
         Ok(Self {
             weights: crate::weights::loaded_bytes(source, precision),
-            kv_per_token: kv_per_token as u64,
+            windows: windows.filter(|window| window.bytes_per_token > 0).collect(),
+            kv_per_token: per_token(plan.clone()),
         })
     }
 }
@@ -231,12 +252,7 @@ impl Decoder {
         let plan = KvPlan::new(&self.spec, config)?;
         match &mut self.body {
             Body::Host(host) => host.keep(plan.clone()),
-            Body::Graph(_) if plan.mixes_windows_and_integers() => {
-                let message =
-                    "`kv.bits` beside a sliding window or `kv.max_positions` is computed on a CPU alone";
-                return Err(ModelError::config(message));
-            }
-            Body::Graph(_) => {}
+            Body::Graph(_) => plan.check_for_graph()?,
         }
         self.plan = Arc::new(plan);
         self.kv = config.clone();

@@ -114,10 +114,26 @@ impl KvPlan {
         len == 0 || rules.all(|(rule, &released)| rule.start(len) >= released)
     }
 
-    /// Whether some layers keep integers and do not keep all positions.
-    pub(crate) fn mixes_windows_and_integers(&self) -> bool {
+    /// The same for the layers of one kind of attention, as if there were no others.
+    pub(crate) fn of_kind(&self, kind: usize) -> Self {
+        let mut plan = self.clone();
+        for (other, rule) in plan.rules.iter_mut().enumerate() {
+            if other != kind {
+                rule.layers = 0;
+            }
+        }
+        plan
+    }
+
+    /// Refuses what MLX's operations do not compute: integers in layers that do not keep all positions.
+    pub(crate) fn check_for_graph(&self) -> Result<(), ModelError> {
         let mut rules = self.rules.iter();
-        rules.any(|rule| rule.window.is_some() && rule.integers.is_some())
+        if rules.any(|rule| rule.window.is_some() && rule.integers.is_some()) {
+            let message =
+                "`kv.bits` beside a sliding window or `kv.max_positions` is computed on a CPU alone";
+            return Err(ModelError::config(message));
+        }
+        Ok(())
     }
 
     /// Bytes that MLX's arrays take for a sequence of `tokens` that is fed at most `step` at once, with floats of

@@ -46,7 +46,9 @@ mod weights;
 pub use convert::{
     Conversion, ConvertOptions, ConvertProgress, ConvertedWeights, Recipe, WeightBits, convert_weights,
 };
-pub use decoder::{Compute, Decoder, DecoderBytes, Feed, FeedTokens, LoadOptions, NextToken, Wanted};
+pub use decoder::{
+    Compute, Decoder, DecoderBytes, Feed, FeedTokens, KvWindow, LoadOptions, NextToken, Wanted,
+};
 pub use device::{DeviceInfo, detect, rebuild_stream};
 pub use error::ModelError;
 pub use family::{spec_from_config, spec_from_gguf, supported_model_types};

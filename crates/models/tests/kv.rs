@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use mlx_engine_core::KvConfig;
-use mlx_engine_models::{Compute, Decoder, Feed, FeedTokens, ModelError, Sequence, Source, Wanted};
+use mlx_engine_models::{
+    Compute, Decoder, DecoderBytes, Feed, FeedTokens, ModelError, Sequence, Source, Wanted,
+};
 use mlx_rs::Array;
 use serde_json::Value;
 
@@ -206,6 +208,32 @@ fn what_is_no_longer_seen_takes_no_memory() {
                 bytes < everything || name == "gemma2",
                 "{name}, {config:?}: {bytes} of {everything}"
             );
+        }
+    }
+}
+
+/// What is told before a decoder is loaded is what it takes, but for parts of blocks.
+#[test]
+fn what_a_sequence_will_take_is_known_from_the_headers() {
+    for (name, config) in kinds().into_iter().filter(|(_, config)| config.bits.is_none()) {
+        for compute in [Compute::Fastest, Compute::Exact] {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("tests/fixtures/tiny")
+                .join(name);
+            let source = Source::open(&folder).expect("the fixture opens");
+            let bytes = DecoderBytes::of(&source, compute, &config).expect("a plan");
+            assert!(!bytes.windows.is_empty(), "{name}, {config:?}");
+            let decoder = load(name, compute, &config);
+            for (tokens, step) in [(64, 8), (512, 8), (512, 128)] {
+                let gone = bytes.windows.iter().map(|window| {
+                    window.bytes_per_token * (tokens as u64).saturating_sub((window.positions + step) as u64)
+                });
+                let told = bytes.kv_per_token * tokens as u64 - gone.sum::<u64>();
+                let taken = decoder.kv_bytes(tokens, step) as u64;
+                let off = told.abs_diff(taken);
+                let what = format!("{name}, {config:?}, {compute}, {tokens} by {step}: {told} for {taken}");
+                assert!(off <= 128 * bytes.kv_per_token, "{what}");
+            }
         }
     }
 }

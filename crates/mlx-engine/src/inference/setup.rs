@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use mlx_engine_core::{EngineError, FallbackPolicy};
+#[cfg(feature = "mlx")]
+use mlx_engine_engine::MemoryFit;
 use mlx_engine_engine::{EngineConfig, MockScript};
 use mlx_engine_monitor::{HealthConfiguration, Monitored};
 use mlx_engine_registry::ModelRegistry;
@@ -22,6 +24,20 @@ impl InferenceEngine {
     pub fn with_config(mut self, config: EngineConfig) -> Self {
         self.settings.config = config;
         self
+    }
+
+    /// Chooses the longest context and the largest batch, up to what [`with_config`](Self::with_config) asks for, with which a model
+    /// fits into `available` bytes, and says what it chose: [`EngineConfig::fit`], by the headers of the model's files. Where
+    /// no bytes are told, it is what the system has available now. The model, and one that guesses for it, have to be on this machine.
+    ///
+    /// # Errors
+    ///
+    /// As [`load_model`](Self::load_model), [`EngineError::InsufficientMemory`] where not even a short context fits, and
+    /// [`EngineError::Unsupported`] where the memory has to be told: that of a GPU that does not share the system's.
+    #[cfg(feature = "mlx")]
+    pub fn fitted(mut self, model: &str, available: Option<u64>) -> Result<(Self, MemoryFit), EngineError> {
+        let fit = self.settings.fit(model, available)?;
+        Ok((self, fit))
     }
 
     /// Sets which backend models are loaded on.
