@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use futures::StreamExt;
 use mlx_engine::prelude::*;
-use mlx_engine::{Device, EngineConfig, KvConfig, LoadProgress};
+use mlx_engine::{Device, EngineConfig, KvConfig, LoadProgress, OutputConstraint};
 use serde_json::Value;
 
 fn model() -> String {
@@ -227,6 +227,12 @@ async fn requests_at_the_same_time_are_answered_as_alone() {
         assert_eq!(alone.usage.cached_tokens, 0);
         let together = together.unwrap();
         assert_eq!(together.tokens, alone.tokens, "request {index}");
+        assert_eq!(together.logprobs, alone.logprobs, "request {index}");
+        assert_eq!(alone.logprobs.is_some(), index % 7 == 4 || index % 7 == 6);
+        if index % 7 == 6 {
+            let river: serde_json::Value = serde_json::from_str(&alone.text).unwrap();
+            assert!(river["river"].is_string() && river["towns"].is_i64(), "{river}");
+        }
         assert_eq!(
             (together.text, together.finish_reason),
             (alone.text, alone.finish_reason)
