@@ -79,7 +79,7 @@ async fn ready(State(engine): State<InferenceEngine>) -> (StatusCode, String) {
 }
 
 /// An engine's error as an answer over HTTP: what may succeed later says when.
-struct Refused(EngineError);
+pub(crate) struct Refused(pub(crate) EngineError);
 
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {

@@ -216,3 +216,6 @@ impl LlmEngine for Slot {
         })
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests;
