@@ -95,18 +95,18 @@ impl Kernel for GatedTiles<'_> {
         } = self.part;
         let mut scratch = SCRATCH.take();
         for tile in self.tiles {
-            tile_rows(s, gate, tile, x, &mut scratch);
-            for sums in &mut scratch.sums {
-                s.store(gate_function(s, self.gate, s.load(sums)), sums);
-            }
-            std::mem::swap(&mut scratch.sums, &mut scratch.gates);
-            tile_rows(s, up, tile, x, &mut scratch);
+            tile_rows(s, [(gate, tile), (up, tile)], x, &mut scratch);
             let lanes = LANES.min(gate.rows - tile * LANES);
-            for (row, (sums, gates)) in scratch.sums.iter().zip(&scratch.gates).enumerate() {
+            let [gates, ups] = &scratch.sums;
+            for (row, (gated, up)) in gates.iter().zip(ups).enumerate() {
                 #[expect(unsafe_code, reason = "each task writes its own tiles of each row")]
                 // SAFETY: tasks have different tiles, so that what they write of a row does not overlap.
                 let out = unsafe { out.part(row * gate.rows + tile * LANES, lanes) };
-                put(s, s.mul(s.load(sums), s.load(gates)), out);
+                put(
+                    s,
+                    s.mul(s.load(up), gate_function(s, self.gate, s.load(gated))),
+                    out,
+                );
             }
         }
         SCRATCH.set(scratch);
@@ -186,8 +186,8 @@ impl Kernel for SumTiles<'_> {
             let rows = expert.matrix.rows;
             for tile in self.tiles.clone() {
                 let lanes = LANES.min(rows - tile * LANES);
-                tile_rows(s, expert.matrix, tile, expert.x, &mut scratch);
-                for (sums, row) in scratch.sums.iter().zip(expert.rows) {
+                tile_rows(s, [(expert.matrix, tile)], expert.x, &mut scratch);
+                for (sums, row) in scratch.sums[0].iter().zip(expert.rows) {
                     #[expect(unsafe_code, reason = "each task writes its own tiles of each row")]
                     // SAFETY: tasks have different tiles, so that what they write of a row does not overlap.
                     let out = unsafe { self.out.part(row * rows + tile * LANES, lanes) };

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Bytes, Kernel, LANES, Line, MatrixUnit, Simd};
+use super::{Bytes, HALF_OF_LAST, Kernel, LANES, Line, MatrixUnit, Simd};
 
 /// The processor has AVX-512 F, BW, VL and VNNI, FMA and F16C. Made by [`run`] alone.
 #[derive(Clone, Copy, Debug)]
@@ -181,6 +181,16 @@ impl Simd for Avx512 {
             _mm_storeu_si128(bytes[1].as_mut_ptr().cast(), _mm512_cvtepi32_epi8(b));
         });
         Bytes(bytemuck::cast(bytes))
+    }
+    #[inline(always)]
+    fn halves(self, first: __m512, second: __m512) -> __m512i {
+        let half = self.splat_i(HALF_OF_LAST as i32);
+        have!({
+            let first = _mm512_add_epi32(_mm512_castps_si512(first), half);
+            let second = _mm512_add_epi32(_mm512_castps_si512(second), half);
+            // The lower halves of the first, and the upper ones of the second.
+            _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(first), second)
+        })
     }
     #[inline(always)]
     fn dot<const BITS: usize>(self, start: __m512i, weights: &[__m512i; 8], x: &Bytes) -> __m512i {

@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 
-use super::{Bytes, LANES, Line, Sums, unit};
+use super::{Bytes, LANES, Line, Square, Sums, unit};
 
 thread_local! {
     static WANTED: Cell<bool> = const { Cell::new(false) };
@@ -35,6 +35,11 @@ pub(crate) enum Tiles<const ROWS: usize> {
     Emulated,
 }
 
+pub(crate) enum HalfTiles {
+    Real(unit::HalfTiles),
+    Emulated,
+}
+
 impl MatrixUnit {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(crate) fn detect() -> Option<Self> {
@@ -52,6 +57,58 @@ impl MatrixUnit {
             Self::Emulated => Tiles::Emulated,
         }
     }
+
+    pub(crate) fn halves(self) -> HalfTiles {
+        match self {
+            Self::Real(unit) => HalfTiles::Real(unit.halves()),
+            Self::Emulated => HalfTiles::Emulated,
+        }
+    }
+}
+
+impl HalfTiles {
+    pub(crate) fn multiply<const W: usize, const X: usize>(
+        &self,
+        weights: [&[Square]; W],
+        x: [&[Square]; X],
+        sums: &mut [[Square; X]; W],
+    ) {
+        match self {
+            Self::Real(tiles) => tiles.multiply(weights, x, sums),
+            Self::Emulated => {
+                for (weights, sums) in weights.iter().zip(sums) {
+                    for (x, sums) in x.iter().zip(sums) {
+                        USED.set(USED.get() + 1);
+                        *sums = product(weights, x);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// As the unit sums up: of each block the first of the pairs, the second of the pairs, and both to what was before.
+fn product(weights: &[Square], x: &[Square]) -> Square {
+    let halves = |line: &Line| -> [[f32; 2]; LANES] {
+        let pairs: [[u16; 2]; LANES] = bytemuck::cast(*line);
+        pairs.map(|pair| pair.map(|half| f32::from_bits(u32::from(half) << 16)))
+    };
+    let mut totals = [[0.0_f32; LANES]; LANES];
+    for (weights, x) in weights.iter().zip(x) {
+        let weights = weights.0.each_ref().map(halves);
+        for (totals, x) in totals.iter_mut().zip(x.0.each_ref().map(halves)) {
+            for (lane, total) in totals.iter_mut().enumerate() {
+                let of_half = |half: usize| {
+                    let pairs = weights.iter().zip(&x);
+                    pairs.fold(0.0_f32, |sum, (weights, x)| {
+                        weights[lane][half].mul_add(x[half], sum)
+                    })
+                };
+                *total += of_half(0) + of_half(1);
+            }
+        }
+    }
+    bytemuck::cast(totals)
 }
 
 impl<const ROWS: usize> Tiles<ROWS> {
@@ -104,5 +161,50 @@ fn a_unit_multiplies_bytes_without_a_sign_with_bytes_that_have_one() {
         let mut sums = [Line([7; 64]); 16];
         unit.configure::<16>().dot(&weights, &x, &mut sums);
         assert_eq!(sums, expected, "{unit:?}");
+    }
+}
+
+/// A column of its own in each half of a pair, of a row, a lane and a block of their own each.
+#[test]
+fn a_unit_multiplies_pairs_of_bfloat16() {
+    let square = |line: usize, lane: usize, pair: [f32; 2]| {
+        let [first, second] = pair.map(|half| half.to_bits() >> 16);
+        let mut square = Square::ZERO;
+        square.0[line] = bytemuck::cast(std::array::from_fn::<u32, LANES, _>(|at| {
+            if at == lane { first | second << 16 } else { 0 }
+        }));
+        square
+    };
+    // The line of weights has the lanes, and the pair that the lane of activations has.
+    let weights = [[square(5, 3, [2.0, 0.5]), square(9, 15, [1.0, -4.0])]; 2];
+    let x = [
+        [square(0, 5, [3.0, 16.0]), square(7, 9, [256.0, 0.25])],
+        [square(0, 5, [-1.0, 0.0]), square(0, 9, [0.0, 1.0])],
+    ];
+    let sums = |sums: &[(usize, usize, f32)]| -> Square {
+        let mut all = [[0.0_f32; LANES]; LANES];
+        sums.iter().for_each(|&(row, lane, sum)| all[row][lane] = sum);
+        bytemuck::cast(all)
+    };
+    let expected = [
+        sums(&[(0, 3, 14.0), (7, 15, 255.0)]),
+        sums(&[(0, 3, -2.0), (0, 15, -4.0)]),
+    ];
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    let real = MatrixUnit::detect();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    let real = None;
+    for unit in [Some(MatrixUnit::Emulated), real].into_iter().flatten() {
+        let mut found = [[bytemuck::cast([7_u32; 256]); 2]; 2];
+        let tiles = unit.halves();
+        tiles.multiply(
+            weights.each_ref().map(|all| &all[..]),
+            x.each_ref().map(|all| &all[..]),
+            &mut found,
+        );
+        assert_eq!(found, [expected; 2], "{unit:?}");
+        let mut found = [[Square::ZERO]];
+        tiles.multiply([&weights[1][..]], [&x[1][..]], &mut found);
+        assert_eq!(found, [[expected[1]]], "{unit:?}");
     }
 }

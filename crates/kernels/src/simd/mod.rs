@@ -67,6 +67,20 @@ impl Line {
     pub(crate) const ZERO: Self = Self([0; 64]);
 }
 
+/// Sixteen lines: of activations, each a row of 32 bfloat16; of weights, each a pair of bfloat16 for sixteen lanes; or sums.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub(crate) struct Square(pub(crate) [Line; LANES]);
+
+impl Square {
+    pub(crate) const ZERO: Self = Self([Line::ZERO; LANES]);
+
+    /// The lines as numbers of 32 bits.
+    pub(crate) fn sums(&self) -> &[[f32; LANES]; LANES] {
+        bytemuck::cast_ref(self)
+    }
+}
+
 /// 32 signed bytes, four a step of four columns.
 #[repr(C, align(32))]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
@@ -170,6 +184,18 @@ pub(crate) trait Simd: Copy {
         sums
     }
 
+    /// For each lane a pair of bfloat16, the nearest of each, ties away from zero; `first` is in the lower half.
+    #[inline(always)]
+    fn halves(self, first: Self::F, second: Self::F) -> Self::I {
+        let mut pairs = [[0.0; LANES]; 2];
+        let [a, b] = &mut pairs;
+        self.store(first, a);
+        self.store(second, b);
+        let round = |x: f32| x.to_bits().wrapping_add(HALF_OF_LAST);
+        let pair = |lane: usize| round(pairs[0][lane]) >> 16 | round(pairs[1][lane]) & 0xffff_0000;
+        self.line(&bytemuck::cast(std::array::from_fn::<u32, LANES, _>(pair)))
+    }
+
     /// Sixteen bytes as integers.
     #[inline(always)]
     fn load_u8(self, x: &[u8; LANES]) -> Self::I {
@@ -196,6 +222,9 @@ pub(crate) trait Simd: Copy {
         self.as_float(self.line(&wide))
     }
 }
+
+/// Half of what the last bit of a bfloat16 is, in the bits of a float32.
+const HALF_OF_LAST: u32 = 0x8000;
 
 /// The integers of two vectors as bytes.
 #[inline(always)]

@@ -1,22 +1,10 @@
-//! Rows of activations, as float32 and, for products with quantized weights, as integers.
+//! Rows as integers.
 
+use crate::Pool;
 use crate::disjoint::Disjoint;
-use crate::error::check_len;
 use crate::isa::Isa;
 use crate::matrix::BLOCK;
 use crate::simd::{Bytes, Kernel, LANES, Simd, dispatch};
-use crate::{KernelError, Pool};
-
-/// How products with quantized weights are computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// Weights become float32 and everything is summed in float32.
-    Exact,
-    /// Activations become integers of 8 bits with a scale for each 32 of a row, and integers are summed within these.
-    /// The error of an activation is at most 1/254 of the largest of its 32, and where that is large for its row, at most
-    /// 1/64,000 of it: such 32 have 8 bits more.
-    Integer,
-}
 
 /// Rows as integers of 8 bits, 32 to a block: `x = scale * q`.
 ///
@@ -72,122 +60,34 @@ pub(crate) struct Strip<'a> {
 }
 
 impl Integers {
-    #[inline(always)]
-    pub(crate) fn strip(&self, strip: usize, blocks: usize) -> Strip<'_> {
-        let len = self.strip * blocks;
-        Strip {
-            bytes: &self.bytes[strip * len..][..len],
-            factors: &self.factors[strip * len..][..len],
-            refined: &self.refined[strip * blocks..][..blocks],
-            rests: &self.rests[strip * len..][..len],
-        }
-    }
-}
-
-/// Rows below which a strip has only these.
-pub(crate) const FEW: usize = 7;
-
-/// Rows of a strip where they are all there are.
-const HALF_STRIP: usize = 8;
-
-/// The largest integer.
-const LARGEST: f32 = 127.0;
-
-/// A block has a rest where it is so many times as large as the harmonic mean of its row's blocks, which a few large ones
-/// hardly move.
-const OUTLIER: f32 = 2.0;
-
-/// The part of a step that the step of a rest is.
-const FINER: f32 = 1.0 / 256.0;
-
-/// Rows of activations `[rows, columns]` that go into projections.
-#[derive(Debug, Default)]
-pub struct Activations {
-    rows: usize,
-    columns: usize,
-    /// For which the integers are laid out.
-    isa: Option<Isa>,
-    pub(crate) floats: Vec<f32>,
-    pub(crate) integers: Integers,
-}
-
-impl Activations {
-    /// None.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Changes the shape and gives the floats to write; what they hold before is arbitrary. Memory is kept.
-    pub fn resize(&mut self, rows: usize, columns: usize) -> &mut [f32] {
-        (self.rows, self.columns) = (rows, columns);
-        self.integers.bytes.clear();
-        self.floats.resize(rows * columns, 0.0);
-        &mut self.floats
-    }
-
-    /// Rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Columns.
-    pub fn columns(&self) -> usize {
-        self.columns
-    }
-
-    /// The floats, row-major.
-    pub fn floats(&self) -> &[f32] {
-        &self.floats
-    }
-
-    /// The floats to write. An earlier [`prepare`](Self::prepare) does not hold for what is written.
-    pub fn floats_mut(&mut self) -> &mut [f32] {
-        self.integers.bytes.clear();
-        &mut self.floats
-    }
-
-    /// Bytes in memory.
-    pub fn bytes(&self) -> usize {
-        let integers = &self.integers;
-        self.floats.capacity() * size_of::<f32>()
-            + integers.bytes.capacity() * size_of::<Bytes>()
-            + integers.factors.capacity() * size_of::<Factors>()
-            + integers.refined.capacity() * size_of::<u16>()
-            + integers.rests.capacity() * size_of::<Rest>()
-    }
-
-    /// Makes the rows ready for products of this precision. Columns that are not whole blocks of 32 are left to the
-    /// exact products: no quantized matrix has such columns.
-    pub fn prepare(&mut self, isa: Isa, pool: &Pool, precision: Precision) {
-        let (rows, columns) = (self.rows, self.columns);
-        let integers = &mut self.integers;
-        integers.bytes.clear();
-        self.isa = Some(isa);
-        if precision == Precision::Exact || !columns.is_multiple_of(BLOCK) || rows * columns == 0 {
+    /// Makes integers of rows.
+    pub(super) fn quantize(&mut self, isa: Isa, pool: &Pool, floats: &[f32], columns: usize) {
+        let rows = floats.len() / columns;
+        self.bytes.clear();
+        if rows == 0 {
             return;
         }
         let blocks = columns / BLOCK;
-        integers.strip = match rows {
+        self.strip = match rows {
             0..FEW => rows,
             FEW..=HALF_STRIP => HALF_STRIP,
             _ => LANES,
         };
-        let strip = integers.strip;
+        let strip = self.strip;
         let strips = rows.div_ceil(strip);
         let count = strips * strip * blocks;
-        integers.bytes.resize(count, Bytes::default());
-        integers.factors.clear();
-        integers.factors.resize(count, Factors::default());
-        integers.refined.clear();
-        integers.refined.resize(strips * blocks, 0);
-        if integers.rests.len() < count {
-            integers.rests.resize(count, Rest::default());
+        self.bytes.resize(count, Bytes::default());
+        self.factors.clear();
+        self.factors.resize(count, Factors::default());
+        self.refined.clear();
+        self.refined.resize(strips * blocks, 0);
+        if self.rests.len() < count {
+            self.rests.resize(count, Rest::default());
         }
-        let bytes = Disjoint::new(&mut integers.bytes);
-        let factors = Disjoint::new(&mut integers.factors);
-        let refined = Disjoint::new(&mut integers.refined);
-        let rests = Disjoint::new(&mut integers.rests);
-        let floats = &self.floats;
+        let bytes = Disjoint::new(&mut self.bytes);
+        let factors = Disjoint::new(&mut self.factors);
+        let refined = Disjoint::new(&mut self.refined);
+        let rests = Disjoint::new(&mut self.rests);
         let len = strip * blocks;
         let quantize = |index: usize| {
             let first = index * strip;
@@ -223,18 +123,41 @@ impl Activations {
         pool.split(strips, |range| range.for_each(quantize));
     }
 
-    /// Whether integers are there.
-    pub(crate) fn is_integer(&self) -> bool {
-        !self.integers.bytes.is_empty()
+    /// Bytes in memory.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes.capacity() * size_of::<Bytes>()
+            + self.factors.capacity() * size_of::<Factors>()
+            + self.refined.capacity() * size_of::<u16>()
+            + self.rests.capacity() * size_of::<Rest>()
     }
 
-    pub(crate) fn check(&self, isa: Isa, columns: usize) -> Result<(), KernelError> {
-        if self.is_integer() && self.isa != Some(isa) {
-            return Err(KernelError::OtherIsa);
+    #[inline(always)]
+    pub(crate) fn strip(&self, strip: usize, blocks: usize) -> Strip<'_> {
+        let len = self.strip * blocks;
+        Strip {
+            bytes: &self.bytes[strip * len..][..len],
+            factors: &self.factors[strip * len..][..len],
+            refined: &self.refined[strip * blocks..][..blocks],
+            rests: &self.rests[strip * len..][..len],
         }
-        check_len("the activations", self.columns, columns)
     }
 }
+
+/// Rows below which a strip has only these.
+pub(crate) const FEW: usize = 7;
+
+/// Rows of a strip where they are all there are.
+const HALF_STRIP: usize = 8;
+
+/// The largest integer.
+const LARGEST: f32 = 127.0;
+
+/// A block has a rest where it is so many times as large as the harmonic mean of its row's blocks, which a few large ones
+/// hardly move.
+const OUTLIER: f32 = 2.0;
+
+/// The part of a step that the step of a rest is.
+const FINER: f32 = 1.0 / 256.0;
 
 /// One row of a strip.
 struct Quantize<'a> {
