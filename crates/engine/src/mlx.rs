@@ -456,7 +456,12 @@ impl MlxModel {
             let token = unread.ok_or_else(|| EngineError::internal("a token was fed that nobody chose"))?;
             FeedTokens::Unread(token.clone())
         };
-        let fed = models::Feed { tokens, logits };
+        let fed = models::Feed {
+            tokens,
+            logits,
+            // What follows a prompt is the first token of the answer.
+            prompt: feed.number == 0,
+        };
         self.decoder
             .check(&fed, &feed.sequence.sequence)
             .map_err(run_error)?;

@@ -81,6 +81,19 @@ pub struct Feed<'a> {
     pub tokens: FeedTokens<'a>,
     /// After which of them logits are wanted.
     pub logits: Wanted,
+    /// Whether they are of a prompt rather than of an answer. Where the processor multiplies matrices of bfloat16, it does so for the
+    /// tokens of prompts, however many there are: several times as fast, with another rounding. It changes nothing elsewhere.
+    pub prompt: bool,
+}
+
+/// The tokens of a sequence in a step.
+#[derive(Clone, Copy)]
+struct Rows {
+    /// How many.
+    fed: usize,
+    /// After how many of the last of them logits are wanted.
+    wanted: usize,
+    prompt: bool,
 }
 
 /// Tokens that may still be being chosen.
@@ -344,13 +357,13 @@ impl Decoder {
         self.logits(&self.ids(tokens)?, sequence, Wanted::All)
     }
 
-    /// Feeds tokens for their keys and values alone, and waits until those are there.
+    /// Feeds tokens of a prompt for their keys and values alone, and waits until those are there.
     ///
     /// # Errors
     ///
     /// As [`forward`](Self::forward), and where MLX fails.
     pub fn prefill(&self, tokens: &[u32], sequence: &mut Sequence) -> Result<(), ModelError> {
-        self.feed(&self.ids(tokens)?, sequence, Wanted::None)?;
+        self.feed(&self.ids(tokens)?, sequence, Wanted::None, true)?;
         sequence.wait()
     }
 
@@ -382,6 +395,7 @@ impl Decoder {
                     NextToken::Unread(token) => FeedTokens::Unread(token.clone()),
                 },
                 logits: Wanted::Last,
+                prompt: false,
             })
             .collect();
         Ok(self.step(&feeds, sequences)?.into_iter().flatten().collect())
@@ -405,80 +419,92 @@ impl Decoder {
         if feeds.is_empty() || feeds.len() != sequences.len() {
             return Err(ModelError::NoTokens);
         }
-        let ids: Vec<Array> = feeds
+        // Those of prompts come last: they may be computed in another way.
+        let mut fed: Vec<_> = feeds.iter().zip(sequences.iter_mut()).enumerate().collect();
+        fed.sort_by_key(|(_, (feed, _))| feed.prompt);
+        let ids: Vec<Array> = fed
             .iter()
-            .map(|feed| match &feed.tokens {
+            .map(|(_, (feed, _))| match &feed.tokens {
                 FeedTokens::Read(tokens) => self.ids(tokens),
                 FeedTokens::Unread(tokens) if tokens.size() == 0 => Err(ModelError::NoTokens),
                 FeedTokens::Unread(tokens) => Ok(tokens.reshape(&[-1])?),
             })
             .collect::<Result<_, _>>()?;
-        let rows: Vec<(usize, usize)> = ids
+        let rows: Vec<Rows> = ids
             .iter()
-            .zip(feeds)
-            .map(|(ids, feed)| (ids.size(), feed.logits.rows(ids.size())))
+            .zip(&fed)
+            .map(|(ids, (_, (feed, _)))| Rows {
+                fed: ids.size(),
+                wanted: feed.logits.rows(ids.size()),
+                prompt: feed.prompt,
+            })
             .collect();
         let all = match &ids[..] {
             [one] => one.clone(),
             several => ops::concatenate(&several.iter().collect::<Vec<_>>(), 0)?,
         };
-        let logits = self.run(&all, sequences, &rows)?;
+        let (places, mut sequences): (Vec<_>, Vec<_>) = fed
+            .into_iter()
+            .map(|(place, (_, sequence))| (place, &mut **sequence))
+            .unzip();
+        let logits = self.run(&all, &mut sequences, &rows)?;
+        let mut found = vec![None; places.len()];
         let mut first = 0;
-        rows.into_iter()
-            .map(|(_, wanted)| {
-                let own = first..first + wanted as i32;
-                first = own.end;
-                let logits = logits.as_ref().filter(|_| wanted > 0);
-                Ok(logits.map(|logits| logits.try_index((own, ..))).transpose()?)
-            })
-            .collect()
+        for (place, Rows { wanted, .. }) in places.into_iter().zip(rows) {
+            let own = first..first + wanted as i32;
+            first = own.end;
+            if let Some(logits) = logits.as_ref().filter(|_| wanted > 0) {
+                found[place] = Some(logits.try_index((own, ..))?);
+            }
+        }
+        Ok(found)
     }
 
-    /// Feeds ids, those of one sequence after those of another. `rows` says of each sequence how many are its own, and
-    /// of how many of the last of them logits are wanted.
+    /// Feeds ids, those of one sequence after those of another, prompts last.
     fn run(
         &self,
         ids: &Array,
         sequences: &mut [&mut Sequence],
-        rows: &[(usize, usize)],
+        rows: &[Rows],
     ) -> Result<Option<Array>, ModelError> {
-        for (sequence, &(rows, _)) in sequences.iter().zip(rows) {
-            self.check_room(sequence, rows)?;
+        for (sequence, rows) in sequences.iter().zip(rows) {
+            self.check_room(sequence, rows.fed)?;
         }
         let fed = sequences.iter_mut().zip(rows.iter().copied());
         let logits = match &self.body {
             Body::Host(host) => {
-                let rows = fed.map(|(sequence, (rows, wanted))| match &mut sequence.cache {
+                let rows = fed.map(|(sequence, rows)| match &mut sequence.cache {
                     Cache::Host(cache) => Ok(HostRows {
                         cache,
                         position: sequence.offset,
-                        rows,
-                        wanted,
+                        rows: rows.fed,
+                        wanted: rows.wanted,
+                        prompt: rows.prompt,
                     }),
                     Cache::Graph(_) => Err(Self::foreign()),
                 });
                 host.forward(ids, &mut rows.collect::<Result<Vec<_>, _>>()?)?
             }
             Body::Graph(graph) => {
-                let rows = fed.map(|(sequence, (rows, wanted))| match &mut sequence.cache {
+                let rows = fed.map(|(sequence, rows)| match &mut sequence.cache {
                     Cache::Graph(layers) => Ok(GraphRows {
                         layers,
                         position: sequence.offset,
-                        rows,
-                        wanted,
+                        rows: rows.fed,
+                        wanted: rows.wanted,
                     }),
                     Cache::Host(_) => Err(Self::foreign()),
                 });
                 graph.forward(ids, &self.plan, &mut rows.collect::<Result<Vec<_>, _>>()?)?
             }
         };
-        for (sequence, &(rows, _)) in sequences.iter_mut().zip(rows) {
-            sequence.advance(rows);
+        for (sequence, rows) in sequences.iter_mut().zip(rows) {
+            sequence.advance(rows.fed);
         }
         Ok(logits)
     }
 
-    /// Feeds tokens and returns the log-probability of each of `next`, which are the tokens that follow each of them.
+    /// Feeds tokens of a prompt and returns the log-probability of each of `next`, which are the tokens that follow each of them.
     ///
     /// # Errors
     ///
@@ -489,7 +515,8 @@ impl Decoder {
         next: &[u32],
         sequence: &mut Sequence,
     ) -> Result<Vec<f32>, ModelError> {
-        let logits = self.forward_all(tokens, sequence)?;
+        let logits = self.feed(&self.ids(tokens)?, sequence, Wanted::All, true)?;
+        let logits = logits.ok_or(ModelError::NoTokens)?;
         logits.eval()?;
         sequence.check(sequence.len())?;
         let rows = logits.try_as_slice::<f32>()?.chunks_exact(self.spec.vocab_size);
@@ -553,13 +580,16 @@ impl Decoder {
         ids: &Array,
         sequence: &mut Sequence,
         logits: Wanted,
+        prompt: bool,
     ) -> Result<Option<Array>, ModelError> {
-        let rows = ids.size();
-        self.run(ids, &mut [sequence], &[(rows, logits.rows(rows))])
+        let fed = ids.size();
+        let wanted = logits.rows(fed);
+        self.run(ids, &mut [sequence], &[Rows { fed, wanted, prompt }])
     }
 
-    /// As [`feed`](Self::feed), where logits are wanted.
+    /// As [`feed`](Self::feed), where logits are wanted, of an answer.
     fn logits(&self, ids: &Array, sequence: &mut Sequence, logits: Wanted) -> Result<Array, ModelError> {
-        self.feed(ids, sequence, logits)?.ok_or(ModelError::NoTokens)
+        self.feed(ids, sequence, logits, false)?
+            .ok_or(ModelError::NoTokens)
     }
 }

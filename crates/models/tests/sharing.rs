@@ -272,6 +272,7 @@ fn fed_together(decoder: &Decoder, compute: Compute, parts: &[(usize, usize, Wan
                 FeedTokens::Read(&ids[seen..seen + rows])
             },
             logits,
+            prompt: false,
         })
         .collect();
     let mut fed: Vec<&mut Sequence> = sequences.iter_mut().collect();
@@ -308,6 +309,7 @@ fn fed_together(decoder: &Decoder, compute: Compute, parts: &[(usize, usize, Wan
         &[Feed {
             tokens: FeedTokens::Read(&[]),
             logits: Wanted::All,
+            prompt: false,
         }],
         &mut [&mut decoder.sequence()],
     );
@@ -318,6 +320,7 @@ fn fed_together(decoder: &Decoder, compute: Compute, parts: &[(usize, usize, Wan
         let feed = Feed {
             tokens: FeedTokens::Read(tokens),
             logits: Wanted::Last,
+            prompt: false,
         };
         decoder.check(&feed, &decoder.sequence())
     };

@@ -106,6 +106,11 @@ impl Activations {
         self.isa = Some(isa);
     }
 
+    /// How many of the last rows were made bfloat16.
+    pub fn halves(&self) -> usize {
+        self.isa.map_or(0, |_| self.halves.rows)
+    }
+
     /// Whether rows were made ready for products with quantized weights, as integers or as bfloat16.
     pub(crate) fn is_rounded(&self) -> bool {
         self.isa.is_some()

@@ -22,10 +22,10 @@ pub(crate) fn tile_rows<S: Simd, const N: usize>(
         sums.resize(x.rows(), [0.0; LANES]);
         one_tile(s, matrix, tile, x, &mut scratch.panel, sums);
     }
-    let Some(unit) = s.matrix_unit().filter(|_| x.is_rounded() && x.halves.rows > 0) else {
+    let Some(unit) = s.matrix_unit().filter(|_| x.halves() > 0) else {
         return;
     };
-    let first = x.rows() - x.halves.rows;
+    let first = x.rows() - x.halves();
     let [a, b] = &mut scratch.sums;
     let quantized = tiles.map(|(matrix, tile)| match &matrix.weights {
         Weights::Quantized(weights) => Some((weights, tile)),
@@ -54,7 +54,7 @@ fn one_tile<S: Simd>(
     let columns = matrix.columns;
     let panel = match &matrix.weights {
         Weights::Quantized(q) if x.is_rounded() => {
-            let sums = &mut sums[..x.rows() - x.halves.rows];
+            let sums = &mut sums[..x.rows() - x.halves()];
             match q.bits {
                 2 => integer_rows::<S, 2>(s, q, tile, x, sums),
                 3 => integer_rows::<S, 3>(s, q, tile, x, sums),

@@ -127,6 +127,9 @@ impl Model {
         out: &mut [f32],
     ) -> Result<(), KernelError> {
         let (isa, pool, columns) = (self.isa, &self.pool, x.columns());
+        // Rows are gathered in their order, so that those of prompts come last again.
+        let first = x.rows() - x.halves();
+        let halves = |rows: &[usize]| rows.len() - rows.partition_point(|row| *row < first);
         let Routes {
             chosen,
             inputs,
@@ -147,7 +150,7 @@ impl Model {
             for (&row, gathered) in rows.iter().zip(gathered) {
                 gathered.copy_from_slice(&x.floats()[row * columns..][..columns]);
             }
-            input.prepare(isa, pool, self.precision);
+            input.prepare_with(isa, pool, self.precision, halves(rows));
         }
         let mut firsts: Vec<Expert<'_>> = some
             .iter()
@@ -159,7 +162,7 @@ impl Model {
             })
             .collect();
         gated_each(isa, pool, self.gate_function(), &mut firsts)?;
-        for ((_, (_, weights)), inner) in some.iter().zip(inner.iter_mut()) {
+        for ((_, (rows, weights)), inner) in some.iter().zip(inner.iter_mut()) {
             // What a row gives an expert is multiplied in here, where there is less than behind the second half.
             let columns = inner.columns();
             for (row, weight) in inner.floats_mut().chunks_exact_mut(columns).zip(weights) {
@@ -167,7 +170,7 @@ impl Model {
                     *x *= weight;
                 }
             }
-            inner.prepare(isa, pool, self.precision);
+            inner.prepare_with(isa, pool, self.precision, halves(rows));
         }
         let sums: Vec<ExpertSum<'_>> = some
             .iter()

@@ -27,6 +27,8 @@ pub(super) struct Part<'a> {
     pub(super) rows: usize,
     /// How many of the last of them give logits.
     pub(super) wanted: usize,
+    /// Whether they are of a prompt.
+    pub(super) prompt: bool,
 }
 
 impl Part<'_> {
@@ -41,6 +43,8 @@ impl Part<'_> {
 pub(super) struct Workspace {
     /// The residual stream, `[rows, hidden_size]`.
     x: Vec<f32>,
+    /// How many of the last rows are of prompts.
+    prompts: usize,
     pub(super) normed: Activations,
     queries: Vec<f32>,
     keys: Vec<f32>,
@@ -97,6 +101,8 @@ impl Model {
                 }
             }
         }
+        let prompts = parts.iter().rev().take_while(|part| part.prompt);
+        work.prompts = prompts.map(|part| part.rows).sum();
         for part in parts.iter_mut() {
             part.pages.make_room(plan, part.position, part.rows)?;
         }
@@ -118,6 +124,7 @@ impl Model {
                 rms_norm(self.isa, &self.pool, row, &self.norm, spec.norm_eps, out)?;
             }
         }
+        // Of a prompt its last row alone, which is no work for a unit that multiplies matrices.
         work.normed.prepare(self.isa, &self.pool, self.precision);
         let output = self.output.as_ref().unwrap_or(&self.embedding);
         let product = Product::write(output, None, logits);
@@ -161,7 +168,7 @@ impl Model {
             Some(norm) => rms_norm(isa, pool, &work.x, norm, self.spec.norm_eps, out)?,
             None => out.copy_from_slice(&work.x),
         }
-        work.normed.prepare(isa, pool, self.precision);
+        work.normed.prepare_with(isa, pool, self.precision, work.prompts);
         Ok(())
     }
 
@@ -302,7 +309,8 @@ impl Model {
         };
         let attended = work.attended.resize(rows, q_width);
         attend(isa, pool, attention, &work.queries, &sequences, attended)?;
-        work.attended.prepare(isa, pool, self.precision);
+        work.attended
+            .prepare_with(isa, pool, self.precision, work.prompts);
         if let FeedForward::Mlp(mlp) = &block.feed_forward {
             self.announce_together(rows, [&mlp.gate.matrix, &mlp.up.matrix]);
         }
@@ -362,7 +370,7 @@ impl Model {
             biases,
             out,
         )?;
-        work.gated.prepare(isa, pool, self.precision);
+        work.gated.prepare_with(isa, pool, self.precision, work.prompts);
         Ok(())
     }
 

@@ -197,10 +197,11 @@ impl HostDecoder {
                     position,
                     rows,
                     wanted,
+                    prompt,
                     ..
                 } = *sequence;
                 let faults = sequence.cache.faults.clone();
-                (sequence.cache.pages(), faults, [position, rows, wanted])
+                (sequence.cache.pages(), faults, [position, rows, wanted], prompt)
             })
             .collect();
         let wanted: usize = sequences.iter().map(|sequence| sequence.wanted).sum();
@@ -218,12 +219,13 @@ impl HostDecoder {
             let mut parts: Vec<Part<'_>> = locked
                 .iter_mut()
                 .zip(&parts)
-                .map(|(pages, (_, faults, [position, rows, wanted]))| Part {
+                .map(|(pages, (_, faults, [position, rows, wanted], prompt))| Part {
                     pages,
                     faults,
                     position: *position,
                     rows: *rows,
                     wanted: *wanted,
+                    prompt: *prompt,
                 })
                 .collect();
             model.run(&plan, ids, &mut parts, logits);
@@ -281,6 +283,8 @@ pub(crate) struct HostRows<'a> {
     pub(crate) rows: usize,
     /// How many of the last of them give logits.
     pub(crate) wanted: usize,
+    /// Whether they are of a prompt. Prompts come behind answers.
+    pub(crate) prompt: bool,
 }
 
 /// Logits of which a thread looks at so many before another may take some.
