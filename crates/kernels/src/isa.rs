@@ -32,7 +32,7 @@ pub(crate) enum Level {
     /// AVX-512 F, BW and VL with VNNI, besides the above.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
-    /// AMX for bytes, besides the above.
+    /// AMX for bytes and bfloat16, besides the above.
     #[cfg(target_arch = "x86_64")]
     Amx,
 }

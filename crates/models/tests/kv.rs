@@ -156,10 +156,10 @@ fn chunks_steps_and_batches_give_the_same() {
             let row = |index: usize| &all[index * 96..(index + 1) * 96];
             let mut chunked = decoder.sequence();
             for chunk in ids[..300].chunks(70) {
-                decoder.prefill(chunk, &mut chunked).expect("a chunk runs");
+                decoder.forward(chunk, &mut chunked).expect("a chunk runs");
             }
             let mut other = decoder.sequence();
-            decoder.prefill(&ids[..40], &mut other).expect("a chunk runs");
+            decoder.forward(&ids[..40], &mut other).expect("a chunk runs");
             for step in 0..30 {
                 let feeds =
                     [&ids[300 + step..301 + step], &ids[40 + 3 * step..43 + 3 * step]].map(|tokens| Feed {
@@ -191,9 +191,9 @@ fn what_is_no_longer_seen_takes_no_memory() {
             }
             let decoder = load(name, compute, &config);
             let mut sequence = decoder.sequence();
-            decoder.prefill(&ids[..64], &mut sequence).expect("a chunk runs");
+            decoder.forward(&ids[..64], &mut sequence).expect("a chunk runs");
             for chunk in ids[64..].chunks(8) {
-                decoder.prefill(chunk, &mut sequence).expect("a chunk runs");
+                decoder.forward(chunk, &mut sequence).expect("a chunk runs");
             }
             let bytes = sequence.bytes();
             let estimate = decoder.kv_bytes(500, 8);
@@ -244,11 +244,11 @@ fn a_window_takes_back_some_tokens_and_not_more() {
     for compute in [Compute::Fastest, Compute::Mlx] {
         let decoder = load("llama-wide", compute, &rotating());
         let mut sequence = decoder.sequence();
-        decoder.prefill(&ids[..200], &mut sequence).expect("a chunk runs");
+        decoder.forward(&ids[..200], &mut sequence).expect("a chunk runs");
         // A snapshot keeps what the sequence itself will have lost.
         let mut snapshot = sequence.fork(200).expect("a fork");
         for chunk in ids[200..].chunks(20) {
-            decoder.prefill(chunk, &mut sequence).expect("a chunk runs");
+            decoder.forward(chunk, &mut sequence).expect("a chunk runs");
         }
         assert!(sequence.can_truncate(400) && sequence.can_truncate(399) && sequence.can_truncate(370));
         assert!(sequence.can_truncate(0));
@@ -260,7 +260,7 @@ fn a_window_takes_back_some_tokens_and_not_more() {
         let whole = |tokens: &[u32]| {
             let mut fresh = decoder.sequence();
             for chunk in tokens[..tokens.len() - 1].chunks(64) {
-                decoder.prefill(chunk, &mut fresh).expect("a chunk runs");
+                decoder.forward(chunk, &mut fresh).expect("a chunk runs");
             }
             read(
                 &decoder
@@ -297,7 +297,7 @@ fn blocks_of_a_window_have_what_its_end_sees() {
         let decoder = load(name, Compute::Fastest, &config);
         let mut sequence = decoder.sequence();
         for chunk in ids[..360].chunks(60) {
-            decoder.prefill(chunk, &mut sequence).expect("a chunk runs");
+            decoder.forward(chunk, &mut sequence).expect("a chunk runs");
         }
         let block = |range| decoder.export(&sequence, range).expect("a block");
         let blocks = [block(0..256), block(256..360)];
@@ -327,7 +327,7 @@ fn blocks_of_a_window_have_what_its_end_sees() {
     }
     let decoder = load("llama-sliding", Compute::Mlx, &KvConfig::default());
     let mut sequence = decoder.sequence();
-    decoder.prefill(&ids[..10], &mut sequence).expect("a chunk runs");
+    decoder.forward(&ids[..10], &mut sequence).expect("a chunk runs");
     let error = decoder
         .export(&sequence, 0..10)
         .expect_err("it is refused")

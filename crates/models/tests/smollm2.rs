@@ -190,7 +190,7 @@ fn sequences_that_are_fed_together_get_the_bits_that_they_get_alone() {
                 expected.push(logits.as_slice::<f32>().to_vec());
                 let mut sequence = decoder.sequence();
                 if !before.is_empty() {
-                    decoder.prefill(before, &mut sequence).expect("the prompt runs");
+                    decoder.forward(before, &mut sequence).expect("the prompt runs");
                 }
                 sequences.push((sequence, NextToken::Read(*last)));
             }
