@@ -165,6 +165,7 @@ fn chunks_steps_and_batches_give_the_same() {
                     [&ids[300 + step..301 + step], &ids[40 + 3 * step..43 + 3 * step]].map(|tokens| Feed {
                         tokens: FeedTokens::Read(tokens),
                         logits: Wanted::All,
+                        prompt: false,
                     });
                 let logits = decoder
                     .step(&feeds, &mut [&mut chunked, &mut other])
