@@ -25,6 +25,16 @@ impl fmt::Display for Backend {
 }
 
 /// When the mock may stand in for a model. An engine on a fallback reports itself as degraded, with the reason.
+///
+/// ```
+/// use mlx_engine_core::FallbackPolicy;
+///
+/// // In a file of settings: "never", "when_mlx_unavailable" or "on_load_failure".
+/// let policy: FallbackPolicy = serde_json::from_str("\"on_load_failure\"")?;
+/// assert_eq!(policy, FallbackPolicy::OnLoadFailure);
+/// assert_eq!(FallbackPolicy::default(), FallbackPolicy::WhenMlxUnavailable);
+/// # Ok::<(), serde_json::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FallbackPolicy {

@@ -246,6 +246,16 @@ impl<W: EngineWrapper> LlmEngine for W {
 /// # Errors
 ///
 /// The first error in the stream, or [`EngineError::Internal`] where it ends without one and without `Finished`.
+///
+/// ```
+/// use mlx_engine_core::{EngineError, GenerationEvent, collect_events};
+/// use futures::{executor::block_on, stream};
+///
+/// let started = GenerationEvent::Started { prompt_tokens: 3, cached_tokens: 0 };
+/// let cut_off = stream::iter([Ok(started), Err(EngineError::internal("the cable was pulled"))]);
+/// let error = block_on(collect_events(cut_off)).unwrap_err();
+/// assert!(error.to_string().contains("the cable was pulled"));
+/// ```
 pub async fn collect_events<S>(events: S) -> Result<GenerateOutput, EngineError>
 where
     S: Stream<Item = Result<GenerationEvent, EngineError>>,

@@ -12,6 +12,25 @@ use crate::{Backend, Device, SpeculationReport, ToolCall};
 /// The marks that models set between the parts are in none of them.
 ///
 /// A stream that fails ends with an error in place of `Finished`.
+///
+/// ```
+/// use mlx_engine_core::{EngineError, EventStream, GenerationEvent};
+/// use futures::StreamExt;
+///
+/// async fn show(mut events: EventStream) -> Result<(), EngineError> {
+///     while let Some(event) = events.next().await {
+///         match event? {
+///             GenerationEvent::Started { prompt_tokens, .. } => eprintln!("{prompt_tokens} tokens"),
+///             GenerationEvent::Text { text, .. } => print!("{text}"),
+///             GenerationEvent::ToolCall { call, .. } => println!("calls {}", call.name),
+///             GenerationEvent::Finished(summary) => eprintln!("{:?}", summary.finish_reason),
+///             // What the model thinks, and what later versions add.
+///             _ => {}
+///         }
+///     }
+///     Ok(())
+/// }
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 #[non_exhaustive]

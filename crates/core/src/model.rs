@@ -131,6 +131,15 @@ impl fmt::Display for ModelType {
 /// Affine group quantization as MLX packs it: `bits` a weight, one scale and one bias for `group_size` weights.
 ///
 /// The fields are private and deserializing validates, so a value always names a width that MLX has kernels for.
+///
+/// ```
+/// use mlx_engine_core::Quantization;
+///
+/// let quantization = Quantization::new(4, 64)?;
+/// assert_eq!((quantization.bits(), quantization.group_size()), (4, 64));
+/// assert_eq!(Quantization::new(7, 64).unwrap_err().field(), "quantization.bits");
+/// # Ok::<(), mlx_engine_core::ParamError>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "RawQuantization")]
 pub struct Quantization {

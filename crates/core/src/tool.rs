@@ -112,6 +112,15 @@ impl From<ToolDefinition> for Value {
 }
 
 /// Whether the model calls a tool.
+///
+/// ```
+/// use mlx_engine_core::{GenerateParams, ToolChoice};
+///
+/// let weather: ToolChoice = "weather".parse().unwrap();
+/// assert_eq!(weather, ToolChoice::Function("weather".to_owned()));
+/// let params = GenerateParams::default().with_tool_choice(ToolChoice::Required);
+/// assert_eq!(params.tool_choice.to_string(), "required");
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
