@@ -34,6 +34,17 @@ pub const XDG_CACHE_HOME: &str = "XDG_CACHE_HOME";
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
 /// What the variables say.
+///
+/// ```
+/// use mlx_engine_hub::Environment;
+///
+/// let set = [("HF_HOME", "/models"), ("HF_HUB_OFFLINE", "1")];
+/// let value = |name: &str| set.iter().find(|(set, _)| *set == name).map(|(_, value)| value.into());
+/// let environment = Environment::from_lookup(value);
+/// assert_eq!(environment.cache, Some("/models/hub".into()));
+/// assert!(environment.offline);
+/// assert_eq!(environment.endpoint, "https://huggingface.co");
+/// ```
 #[derive(Clone, Debug)]
 pub struct Environment {
     /// The folder of the cached repositories; `None` where even `HOME` is not set.

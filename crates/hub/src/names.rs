@@ -81,6 +81,16 @@ impl FromStr for RepoId {
 }
 
 /// A branch, a tag, or a commit; `main` unless told.
+///
+/// ```
+/// use mlx_engine_hub::Revision;
+///
+/// let revision: Revision = "refs/pr/3".parse()?;
+/// assert!(!revision.is_commit());
+/// assert_eq!(Revision::default().as_str(), "main");
+/// assert!("../elsewhere".parse::<Revision>().is_err());
+/// # Ok::<(), mlx_engine_hub::HubError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Revision(String);
