@@ -75,6 +75,17 @@ impl Sampling {
 }
 
 /// A model of the registry. It reads as its [`ModelConfiguration`].
+///
+/// ```
+/// use mlx_engine_registry::{Capability, ModelRegistry};
+///
+/// let registry = ModelRegistry::builtin();
+/// let model = registry.entry("qwen3-4b")?;
+/// assert!(model.can(Capability::Tools));
+/// // The weights, and the keys and values of 1024 tokens.
+/// println!("{}: {:?} + {} bytes", model.name, model.weight_bytes(), model.cache_bytes(1024));
+/// # Ok::<(), mlx_engine_registry::RegistryError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelEntry {
     /// What loading it takes.

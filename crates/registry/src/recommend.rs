@@ -9,6 +9,17 @@ use serde::{Deserialize, Serialize};
 use crate::{Capability, Compatibility, DeviceDescription, Fit, ModelEntry, ModelRegistry};
 
 /// What a model is to be used for.
+///
+/// ```
+/// use mlx_engine_registry::{DeviceDescription, ModelRegistry, UseCase};
+///
+/// let phone = DeviceDescription::new(8 << 30, 68_000_000_000);
+/// let registry = ModelRegistry::builtin();
+/// for pick in registry.recommended_models(UseCase::OnPhone, &phone) {
+///     let memory = pick.compatibility.fit().expect("it was reckoned").memory.total();
+///     assert!(memory <= 4_000_000_000);
+/// }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
