@@ -16,6 +16,24 @@ use mlx_engine_core::{
 /// The engine keeps the keys and values of the conversation, so that a turn computes what is new alone;
 /// `usage.cached_tokens` of an answer says how much was taken over. The history is plain data: [`history`](Self::history)
 /// gives it, and [`with_history`](Self::with_history) goes on with it later, in another process if need be.
+///
+/// ```
+/// use mlx_engine::{BackendChoice, InferenceEngine, MockScript};
+///
+/// # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+/// let script = MockScript::reply("Where the needle points.");
+/// let engine = InferenceEngine::new().with_backend(BackendChoice::Mock).with_mock(script);
+/// engine.load_model("tiny").await?;
+///
+/// let mut chat = engine.chat().with_system("Be brief.");
+/// let answer = chat.send("Which way is north?").await?;
+/// assert_eq!(answer.text, "Where the needle points.");
+/// // The system prompt, the question and the answer.
+/// assert_eq!(chat.history().len(), 3);
+/// # Ok::<(), mlx_engine::EngineError>(())
+/// # })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct ChatSession {
     engine: Arc<dyn LlmEngine>,
     messages: Vec<ChatMessage>,

@@ -97,6 +97,13 @@ fn not_found(reference: &str, hint: String) -> EngineError {
 /// # Errors
 ///
 /// [`EngineError::ModelNotFound`] with where was looked and what may have been meant.
+///
+/// ```
+/// use mlx_engine::{ModelRegistry, locate};
+///
+/// let error = locate("nobody/no-such-model", ModelRegistry::builtin()).unwrap_err();
+/// assert!(error.hint().is_some());
+/// ```
 pub fn locate(reference: &str, registry: &ModelRegistry) -> Result<ModelLocation, EngineError> {
     locate_in(reference, registry, hub_cache().as_deref())
 }

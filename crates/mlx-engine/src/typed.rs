@@ -30,6 +30,22 @@ pub enum TypedError {
 ///
 /// What serde decides by itself is left to it: widths of numbers are no formats, and of alternatives that exclude each
 /// other one is enough.
+///
+/// ```
+/// use mlx_engine::schema_of;
+/// use schemars::JsonSchema;
+///
+/// #[derive(JsonSchema)]
+/// #[expect(dead_code, reason = "only its schema is looked at")]
+/// struct City {
+///     name: String,
+///     people: u32,
+/// }
+///
+/// let schema = schema_of::<City>();
+/// assert_eq!(schema["properties"]["name"]["type"], "string");
+/// assert_eq!(schema["required"], serde_json::json!(["name", "people"]));
+/// ```
 pub fn schema_of<T: JsonSchema>() -> Value {
     let mut schema = SchemaGenerator::default().into_root_schema_for::<T>().to_value();
     plain(&mut schema);

@@ -33,6 +33,20 @@ pub enum OptimizeGoal {
 }
 
 /// What is measured, and for how long.
+///
+/// ```
+/// use mlx_engine::{OptimizeGoal, OptimizeOptions};
+///
+/// let options = OptimizeOptions {
+///     time_limit_s: 30.0,
+///     concurrency: 16,
+///     ..OptimizeOptions::new(OptimizeGoal::Throughput)
+/// };
+/// options.validate()?;
+/// let none = OptimizeOptions { concurrency: 0, ..options };
+/// assert_eq!(none.validate().unwrap_err().to_string(), "`concurrency` is 0, allowed: 1 or more");
+/// # Ok::<(), mlx_engine::ParamError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimizeOptions {
