@@ -47,22 +47,13 @@ fn tools(tools: &Value) -> Vec<Tool> {
 }
 
 /// Published templates whose calls are in formats that are not known here.
-const UNKNOWN: [&str; 17] = [
-    "Apertus-8B-Instruct.jinja",
-    "Cohere2MoE.jinja",
+const UNKNOWN: [&str; 8] = [
     "CohereForAI-c4ai-command-r-plus-tool_use.jinja",
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use.jinja",
     "GigaChat3-10B-A1.8B.jinja",
-    "GigaChat3.1-10B-A1.8B.jinja",
     "Kimi-K3.jinja",
-    "MiniMax-M2.jinja",
     "MiniMax-M3.jinja",
-    "deepseek-ai-DeepSeek-V3.2.jinja",
-    "deepseek-ai-DeepSeek-V4-Flash-0731.jinja",
-    "deepseek-ai-DeepSeek-V4.jinja",
     "meetkai-functionary-medium-v3.2.jinja",
     "muse-glimmer.jinja",
-    "openbmb-MiniCPM5-1B.jinja",
     "tencent-Hy3.jinja",
     "upstage-Solar-Open-100B.jinja",
 ];

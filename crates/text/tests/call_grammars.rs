@@ -9,16 +9,28 @@ use mlx_engine_text::{
 };
 use serde_json::{Map, Value, json};
 
-/// Those that have a grammar: `Plain` has no calls, and what is around a list in JSON differs from model to model.
+/// Those that have a grammar: `Plain` has no calls.
 fn formats() -> impl Iterator<Item = ToolFormat> {
-    let none = [ToolFormat::Plain, ToolFormat::JsonList];
     ToolFormat::ALL
         .into_iter()
-        .filter(move |format| !none.contains(format))
+        .filter(|format| *format != ToolFormat::Plain)
 }
 
 /// Marks that are tokens of their own in the vocabularies of models.
-const MARKS: [&str; 40] = [
+const MARKS: [&str; 53] = [
+    "｜DSML｜",
+    "<minimax:tool_call>",
+    "</minimax:tool_call>",
+    "<|START_THINKING|>",
+    "<|END_THINKING|>",
+    "<|START_ACTION|>",
+    "<|END_ACTION|>",
+    "<|tools_prefix|>",
+    "<|tools_suffix|>",
+    "<|inner_prefix|>",
+    "<|inner_suffix|>",
+    "<|function_call|>",
+    "<TOOLCALL>",
     "<tool_call>",
     "</tool_call>",
     "<think>",
@@ -69,6 +81,11 @@ fn closings(format: ToolFormat) -> &'static [&'static str] {
         ToolFormat::Mistral | ToolFormat::MistralArgs => &["[/THINK]"],
         ToolFormat::Qwen3Coder => &["</think>", "\n</parameter>\n"],
         ToolFormat::Seed => &["</seed:think>", "\n</parameter>\n"],
+        ToolFormat::DeepSeek32 | ToolFormat::DeepSeek4 => &["</think>", "</｜DSML｜parameter>\n"],
+        ToolFormat::MiniMax => &["</think>", "</parameter>\n"],
+        ToolFormat::MiniCpm => &["</think>", "]]></param>"],
+        ToolFormat::Cohere => &["<|END_THINKING|>"],
+        ToolFormat::Apertus => &["<|inner_suffix|>"],
         ToolFormat::Glm => &["</think>", "</arg_value>\n"],
         ToolFormat::Gemma => &["</think>", "<escape>"],
         ToolFormat::Gemma4 => &["<channel|>", "<|\"|>"],
@@ -176,23 +193,27 @@ fn answer(
             break;
         }
         // What brings an end nearer: the next byte of what closes a value, a special token, a quote or a bracket.
-        let begun: Vec<(usize, u8)> = closings(format)
+        let begun: Vec<(usize, &str)> = closings(format)
             .iter()
             .filter_map(|closing| {
                 let bytes = closing.as_bytes();
                 let begun = (1..bytes.len())
                     .rev()
                     .find(|&len| text.ends_with(&bytes[..len]))?;
-                Some((begun, bytes[begun]))
+                Some((begun, *closing))
             })
             .collect();
-        let (begun, byte) = if begun.is_empty() {
+        let (begun, closing) = if begun.is_empty() {
             let closings = closings(format);
-            (0, closings[random.below(closings.len())].as_bytes()[0])
+            (0, closings[random.below(closings.len())])
         } else {
             begun[random.below(begun.len())]
         };
-        let closing = Some((begun, u32::from(byte))).filter(|(_, id)| allowed.contains(id));
+        // A mark inside of it is a token of its own where the vocabulary has one.
+        let rest = &closing.as_bytes()[begun..];
+        let mark = |id: &&u32| **id > 256 && rest.starts_with(tokenizer.decode(&[**id], false).as_bytes());
+        let next = allowed.iter().find(mark).copied().unwrap_or(u32::from(rest[0]));
+        let closing = Some((begun, next)).filter(|(_, id)| allowed.contains(id));
         let near = |id: &u32| {
             (*id > 255 && !(ends && tokenizer.eos_ids().contains(id)))
                 || matches!(table.bytes(*id), [b'"' | b'}' | b']' | b')'])
@@ -254,6 +275,8 @@ fn calls_under_a_grammar_are_read_and_valid() {
                     let prompt = match (thoughts, format) {
                         (Thoughts::Opened, ToolFormat::Mistral | ToolFormat::MistralArgs) => "[THINK]",
                         (Thoughts::Opened, ToolFormat::Seed) => "<seed:think>",
+                        (Thoughts::Opened, ToolFormat::Cohere) => "<|START_THINKING|>",
+                        (Thoughts::Opened, ToolFormat::Apertus) => "<|inner_prefix|>",
                         (Thoughts::Opened, ToolFormat::Gemma4) => "<|channel>thought",
                         // Its template never opens them, and Functionary has none.
                         (Thoughts::Opened, ToolFormat::Harmony)
@@ -335,6 +358,6 @@ fn what_a_format_cannot_hold_is_refused_with_the_tool() {
         json!({"type": "object", "required": ["b"]}),
     );
     assert!(reason.contains("`b` is required"), "{reason}");
-    let reason = refused(ToolFormat::JsonList, object(json!({})));
-    assert!(reason.contains("`json-list`"), "{reason}");
+    let reason = refused(ToolFormat::Plain, object(json!({})));
+    assert!(reason.contains("`plain`"), "{reason}");
 }

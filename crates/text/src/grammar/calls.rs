@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
+use super::lark::Lark;
+use super::layout::{Arguments, Layout, Quote, first_mark, layout};
 use super::table;
 use crate::parser::{Tool, ToolFormat};
 use crate::{TextError, Tokenizer};
@@ -34,194 +36,6 @@ pub struct CallGrammar<'a> {
     pub parallel: bool,
     /// Whether thoughts may come first.
     pub thoughts: Thoughts,
-}
-
-/// How calls of a format are written around their names and arguments.
-struct Layout {
-    /// Before the first call.
-    open: &'static str,
-    /// Between two calls; none where there is one alone.
-    between: Option<&'static str>,
-    /// After the last call.
-    close: &'static str,
-    /// Before the name.
-    begin: &'static str,
-    arguments: Arguments,
-    /// After the arguments.
-    end: &'static str,
-}
-
-enum Arguments {
-    /// JSON after this.
-    Json(&'static str),
-    /// Pairs: what stands before the first, before a name, before its value, after it, between two, and the quotes of strings.
-    Pairs {
-        head: &'static str,
-        key: &'static str,
-        value: &'static str,
-        end: &'static str,
-        between: &'static str,
-        quote: Quote,
-    },
-}
-
-#[derive(Clone, Copy)]
-enum Quote {
-    /// Strings stand as they are, up to the end of the value.
-    None,
-    /// Strings stand between these marks.
-    Marks(&'static str),
-    /// Strings are JSON.
-    Json,
-}
-
-const fn json(begin: &'static str, middle: &'static str, end: &'static str) -> Layout {
-    Layout {
-        open: "",
-        between: None,
-        close: "",
-        begin,
-        arguments: Arguments::Json(middle),
-        end,
-    }
-}
-
-const XML: Arguments = Arguments::Pairs {
-    head: ">\n",
-    key: "<parameter=",
-    value: ">\n",
-    end: "\n</parameter>\n",
-    between: "",
-    quote: Quote::None,
-};
-
-const fn gemma(begin: &'static str, end: &'static str, quote: &'static str) -> Layout {
-    Layout {
-        open: "",
-        between: Some(""),
-        close: "",
-        begin,
-        arguments: Arguments::Pairs {
-            head: "{",
-            key: "",
-            value: ":",
-            end: "",
-            between: ",",
-            quote: Quote::Marks(quote),
-        },
-        end,
-    }
-}
-
-/// The layout of a format; none for those whose calls have no one form.
-fn layout(format: ToolFormat) -> Option<Layout> {
-    let name_arguments = "\", \"arguments\": ";
-    Some(match format {
-        ToolFormat::Hermes => Layout {
-            between: Some("\n"),
-            ..json("<tool_call>\n{\"name\": \"", name_arguments, "}\n</tool_call>")
-        },
-        ToolFormat::Llama3Json => Layout {
-            between: Some("; "),
-            ..json("{\"name\": \"", "\", \"parameters\": ", "}")
-        },
-        ToolFormat::Mistral => Layout {
-            open: "[TOOL_CALLS][",
-            between: Some(", "),
-            close: "]",
-            ..json("{\"name\": \"", name_arguments, "}")
-        },
-        ToolFormat::MistralArgs => Layout {
-            between: Some(""),
-            ..json("[TOOL_CALLS]", "[ARGS]", "")
-        },
-        ToolFormat::DeepSeek => Layout {
-            open: "<｜tool▁calls▁begin｜>",
-            between: Some("\n"),
-            close: "<｜tool▁calls▁end｜>",
-            ..json(
-                "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
-                "\n```json\n",
-                "\n```<｜tool▁call▁end｜>",
-            )
-        },
-        ToolFormat::DeepSeek31 => Layout {
-            open: "<｜tool▁calls▁begin｜>",
-            between: Some(""),
-            close: "<｜tool▁calls▁end｜>",
-            ..json("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
-        },
-        // Calls are numbered, so that there is one.
-        ToolFormat::Kimi => Layout {
-            open: "<|tool_calls_section_begin|>",
-            close: "<|tool_calls_section_end|>",
-            ..json(
-                "<|tool_call_begin|>functions.",
-                ":0<|tool_call_argument_begin|>",
-                "<|tool_call_end|>",
-            )
-        },
-        // The mark that ends a call ends the answer, so that there is one.
-        ToolFormat::Harmony => json(
-            "<|channel|>commentary to=functions.",
-            " <|constrain|>json<|message|>",
-            "",
-        ),
-        ToolFormat::Qwen3Coder => Layout {
-            between: Some("\n"),
-            arguments: XML,
-            ..json("<tool_call>\n<function=", "", "</function>\n</tool_call>")
-        },
-        ToolFormat::Seed => Layout {
-            between: Some("\n"),
-            arguments: XML,
-            ..json(
-                "<seed:tool_call>\n<function=",
-                "",
-                "</function>\n</seed:tool_call>",
-            )
-        },
-        ToolFormat::FunctionJson => Layout {
-            between: Some(""),
-            ..json("<function=", ">", "</function>")
-        },
-        ToolFormat::Glm => Layout {
-            between: Some("\n"),
-            arguments: Arguments::Pairs {
-                head: "\n",
-                key: "<arg_key>",
-                value: "</arg_key>\n<arg_value>",
-                end: "</arg_value>\n",
-                between: "",
-                quote: Quote::None,
-            },
-            ..json("<tool_call>", "", "</tool_call>")
-        },
-        ToolFormat::Gemma => gemma("<start_function_call>call:", "}<end_function_call>", "<escape>"),
-        ToolFormat::Gemma4 => gemma("<|tool_call>call:", "}<tool_call|>", "<|\"|>"),
-        ToolFormat::Pythonic | ToolFormat::Lfm2 => {
-            let (open, close) = if format == ToolFormat::Lfm2 {
-                ("<|tool_call_start|>[", "]<|tool_call_end|>")
-            } else {
-                ("[", "]")
-            };
-            Layout {
-                open,
-                between: Some(", "),
-                close,
-                arguments: Arguments::Pairs {
-                    head: "(",
-                    key: "",
-                    value: "=",
-                    end: "",
-                    between: ", ",
-                    quote: Quote::Json,
-                },
-                ..json("", "", ")")
-            }
-        }
-        ToolFormat::Plain | ToolFormat::JsonList => return None,
-    })
 }
 
 impl CallGrammar<'_> {
@@ -256,28 +70,7 @@ fn refused(reason: String) -> TextError {
     }
 }
 
-/// Rules in llguidance's form of Lark.
-struct Lark<'a> {
-    tokenizer: &'a Tokenizer,
-    rules: String,
-    count: usize,
-}
-
-/// A piece of a mark.
-enum Piece {
-    Text(String),
-    Token(u32),
-}
-
-impl<'a> Lark<'a> {
-    fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self {
-            tokenizer,
-            rules: String::new(),
-            count: 0,
-        }
-    }
-
+impl Lark<'_> {
     fn write(&mut self, calls: &CallGrammar<'_>, layout: &Layout) -> Result<String, TextError> {
         // What the first call begins with stands apart, for it ends free text.
         let first = if layout.open.is_empty() {
@@ -296,12 +89,12 @@ impl<'a> Lark<'a> {
         let begin = if layout.open.is_empty() {
             String::new()
         } else {
-            self.literal(layout.begin)
+            self.numbered(layout.begin)
         };
         let more = match layout.between.filter(|_| calls.parallel) {
             Some(between) => {
                 let separator = self.literal(between);
-                let begin = self.literal(layout.begin);
+                let begin = self.numbered(layout.begin);
                 format!("({separator} {begin} {call})*")
             }
             None => String::new(),
@@ -338,7 +131,7 @@ impl<'a> Lark<'a> {
             Arguments::Json(middle) => {
                 let schema = table::compact(&tool.parameters)
                     .map_err(|reason| refused(format!("tool `{}`: {reason}", tool.name)))?;
-                format!("{} {}", self.literal(middle), self.json(&schema))
+                format!("{} {}", self.numbered(middle), self.json(&schema))
             }
             pairs @ Arguments::Pairs { .. } => self.pairs(tool, pairs)?,
         };
@@ -413,22 +206,26 @@ impl<'a> Lark<'a> {
         else {
             return Ok(String::new());
         };
-        let head = self.literal(&format!("{open}{key}{value}"));
+        let is_text = tool.is_text(key);
+        let told = match quote {
+            Quote::Told if is_text => "true\">",
+            Quote::Told => "false\">",
+            _ => "",
+        };
+        let head = self.literal(&format!("{open}{key}{value}{told}"));
         let fails = |keyword: &str| {
             refused(format!(
                 "tool `{}`: this format cannot hold the string `{key}` to `{keyword}`",
                 tool.name
             ))
         };
-        let is_text = tool.is_text(key);
         let body = match quote {
-            Quote::None | Quote::Marks(_) if is_text => {
-                let marks = if let Quote::Marks(quote) = quote {
-                    quote
-                } else {
-                    ""
+            Quote::None | Quote::Told | Quote::Marks(..) if is_text => {
+                let (before, after) = match quote {
+                    Quote::Marks(before, after) => (*before, *after),
+                    _ => ("", ""),
                 };
-                let close = format!("{marks}{end}");
+                let close = format!("{after}{end}");
                 let text = if let Some(values) = property["enum"].as_array() {
                     let values: Vec<String> = values
                         .iter()
@@ -446,7 +243,7 @@ impl<'a> Lark<'a> {
                     }
                     self.until(&close).1
                 };
-                format!("{} {text}", self.literal(marks))
+                format!("{} {text}", self.literal(before))
             }
             _ => {
                 let mut schema = match property {
@@ -470,6 +267,8 @@ impl<'a> Lark<'a> {
         let (open, close) = match format {
             ToolFormat::Mistral | ToolFormat::MistralArgs => ("[THINK]", "[/THINK]"),
             ToolFormat::Seed => ("<seed:think>", "</seed:think>"),
+            ToolFormat::Cohere => ("<|START_THINKING|>", "<|END_THINKING|>"),
+            ToolFormat::Apertus => ("<|inner_prefix|>", "<|inner_suffix|>"),
             ToolFormat::Gemma4 => ("<|channel>thought", "<channel|>"),
             ToolFormat::Harmony => ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
             _ => ("<think>", "</think>"),
@@ -484,82 +283,6 @@ impl<'a> Lark<'a> {
         } else {
             format!("({} {text} {blank})?", self.literal(open))
         }
-    }
-
-    /// Text without a mark, and text up to it with the mark itself.
-    fn until(&mut self, mark: &str) -> (String, String) {
-        let pieces = self.pieces(mark);
-        match pieces.first() {
-            // No text has a special token; spelled out it would read like one.
-            Some(Piece::Token(id)) => {
-                let spelled = escape(&self.tokenizer.decode(&[*id], false));
-                let free = self.token(&format!("/(?s:.*)/ & ~/(?s:.*){spelled}(?s:.*)/"));
-                let until = format!("{free} {}", self.literal(mark));
-                (free, until)
-            }
-            Some(Piece::Text(text)) => {
-                // A line that ends behind the mark is no part of what is looked for.
-                let sought = text.trim_end_matches('\n');
-                let escaped = escape(sought);
-                let free = self.token(&format!("/(?s:.*)/ & ~/(?s:.*){escaped}(?s:.*)/"));
-                // It ends with the first: nothing longer has one at its end alone.
-                let name = self.token(&format!("/(?s:.*){escaped}/ & ~/(?s:.*){escaped}(?s:.+)/"));
-                let mut rest = vec![name];
-                if sought.len() < text.len() {
-                    rest.push(quoted(&text[sought.len()..]));
-                }
-                rest.extend(pieces[1..].iter().map(spell));
-                (free, rest.join(" "))
-            }
-            None => (String::new(), String::new()),
-        }
-    }
-
-    fn json(&mut self, schema: &Value) -> String {
-        self.rule(&format!("%json {schema}"))
-    }
-
-    fn rule(&mut self, body: &str) -> String {
-        self.count += 1;
-        let name = format!("rule_{}", self.count);
-        let _ = writeln!(self.rules, "{name}: {body}");
-        name
-    }
-
-    fn token(&mut self, body: &str) -> String {
-        self.count += 1;
-        let name = format!("TEXT_{}", letters(self.count));
-        let _ = writeln!(self.rules, "{name}: {body}");
-        name
-    }
-
-    /// A text as it stands, its special tokens as tokens.
-    fn literal(&self, text: &str) -> String {
-        let pieces = self.pieces(text);
-        let spelled: Vec<String> = pieces.iter().map(spell).collect();
-        spelled.join(" ")
-    }
-
-    fn pieces(&self, text: &str) -> Vec<Piece> {
-        let mut pieces = Vec::new();
-        let mut rest = text;
-        for id in self.tokenizer.encode(text, false).unwrap_or_default() {
-            if !self.tokenizer.is_special(id) {
-                continue;
-            }
-            let special = self.tokenizer.decode(&[id], false);
-            if let Some((before, after)) = rest.split_once(&special).filter(|_| !special.is_empty()) {
-                if !before.is_empty() {
-                    pieces.push(Piece::Text(before.to_owned()));
-                }
-                pieces.push(Piece::Token(id));
-                rest = after;
-            }
-        }
-        if !rest.is_empty() {
-            pieces.push(Piece::Text(rest.to_owned()));
-        }
-        pieces
     }
 }
 
@@ -578,55 +301,3 @@ const HELD: [&str; 12] = [
     "examples",
     "$comment",
 ];
-
-/// What a call begins with in any case, and free text does not have.
-fn first_mark(format: ToolFormat) -> &'static str {
-    match format {
-        ToolFormat::Hermes | ToolFormat::Qwen3Coder | ToolFormat::Glm => "<tool_call>",
-        ToolFormat::Seed => "<seed:tool_call>",
-        ToolFormat::FunctionJson => "<function=",
-        ToolFormat::Mistral | ToolFormat::MistralArgs => "[TOOL_CALLS]",
-        ToolFormat::DeepSeek | ToolFormat::DeepSeek31 => "<｜tool▁calls▁begin｜>",
-        ToolFormat::Kimi => "<|tool_calls_section_begin|>",
-        ToolFormat::Gemma => "<start_function_call>",
-        ToolFormat::Gemma4 => "<|tool_call>",
-        ToolFormat::Lfm2 => "<|tool_call_start|>",
-        ToolFormat::Harmony => "<|channel|>commentary to=",
-        ToolFormat::Plain | ToolFormat::JsonList | ToolFormat::Llama3Json | ToolFormat::Pythonic => "",
-    }
-}
-
-fn spell(piece: &Piece) -> String {
-    match piece {
-        Piece::Token(id) => format!("<[{id}]>"),
-        Piece::Text(text) => quoted(text),
-    }
-}
-
-/// A string as Lark writes it, which is JSON.
-fn quoted(text: &str) -> String {
-    json!(text).to_string()
-}
-
-/// A text as a regular expression between slashes.
-fn escape(text: &str) -> String {
-    let mut out = String::new();
-    for character in text.chars() {
-        match character {
-            '\n' => out.push_str("\\n"),
-            // Not `<` and `>`: behind a backslash they are the borders of words.
-            c if "\\.+*?()|[]{}^$/#&~-".contains(c) => out.extend(['\\', c]),
-            c => out.push(c),
-        }
-    }
-    out
-}
-
-/// A number as letters, for names of tokens.
-fn letters(number: usize) -> String {
-    let digits = number.to_string();
-    digits
-        .bytes()
-        .map(|digit| char::from(digit - b'0' + b'A'))
-        .collect()
-}

@@ -6,6 +6,8 @@
 
 mod calls;
 mod constraint;
+mod lark;
+mod layout;
 mod table;
 
 use serde_json::Value;

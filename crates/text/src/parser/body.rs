@@ -1,5 +1,7 @@
 //! What stands between the marks of a call.
 
+use std::collections::BTreeMap;
+
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
@@ -40,8 +42,9 @@ pub(super) type Read = fn(&str, Tools<'_>) -> Result<Vec<Call>, Unread>;
 
 #[derive(serde::Deserialize)]
 struct Json {
-    #[serde(default)]
+    #[serde(default, alias = "tool_call_id")]
     id: Option<String>,
+    #[serde(alias = "tool_name")]
     name: String,
     #[serde(alias = "parameters")]
     arguments: Option<Value>,
@@ -99,6 +102,20 @@ pub(super) fn json(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
     } else {
         Ok(calls)
     }
+}
+
+/// A list of objects that each have one member: the name of a tool with its arguments.
+pub(super) fn named(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let list: Vec<BTreeMap<String, &RawValue>> =
+        serde_json::from_str(body.trim()).map_err(|error| unread(&error))?;
+    let calls = list.into_iter().map(|item| {
+        let mut members = item.into_iter();
+        match (members.next(), members.next()) {
+            (Some((name, arguments)), None) => Ok(Call::new(&name, object(arguments.get())?)),
+            _ => Err(Unread::Bad),
+        }
+    });
+    calls.collect()
 }
 
 /// A list of objects, or a name with `[ARGS]` and an object.
@@ -183,16 +200,45 @@ fn literal(text: &str) -> Value {
     serde_json::from_str(text.trim()).unwrap_or_else(|_| python::value(text).unwrap_or_else(text_is))
 }
 
-/// Pairs of names and values between four marks. `lines` says that a value stands on lines of its own.
+/// How the value of a pair stands between its marks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stands {
+    /// On the line of the marks.
+    Inline,
+    /// On lines of its own, if it begins one.
+    Lines,
+    /// In a section of character data, if it begins one.
+    Data,
+}
+
+/// Pairs of names and values between four marks, up to the end of the text.
 fn pairs(
-    mut rest: &str,
+    rest: &str,
     marks: [&str; 4],
-    lines: bool,
+    stands: Stands,
     value: impl Fn(&str, &str) -> Value,
 ) -> Result<String, Unread> {
+    Ok(pairs_until(rest, "", marks, stands, value)?.0)
+}
+
+/// Pairs up to a mark, or to the end of the text where it is empty, and what follows.
+fn pairs_until<'a>(
+    mut rest: &'a str,
+    end: &str,
+    marks: [&str; 4],
+    stands: Stands,
+    value: impl Fn(&str, &str) -> Value,
+) -> Result<(String, &'a str), Unread> {
     let mut object = Map::new();
-    while !rest.trim().is_empty() {
-        rest = rest.trim_start().strip_prefix(marks[0]).ok_or(Unread::Bad)?;
+    loop {
+        rest = rest.trim_start();
+        match rest.strip_prefix(end) {
+            Some(after) if !end.is_empty() || rest.is_empty() => {
+                return Ok((Value::Object(object).to_string(), after));
+            }
+            _ => {}
+        }
+        rest = rest.strip_prefix(marks[0]).ok_or(Unread::Bad)?;
         let (name, after) = rest.split_once(marks[1]).ok_or(Unread::Bad)?;
         let after = if marks[2].is_empty() {
             after
@@ -201,22 +247,21 @@ fn pairs(
         };
         let after = after.strip_prefix(marks[2]).ok_or(Unread::Bad)?;
         // Without its end mark a value holds the one that the call was ended by.
-        let (text, after) = split_value(after, marks, lines).ok_or(Unread::Open)?;
+        let (text, after) = split_value(after, marks, stands).ok_or(Unread::Open)?;
         let name = name.trim();
         object.insert(name.to_owned(), value(name, text));
         rest = after;
     }
-    Ok(Value::Object(object).to_string())
 }
 
 /// The text of a value, and what follows the mark that ends it.
-fn split_value<'a>(after: &'a str, marks: [&str; 4], lines: bool) -> Option<(&'a str, &'a str)> {
+fn split_value<'a>(after: &'a str, marks: [&str; 4], stands: Stands) -> Option<(&'a str, &'a str)> {
     let [open, _, _, close] = marks;
-    let first = after.find(close)?;
-    if !lines {
-        return Some((&after[..first], &after[first + close.len()..]));
+    if let Some(data) = after.strip_prefix("<![CDATA[").filter(|_| stands == Stands::Data) {
+        return data.split_once(&format!("]]>{close}"));
     }
-    let Some(inner) = after.strip_prefix('\n') else {
+    let first = after.find(close)?;
+    let Some(inner) = after.strip_prefix('\n').filter(|_| stands == Stands::Lines) else {
         return Some((&after[..first], &after[first + close.len()..]));
     };
     // On lines of its own a value may hold the mark: the one that counts begins a line.
@@ -228,10 +273,69 @@ fn split_value<'a>(after: &'a str, marks: [&str; 4], lines: bool) -> Option<(&'a
     }
 }
 
+/// Several calls, each with a name between two marks, pairs and a mark at its end.
+fn invocations(
+    body: &str,
+    [open, named, close]: [&str; 3],
+    marks: [&str; 4],
+    value: impl Fn(&str, &str, &str) -> Value,
+) -> Result<Vec<Call>, Unread> {
+    let mut calls = Vec::new();
+    let mut rest = body.trim_start();
+    while !rest.is_empty() {
+        let (name, after) = rest
+            .strip_prefix(open)
+            .and_then(|after| after.split_once(named))
+            .ok_or(Unread::Bad)?;
+        let (arguments, after) = pairs_until(after, close, marks, Stands::Inline, |key, text| {
+            value(name, key, text)
+        })?;
+        calls.push(Call::new(name, arguments));
+        rest = after.trim_start();
+    }
+    if calls.is_empty() {
+        Err(Unread::Bad)
+    } else {
+        Ok(calls)
+    }
+}
+
+pub(super) fn minimax(body: &str, tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let call = ["<invoke name=\"", "\">", "</invoke>"];
+    let marks = ["<parameter name=\"", "\">", "", "</parameter>"];
+    invocations(body, call, marks, |name, key, text| value(text, tools, name, key))
+}
+
+/// Each parameter says whether it is a string; what is none is JSON.
+pub(super) fn dsml(body: &str, _tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let call = ["<｜DSML｜invoke name=\"", "\">", "</｜DSML｜invoke>"];
+    let marks = [
+        "<｜DSML｜parameter name=\"",
+        "\" string=\"",
+        "",
+        "</｜DSML｜parameter>",
+    ];
+    invocations(body, call, marks, |_, _, text| {
+        match text.strip_prefix("false\">") {
+            Some(text) => literal(text),
+            None => Value::String(text.strip_prefix("true\">").unwrap_or(text).to_owned()),
+        }
+    })
+}
+
+pub(super) fn minicpm(body: &str, tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
+    let (name, parameters) = body.split_once("\">").ok_or(Unread::Bad)?;
+    let marks = ["<param name=\"", "\">", "", "</param>"];
+    let arguments = pairs(parameters, marks, Stands::Data, |key, text| {
+        value(text, tools, name.trim(), key)
+    })?;
+    Ok(vec![Call::new(name, arguments)])
+}
+
 pub(super) fn qwen3_coder(body: &str, tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
     let (name, parameters) = body.split_once('>').ok_or(Unread::Bad)?;
     let marks = ["<parameter=", ">", "", "</parameter>"];
-    let arguments = pairs(parameters, marks, true, |key, text| {
+    let arguments = pairs(parameters, marks, Stands::Lines, |key, text| {
         value(text, tools, name.trim(), key)
     })?;
     Ok(vec![Call::new(name, arguments)])
@@ -251,7 +355,9 @@ pub(super) fn glm(body: &str, tools: Tools<'_>) -> Result<Vec<Call>, Unread> {
     if name.is_empty() || name.contains(['<', '{', '\n']) {
         return Err(Unread::Bad);
     }
-    let arguments = pairs(rest, marks, false, |key, text| value(text, tools, name, key))?;
+    let arguments = pairs(rest, marks, Stands::Inline, |key, text| {
+        value(text, tools, name, key)
+    })?;
     Ok(vec![Call::new(name, arguments)])
 }
 

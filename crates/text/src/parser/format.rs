@@ -16,8 +16,12 @@ pub enum ToolFormat {
     Plain,
     /// JSON between `<tool_call>` and `</tool_call>`: Hermes, Qwen, Granite 4.
     Hermes,
-    /// A list in JSON between `<tool_calls>`, `<TOOLCALL>` and the like: Apriel, MiniMax M1, Nemotron Nano 2.
+    /// A list in JSON between `<tool_calls>` and `</tool_calls>`: Apriel.
     JsonList,
+    /// Lines of JSON between `<tool_calls>` and `</tool_calls>`: MiniMax M1.
+    JsonLines,
+    /// A list in JSON between `<TOOLCALL>` and `</TOOLCALL>`: Nemotron Nano 2.
+    Nemotron,
     /// An answer that is JSON with `name` and `parameters`: Llama 3.
     Llama3Json,
     /// An answer that is a list of Python calls: Llama 4.
@@ -32,6 +36,20 @@ pub enum ToolFormat {
     DeepSeek,
     /// `<｜tool▁calls▁begin｜>` with the arguments as they are: DeepSeek V3.1.
     DeepSeek31,
+    /// `<｜DSML｜function_calls>` with parameters that say whether they are strings: DeepSeek V3.2.
+    DeepSeek32,
+    /// As DeepSeek V3.2, between `<｜DSML｜tool_calls>` and its end: DeepSeek V4.
+    DeepSeek4,
+    /// `<invoke name="…">` and `<parameter name="…">` between `<minimax:tool_call>` and its end: MiniMax M2.
+    MiniMax,
+    /// `<function name="…">` and `<param name="…">`: MiniCPM5.
+    MiniCpm,
+    /// A list in JSON between `<|START_ACTION|>` and `<|END_ACTION|>`: Cohere Command R7B and later.
+    Cohere,
+    /// A list of objects from name to arguments between `<|tools_prefix|>` and `<|tools_suffix|>`: Apertus.
+    Apertus,
+    /// `<|function_call|>` and an object: GigaChat 3.1.
+    GigaChat,
     /// `<function=name>` and `<parameter=name>`: Qwen3-Coder, Qwen3.5, Nemotron 3.
     Qwen3Coder,
     /// As Qwen3-Coder, between `<seed:tool_call>` and `</seed:tool_call>`: Seed-OSS.
@@ -52,10 +70,12 @@ pub enum ToolFormat {
 
 impl ToolFormat {
     /// Every format.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 27] = [
         Self::Plain,
         Self::Hermes,
         Self::JsonList,
+        Self::JsonLines,
+        Self::Nemotron,
         Self::Llama3Json,
         Self::Pythonic,
         Self::Lfm2,
@@ -63,6 +83,13 @@ impl ToolFormat {
         Self::MistralArgs,
         Self::DeepSeek,
         Self::DeepSeek31,
+        Self::DeepSeek32,
+        Self::DeepSeek4,
+        Self::MiniMax,
+        Self::MiniCpm,
+        Self::Cohere,
+        Self::Apertus,
+        Self::GigaChat,
         Self::Qwen3Coder,
         Self::Seed,
         Self::FunctionJson,
@@ -79,6 +106,8 @@ impl ToolFormat {
             Self::Plain => "plain",
             Self::Hermes => "hermes",
             Self::JsonList => "json-list",
+            Self::JsonLines => "json-lines",
+            Self::Nemotron => "nemotron",
             Self::Llama3Json => "llama3-json",
             Self::Pythonic => "pythonic",
             Self::Lfm2 => "lfm2",
@@ -86,6 +115,13 @@ impl ToolFormat {
             Self::MistralArgs => "mistral-args",
             Self::DeepSeek => "deepseek",
             Self::DeepSeek31 => "deepseek-3.1",
+            Self::DeepSeek32 => "deepseek-3.2",
+            Self::DeepSeek4 => "deepseek-4",
+            Self::MiniMax => "minimax",
+            Self::MiniCpm => "minicpm",
+            Self::Cohere => "cohere",
+            Self::Apertus => "apertus",
+            Self::GigaChat => "gigachat",
             Self::Qwen3Coder => "qwen3-coder",
             Self::Seed => "seed",
             Self::FunctionJson => "function-json",
@@ -121,6 +157,8 @@ impl FromStr for ToolFormat {
 pub(super) enum Action {
     /// It is no part of the text.
     Drop,
+    /// It stands around the text of an answer, also where thoughts are text.
+    Frame,
     /// It opens reasoning.
     Reasoning,
     /// It opens calls, which this reads.
@@ -204,6 +242,14 @@ const fn stray(open: &'static str) -> Mark {
     }
 }
 
+/// A mark around the text of an answer.
+const fn frame(open: &'static str) -> Mark {
+    Mark {
+        of_calls: false,
+        ..mark(open, None, Action::Frame)
+    }
+}
+
 const THINK: Mark = think("<think>", "</think>");
 const UNTHOUGHT: Mark = unthought("</think>");
 const TOOL_CALL: (&str, &str) = ("<tool_call>", "</tool_call>");
@@ -215,6 +261,13 @@ impl ToolFormat {
         const SIGNS: &[(&[&str], ToolFormat)] = &[
             (&["<|channel|>"], ToolFormat::Harmony),
             (&["]<]minimax[>["], ToolFormat::Plain),
+            (&["<minimax:tool_call>"], ToolFormat::MiniMax),
+            (&["｜DSML｜", "function_calls>"], ToolFormat::DeepSeek32),
+            (&["｜DSML｜", "tool_calls>"], ToolFormat::DeepSeek4),
+            (&["<function name="], ToolFormat::MiniCpm),
+            (&["<|START_ACTION|>"], ToolFormat::Cohere),
+            (&["<|tools_prefix|>"], ToolFormat::Apertus),
+            (&["<|function_call|>"], ToolFormat::GigaChat),
             (
                 &["<function=", "{start_tag}={function_name}"],
                 ToolFormat::FunctionJson,
@@ -236,8 +289,8 @@ impl ToolFormat {
             (&["[func_name1("], ToolFormat::Pythonic),
             (&["<|python_tag|>"], ToolFormat::Llama3Json),
             (&["\"parameters\": dictionary"], ToolFormat::Llama3Json),
-            (&["<tool_calls>"], ToolFormat::JsonList),
-            (&["<TOOLCALL>"], ToolFormat::JsonList),
+            (&["<tool_calls>"], ToolFormat::JsonLines),
+            (&["<TOOLCALL>"], ToolFormat::Nemotron),
         ];
         let has = |signs: &[&str]| signs.iter().all(|sign| template.contains(sign));
         let found = SIGNS.iter().find(|(signs, _)| has(signs));
@@ -255,7 +308,11 @@ impl ToolFormat {
             "<|return|>",
             "<|call|>",
         ];
-        const INSIDE: [&str; 10] = [
+        const INSIDE: [&str; 14] = [
+            "<param",
+            "</param>",
+            "<![CDATA[",
+            "]]>",
             "<escape>",
             "<|\"|>",
             "[ARGS]",
@@ -293,7 +350,7 @@ impl ToolFormat {
         match self {
             Self::Plain => const { &[THINK, UNTHOUGHT] },
             Self::Hermes => const { &[THINK, UNTHOUGHT, call(TOOL_CALL.0, TOOL_CALL.1, body::json)] },
-            Self::JsonList => {
+            Self::JsonList | Self::JsonLines | Self::Nemotron => {
                 const {
                     &[
                         THINK,
@@ -373,6 +430,70 @@ impl ToolFormat {
                         THINK,
                         UNTHOUGHT,
                         call("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", body::deepseek),
+                    ]
+                }
+            }
+            Self::DeepSeek32 | Self::DeepSeek4 => {
+                const {
+                    &[
+                        THINK,
+                        UNTHOUGHT,
+                        call(
+                            "<｜DSML｜function_calls>",
+                            "</｜DSML｜function_calls>",
+                            body::dsml,
+                        ),
+                        call("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>", body::dsml),
+                    ]
+                }
+            }
+            Self::MiniMax => {
+                const {
+                    &[
+                        THINK,
+                        UNTHOUGHT,
+                        call("<minimax:tool_call>", "</minimax:tool_call>", body::minimax),
+                    ]
+                }
+            }
+            Self::MiniCpm => {
+                const {
+                    &[
+                        THINK,
+                        UNTHOUGHT,
+                        call("<function name=\"", "</function>", body::minicpm),
+                    ]
+                }
+            }
+            Self::Cohere => {
+                const {
+                    &[
+                        think("<|START_THINKING|>", "<|END_THINKING|>"),
+                        unthought("<|END_THINKING|>"),
+                        // Command R7B's, and Command A's.
+                        frame("<|START_RESPONSE|>"),
+                        frame("<|END_RESPONSE|>"),
+                        frame("<|START_TEXT|>"),
+                        frame("<|END_TEXT|>"),
+                        call("<|START_ACTION|>", "<|END_ACTION|>", body::json),
+                    ]
+                }
+            }
+            Self::Apertus => {
+                const {
+                    &[
+                        think("<|inner_prefix|>", "<|inner_suffix|>"),
+                        unthought("<|inner_suffix|>"),
+                        call("<|tools_prefix|>", "<|tools_suffix|>", body::named),
+                    ]
+                }
+            }
+            Self::GigaChat => {
+                const {
+                    &[
+                        THINK,
+                        UNTHOUGHT,
+                        mark("<|function_call|>", None, Action::Call(body::json)),
                     ]
                 }
             }

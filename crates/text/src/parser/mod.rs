@@ -316,7 +316,7 @@ impl OutputParser {
             self.trim = true;
         }
         self.state = match mark.action {
-            Action::Drop => State::Text,
+            Action::Drop | Action::Frame => State::Text,
             Action::Reasoning => State::Reasoning(mark.close.unwrap_or_default()),
             Action::Call(_) => State::Call(mark),
             Action::Head => State::Head(mark),
