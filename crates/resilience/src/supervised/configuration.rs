@@ -94,13 +94,11 @@ impl SupervisorConfiguration {
         if let Some(limit) = self.silence_limit {
             above_zero("silence_limit", limit)?;
         }
-        let standstill = self.standstill_limit;
-        check(
-            "standstill_limit",
-            standstill.as_secs_f64(),
-            standstill >= LEAST_STANDSTILL,
-            "at least 2",
-        )?;
+        let (standstill, least) = (
+            self.standstill_limit.as_secs_f64(),
+            LEAST_STANDSTILL.as_secs_f64(),
+        );
+        ParamError::at_least("standstill_limit", standstill, least)?;
         above_zero("exit_limit", self.exit_limit)
     }
 }
