@@ -192,9 +192,9 @@ fn what_is_no_longer_seen_takes_no_memory() {
             }
             let decoder = load(name, compute, &config);
             let mut sequence = decoder.sequence();
-            decoder.forward(&ids[..64], &mut sequence).expect("a chunk runs");
+            decoder.prefill(&ids[..64], &mut sequence).expect("a chunk runs");
             for chunk in ids[64..].chunks(8) {
-                decoder.forward(chunk, &mut sequence).expect("a chunk runs");
+                decoder.prefill(chunk, &mut sequence).expect("a chunk runs");
             }
             let bytes = sequence.bytes();
             let estimate = decoder.kv_bytes(500, 8);
@@ -298,7 +298,7 @@ fn blocks_of_a_window_have_what_its_end_sees() {
         let decoder = load(name, Compute::Fastest, &config);
         let mut sequence = decoder.sequence();
         for chunk in ids[..360].chunks(60) {
-            decoder.forward(chunk, &mut sequence).expect("a chunk runs");
+            decoder.prefill(chunk, &mut sequence).expect("a chunk runs");
         }
         let block = |range| decoder.export(&sequence, range).expect("a block");
         let blocks = [block(0..256), block(256..360)];
@@ -328,7 +328,7 @@ fn blocks_of_a_window_have_what_its_end_sees() {
     }
     let decoder = load("llama-sliding", Compute::Mlx, &KvConfig::default());
     let mut sequence = decoder.sequence();
-    decoder.forward(&ids[..10], &mut sequence).expect("a chunk runs");
+    decoder.prefill(&ids[..10], &mut sequence).expect("a chunk runs");
     let error = decoder
         .export(&sequence, 0..10)
         .expect_err("it is refused")
