@@ -209,7 +209,7 @@ impl Kernel for Project<'_> {
             } else {
                 tile_rows(s, [(part.matrix, next)], x, &mut scratch);
             }
-            for sums in &scratch.sums[..1 + usize::from(both)] {
+            for sums in &scratch.sums[..=usize::from(both)] {
                 part.take(s, next, sums);
                 next += 1;
             }

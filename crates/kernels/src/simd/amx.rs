@@ -149,7 +149,7 @@ impl HalfTiles {
             assert!(
                 W > 0 && W <= 2 && X > 0 && X <= 2,
                 "eight tiles are all there are"
-            )
+            );
         };
         let blocks = weights
             .iter()
