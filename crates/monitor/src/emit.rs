@@ -69,6 +69,10 @@ impl Telemetry {
 
 /// What is measured by looking, beside what the engine says of itself.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(
+    not(feature = "metrics"),
+    expect(dead_code, reason = "there is nobody to tell")
+)]
 pub(crate) struct Look {
     pub(crate) queued: u64,
     pub(crate) running: u64,

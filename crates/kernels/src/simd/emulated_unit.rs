@@ -183,7 +183,9 @@ fn a_unit_multiplies_pairs_of_bfloat16() {
     ];
     let sums = |sums: &[(usize, usize, f32)]| -> Square {
         let mut all = [[0.0_f32; LANES]; LANES];
-        sums.iter().for_each(|&(row, lane, sum)| all[row][lane] = sum);
+        for &(row, lane, sum) in sums {
+            all[row][lane] = sum;
+        }
         bytemuck::cast(all)
     };
     let expected = [
