@@ -116,10 +116,11 @@ impl From<ToolDefinition> for Value {
 /// ```
 /// use mlx_engine_core::{GenerateParams, ToolChoice};
 ///
-/// let weather: ToolChoice = "weather".parse().unwrap();
+/// let weather: ToolChoice = "weather".parse()?;
 /// assert_eq!(weather, ToolChoice::Function("weather".to_owned()));
 /// let params = GenerateParams::default().with_tool_choice(ToolChoice::Required);
 /// assert_eq!(params.tool_choice.to_string(), "required");
+/// # Ok::<(), std::convert::Infallible>(())
 /// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
